@@ -1,0 +1,50 @@
+"""Pure functions and frozen dataclasses: gate, noise, risk, window statistic, stopping rule."""
+
+from poprisk_integrations.core.alpha import (
+    calibrated_alpha,
+    chi2_quantile_1dof,
+    finite_alpha,
+    resolve_alpha,
+)
+from poprisk_integrations.core.gate import default_lambda_pop, gate_factor, open_mask
+from poprisk_integrations.core.noise import ema_mean_variance, noise_is_ready, update_dev_sq_
+from poprisk_integrations.core.risk import (
+    lagged_risk_decrease,
+    population_risk_decrease,
+    risk_decrease_from_ranks,
+    risk_decrease_from_sums,
+    risk_decrease_variance,
+    risk_decrease_weighted,
+)
+from poprisk_integrations.core.stopping import (
+    StoppingConfig,
+    StoppingDecision,
+    StoppingRule,
+    StoppingState,
+)
+from poprisk_integrations.core.window import WindowRatio, window_signal_ratio
+
+__all__ = [
+    "StoppingConfig",
+    "StoppingDecision",
+    "StoppingRule",
+    "StoppingState",
+    "WindowRatio",
+    "calibrated_alpha",
+    "chi2_quantile_1dof",
+    "default_lambda_pop",
+    "ema_mean_variance",
+    "finite_alpha",
+    "gate_factor",
+    "lagged_risk_decrease",
+    "noise_is_ready",
+    "open_mask",
+    "population_risk_decrease",
+    "resolve_alpha",
+    "risk_decrease_from_ranks",
+    "risk_decrease_from_sums",
+    "risk_decrease_variance",
+    "risk_decrease_weighted",
+    "update_dev_sq_",
+    "window_signal_ratio",
+]

@@ -1,0 +1,89 @@
+"""Reductions over ranks and shards; exact no-ops without a process group.
+
+A reduced DTensor read with `.item()` silently gives the local shard's value. Everything here works
+on local tensors and reduces explicitly, many numbers in one collective.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["is_dtensor", "local_tensor", "max_over_shards", "mean_over_ranks", "sum_over_shards"]
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor (without importing DTensor where torch lacks it)."""
+    return hasattr(tensor, "_local_tensor") and hasattr(tensor, "device_mesh")
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's plain tensor: the shard of a DTensor, or the tensor itself.
+
+    It shares memory with the DTensor, so in-place work on it is work on the shard.
+    """
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean over all ranks, the same bits on each of them.
+
+    Args:
+        values: Any shape, same on all ranks, on the backend's device.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def sum_over_shards(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Sum per-tensor numbers over the shards of each tensor.
+
+    Args:
+        values: Shape (..., L): one column per tensor, computed from its local shard.
+        tensors: The L tensors; columns of plain tensors stay as they are.
+
+    Returns:
+        Same shape; columns of DTensors hold the sum over the mesh dimensions that shard them.
+    """
+    return _reduce_over_shards(values, tensors, dist.ReduceOp.SUM)
+
+
+def max_over_shards(value: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Largest of one number over all shards of all tensors (e.g. a found-non-finite flag)."""
+    groups = _shard_groups(tensors)
+    if not groups:
+        return value
+    result = value.clone()
+    for group in {id(group): group for group, _ in groups}.values():
+        dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
+    return result
+
+
+def _reduce_over_shards(values: Tensor, tensors: Sequence[Tensor], op: Any) -> Tensor:
+    groups = _shard_groups(tensors)
+    if not groups:
+        return values
+    result = values.clone()
+    for group, columns in groups:
+        index = torch.tensor(columns, device=values.device)
+        part = result.index_select(-1, index)
+        dist.all_reduce(part, op=op, group=group)
+        result.index_copy_(-1, index, part)
+    return result
+
+
+def _shard_groups(tensors: Iterable[Tensor]) -> list[tuple[Any, list[int]]]:
+    """(process group, positions of the tensors that it shards), same order on all ranks."""
+    found: dict[tuple[Any, int], list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        if not is_dtensor(tensor):
+            continue
+        for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+            if placement.is_shard():
+                found.setdefault((tensor.device_mesh, dim), []).append(position)  # type: ignore[attr-defined]
+    return [(mesh.get_group(dim), columns) for (mesh, dim), columns in found.items()]
