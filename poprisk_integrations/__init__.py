@@ -14,6 +14,8 @@
 A file imports only from its own row or rows above it. This module imports torch only.
 """
 
+from poprisk_integrations.optim import PopRiskAdamW
+
 __version__ = "0.1.0"
 
 __all__ = ["PopRiskAdamW", "__version__"]

@@ -24,7 +24,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
     It shares memory with the DTensor, so in-place work on it is work on the shard.
     """
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -83,6 +83,6 @@ def gate_factor(
         signal, penalty = mean_sq, (lambda_pop * alpha) * noise
     else:
         raise ValueError(f"Invalid gate: {gate!r}. Must be one of {GATES}.")
-    total = (signal + penalty).add_(eps)
-    # Only 0/0 is not a number here (signal <= total), and it must be 0, not NaN.
-    return (signal / total).nan_to_num_(nan=0.0)
+    # signal <= total, so the floor only turns 0/0 into 0.
+    total = (signal + penalty).add_(eps).clamp_(min=torch.finfo(mean_sq.dtype).tiny)
+    return signal / total

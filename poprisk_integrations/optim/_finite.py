@@ -1,0 +1,40 @@
+"""One verdict per step: are all gradients finite, and so are the squares that the states hold?"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from poprisk_integrations.distributed import local_tensor, max_over_shards
+from poprisk_integrations.optim._work import GroupWork
+
+__all__ = ["all_finite"]
+
+
+def all_finite(works: Sequence[GroupWork]) -> Tensor | None:
+    """1 if the step may count, 0 if it must be skipped; the same on all shards of a DTensor.
+
+    One read of the gradients and no host sync. A gradient whose square overflows would leave an
+    infinite second moment behind, so it counts as non-finite.
+
+    Args:
+        works: The gathered groups.
+
+    Returns:
+        0-dim float32 on the first parameter's device, or None without any gradient.
+    """
+    owners = [p for work in works for p in work.owners]
+    if not owners:
+        return None
+    batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for work in works:
+        for grad in work.grads:
+            if grad.numel():
+                batches.setdefault((grad.device, grad.dtype), []).append(grad)
+    bad = torch.zeros((), device=local_tensor(owners[0]).device)
+    for (_, dtype), grads in batches.items():
+        largest = torch.stack(torch._foreach_norm(grads, float("inf")))
+        # A deviation from the mean is at most about twice the largest gradient.
+        squares = (4 * largest.to(torch.promote_types(dtype, torch.float32))).square()
+        bad = torch.maximum(bad, (~torch.isfinite(squares).all()).float().to(bad.device))
+    return 1.0 - max_over_shards(bad, owners)

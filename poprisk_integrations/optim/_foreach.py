@@ -1,0 +1,172 @@
+"""All parameters of a dtype at once with horizontally fused kernels; scalars on the host.
+
+The same arithmetic in the same order as `_single_tensor.py`, list by list.
+"""
+
+import torch
+from torch import Tensor
+
+from poprisk_integrations.distributed import sum_over_shards
+from poprisk_integrations.optim._gate_stats import parameter_sums, ungated_sums
+from poprisk_integrations.optim._options import GroupOptions, StepScalars, step_scalars
+from poprisk_integrations.optim._single_tensor import norm_restoring_scale, write_back_
+from poprisk_integrations.optim._work import GroupWork
+
+__all__: list[str] = []
+
+TensorList = list[Tensor]
+
+
+def _multi_tensor_poprisk_adamw(
+    work: GroupWork, options: GroupOptions, sums: list[Tensor] | None
+) -> None:
+    """Step of one group; arguments as in the single-tensor path."""
+    for part in work.split():
+        _step_one_dtype(part, options, float(options.lr), sums)
+
+
+def _step_one_dtype(
+    work: GroupWork, options: GroupOptions, lr: float, sums: list[Tensor] | None
+) -> None:
+    dtype = work.exp_avgs[0].dtype
+    # bfloat16 parameters are updated in float32 and rounded once, at the end
+    low_precision = work.params[0].dtype != dtype
+    params = [p.to(dtype) for p in work.params]
+    grads = [g.to(dtype) for g in work.grads]
+    if options.maximize:
+        grads = list(torch._foreach_neg(grads))
+
+    # update step
+    scalars = []
+    for step, dev_step in zip(work.steps, work.dev_steps, strict=True):
+        step += 1
+        scalars.append(step_scalars(options, step.item(), dev_step.item()))
+
+    # update noise variance, before the mean moves
+    if options.gated:
+        _update_noise(work, grads, scalars, options.rho)
+
+    # decay the first and second moment running average coefficient
+    torch._foreach_lerp_(work.exp_avgs, grads, 1 - options.beta1)
+    torch._foreach_mul_(work.exp_avg_sqs, options.beta2)
+    torch._foreach_addcmul_(work.exp_avg_sqs, grads, grads, 1 - options.beta2)
+    denoms = list(torch._foreach_sqrt(work.exp_avg_sqs))
+    torch._foreach_div_(denoms, [s.bias_correction2_sqrt for s in scalars])
+    torch._foreach_add_(denoms, options.eps)
+
+    # gate
+    active = [i for i, s in enumerate(scalars) if s.gate_is_active]
+    updates = list(work.exp_avgs)
+    gates: dict[int, Tensor] = {}
+    if active:
+        gated, mean_sqs, noises = _gates(work, [scalars[i] for i in active], active, options)
+        gates = dict(zip(active, gated, strict=True))
+        moved = list(torch._foreach_mul([work.exp_avgs[i] for i in active], gated))
+        if options.preserve_norm:
+            _restore_norms(work, active, moved, denoms)
+        for i, update in zip(active, moved, strict=True):
+            updates[i] = update
+    if sums is not None:
+        directions = torch._foreach_div(work.exp_avgs, denoms)
+        for i, direction in enumerate(directions):
+            if i in gates:
+                k = active.index(i)
+                row = parameter_sums(mean_sqs[k], noises[k], gates[i], direction, options.alpha, lr)
+            else:
+                row = ungated_sums(direction, lr)
+            sums.append(row)
+
+    # decoupled weight decay, ungated unless the group asks for it
+    if options.weight_decay != 0:
+        plain = [p for i, p in enumerate(params) if not (options.gate_decay and i in gates)]
+        if plain:
+            torch._foreach_mul_(plain, 1 - lr * options.weight_decay)
+        for i in gates if options.gate_decay else ():
+            params[i].mul_(1 - (lr * options.weight_decay) * gates[i])
+
+    # apply
+    step_sizes = [-(lr / s.bias_correction1) for s in scalars]
+    torch._foreach_addcdiv_(params, updates, denoms, step_sizes)
+    if low_precision:
+        for i, (target, param) in enumerate(zip(work.params, params, strict=True)):
+            write_back_(target, param, work, i, options)
+
+
+def _update_noise(
+    work: GroupWork, grads: TensorList, scalars: list[StepScalars], rho: float
+) -> None:
+    known = [i for i, s in enumerate(scalars) if s.mean_scale is not None]
+    if not known:
+        return
+    for i in known:
+        work.dev_steps[i] += 1
+    scales = [scalars[i].mean_scale or 1.0 for i in known]
+    means = [work.exp_avgs[i] for i in known]
+    if any(scale != 1.0 for scale in scales):
+        means = list(torch._foreach_mul(means, scales))
+    deviations = torch._foreach_sub([grads[i] for i in known], means)
+    exp_dev_sqs = [work.exp_dev_sqs[i] for i in known]
+    torch._foreach_mul_(exp_dev_sqs, rho)
+    torch._foreach_addcmul_(exp_dev_sqs, deviations, deviations, 1 - rho)
+
+
+def _gates(
+    work: GroupWork, scalars: list[StepScalars], active: list[int], options: GroupOptions
+) -> tuple[TensorList, TensorList, TensorList]:
+    """q, m_hat^2 and s_hat of the parameters in `active`; see `core.gate.gate_factor`."""
+    mean_sqs = list(
+        torch._foreach_div(
+            [work.exp_avgs[i] for i in active], [s.bias_correction1 for s in scalars]
+        )
+    )
+    torch._foreach_mul_(mean_sqs, mean_sqs)
+    noises = list(
+        torch._foreach_div(
+            [work.exp_dev_sqs[i] for i in active], [s.noise_correction for s in scalars]
+        )
+    )
+    for k, s in enumerate(scalars):
+        if s.noise_is_signal:
+            noises[k] = mean_sqs[k].clone()
+    if options.gate == "hard":
+        gates = [
+            (mean_sq > options.alpha * noise).to(mean_sq.dtype)
+            for mean_sq, noise in zip(mean_sqs, noises, strict=True)
+        ]
+    else:
+        if options.gate == "soft":
+            gates = list(torch._foreach_mul(noises, options.alpha))
+            gates = list(torch._foreach_sub(mean_sqs, gates))
+            torch._foreach_clamp_min_(gates, 0)
+            penalty = options.lambda_pop
+        else:
+            gates = [mean_sq.clone() for mean_sq in mean_sqs]
+            penalty = options.lambda_pop * options.alpha
+        totals = list(torch._foreach_mul(noises, penalty))
+        torch._foreach_add_(totals, gates)
+        torch._foreach_add_(totals, options.gate_eps)
+        torch._foreach_clamp_min_(totals, torch.finfo(totals[0].dtype).tiny)
+        torch._foreach_div_(gates, totals)
+    if options.gate_blend != 1.0:
+        torch._foreach_mul_(gates, options.gate_blend)
+        torch._foreach_add_(gates, 1 - options.gate_blend)
+    return gates, mean_sqs, noises
+
+
+def _restore_norms(
+    work: GroupWork, active: list[int], moved: TensorList, denoms: TensorList
+) -> None:
+    """Scale each gated update to the norm of its ungated one, one reduction for all."""
+    chosen = [denoms[i] for i in active]
+    ungated = torch._foreach_div([work.exp_avgs[i] for i in active], chosen)
+    gated = torch._foreach_div(moved, chosen)
+    squares = torch.stack(
+        [
+            torch.stack([u.square().sum() for u in ungated]),
+            torch.stack([g.square().sum() for g in gated]),
+        ]
+    )
+    total = sum_over_shards(squares, [work.owners[i] for i in active])
+    scales = norm_restoring_scale(total[0], total[1])
+    for update, scale in zip(moved, scales, strict=True):
+        update *= scale

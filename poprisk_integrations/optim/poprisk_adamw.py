@@ -1,0 +1,404 @@
+"""AdamW whose update passes only where the batch signal beats its noise."""
+
+from collections.abc import Callable
+from inspect import Parameter, signature
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+from typing_extensions import Self
+
+from poprisk_integrations.distributed import local_tensor
+from poprisk_integrations.optim._capturable import _capturable_poprisk_adamw
+from poprisk_integrations.optim._checkpoint import (
+    adopt_group_options,
+    check_foreign_state,
+    restore_state_dtypes,
+)
+from poprisk_integrations.optim._finite import all_finite
+from poprisk_integrations.optim._foreach import _multi_tensor_poprisk_adamw
+from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
+from poprisk_integrations.optim._options import check_group, resolve_group, state_dtype_of
+from poprisk_integrations.optim._single_tensor import _single_tensor_poprisk_adamw
+from poprisk_integrations.optim._work import GroupWork
+
+__all__ = ["PopRiskAdamW"]
+
+
+class PopRiskAdamW(Optimizer):
+    """AdamW with a gate on each coordinate: update it only where its signal beats its noise.
+
+    Algorithm 1 of arXiv:2605.01172 (soft gate, eq. 242), per coordinate; hats are bias-corrected:
+        s_t = rho * s_{t-1} + (1 - rho) * (g_t - m_hat_{t-1})^2
+        m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
+        v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        d   = max(m_hat^2 - alpha * s_hat, 0),   q = d / (d + lambda_pop * s_hat)
+        p_t = p_{t-1} - lr * weight_decay * p_{t-1} - lr * q * m_hat / (sqrt(v_hat) + eps)
+    The published rule to the letter is `PopRiskAdamW.paper(...)`. The defaults differ from it in
+    three points: alpha is calibrated (alpha=1 is a 4.5-sigma test of an EMA), the deviation is
+    taken from the bias-corrected mean and so starts at the second step, and the gate has no
+    absolute eps, so it does not depend on the scale of the loss.
+
+    g is the gradient of the batch MEAN as it reaches the optimizer (averaged over micro-batches
+    and ranks, clipped if the trainer clips); s estimates the variance of that mean.
+
+    Args:
+        params: Parameters, named parameters or parameter groups. Every option below may stand in
+            a group, e.g. `{"params": router, "gate": "none"}`.
+        lr: Learning rate; a 1-element tensor is allowed.
+        betas: Decay of the first and second moment, each in [0, 1).
+        eps: Added to sqrt(v_hat), as in AdamW.
+        weight_decay: Decoupled and ungated; see `gate_decay`.
+        gate: "soft", "hard" (1 where open, else 0), "snr" (never quite closed) or "none" (AdamW).
+        alpha: The gate opens where m_hat^2 > alpha * s_hat. A number, "calibrated", "fresh" (1)
+            or "finite" (b/(n-b), the paper's finite-data boundary).
+        false_open_rate: Share of pure-noise coordinates that pass; for alpha="calibrated".
+        lambda_pop: Shrinkage beyond the boundary; None for the gate's own (soft: alpha, which
+            gives q = max(0, 1 - alpha * s_hat / m_hat^2); snr: 1).
+        rho: Decay of the noise variance, in [0, 1).
+        gate_warmup: Steps that stay ungated while the noise is measured.
+        gate_blend: w in [0, 1]; the update uses w * q + (1 - w).
+        preserve_norm: Rescale each tensor's gated update to the norm of the ungated one.
+        batch_size: Global batch size b, for alpha="finite".
+        dataset_size: Number of training examples n, for alpha="finite".
+        maximize: Maximise the objective.
+        foreach: True for horizontally fused kernels, False for one tensor at a time, None for
+            what is faster: one at a time on CPU. Accelerators have one path, with scalars on the
+            device.
+        fused: Reserved; only None or False.
+        capturable: Keep step counts on the device, as accelerators always do.
+        state_dtype: Reserved; only None: float32 states (float64 for float64 parameters).
+        gate_decay: Gate the weight decay too.
+        gate_eps: Constant in the gate's denominator, on the scale of squared gradients.
+        noise_mean: "bias_corrected" or "raw": the mean that deviations are taken from. "raw" is
+            the published rule.
+        stochastic_rounding: Round bfloat16 parameters stochastically (unbiased, reproducible).
+        collect_stats_every: Sample `gate_stats()` on every k-th step; 0 for never.
+
+    Raises:
+        ValueError: If an option has a value that it cannot have.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 1)
+        >>> optimizer = PopRiskAdamW(layer.parameters(), lr=1e-2)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     layer(torch.ones(8, 4)).square().mean().backward()
+        ...     _ = optimizer.step()
+        >>> sorted(optimizer.state[layer.weight])
+        ['dev_step', 'exp_avg', 'exp_avg_sq', 'exp_dev_sq', 'step']
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        gate: str = "soft",
+        alpha: float | str = "calibrated",
+        false_open_rate: float = 0.05,
+        lambda_pop: float | None = None,
+        rho: float = 0.99,
+        gate_warmup: int = 0,
+        gate_blend: float = 1.0,
+        preserve_norm: bool = False,
+        batch_size: int | None = None,
+        dataset_size: int | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        state_dtype: str | None = None,
+        gate_decay: bool = False,
+        gate_eps: float = 0.0,
+        noise_mean: str = "bias_corrected",
+        stochastic_rounding: bool = True,
+        collect_stats_every: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "gate": gate,
+            "alpha": alpha,
+            "false_open_rate": false_open_rate,
+            "lambda_pop": lambda_pop,
+            "rho": rho,
+            "gate_warmup": gate_warmup,
+            "gate_blend": gate_blend,
+            "preserve_norm": preserve_norm,
+            "batch_size": batch_size,
+            "dataset_size": dataset_size,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "state_dtype": state_dtype,
+            "gate_decay": gate_decay,
+            "gate_eps": gate_eps,
+            "noise_mean": noise_mean,
+            "stochastic_rounding": stochastic_rounding,
+            "collect_stats_every": collect_stats_every,
+        }
+        check_group(defaults)
+        super().__init__(params, defaults)
+
+    @classmethod
+    def paper(cls, params: ParamsT, lr: float | Tensor = 1e-3, **options: Any) -> Self:
+        """Algorithm 1 of arXiv:2605.01172 to the letter.
+
+        gate="soft", alpha=1, lambda_pop=0, deviations from the uncorrected m_{t-1}, no warm-up,
+        gate eps 1e-12 (the paper's own value is not known). At t = 1, where s_hat equals m_hat^2
+        by algebra, s_hat is set to m_hat^2: rounding must not decide, so q = 0 and the first
+        step only decays.
+
+        Args:
+            params: As in the constructor.
+            lr: Learning rate.
+            options: Any other constructor option; one given here wins over the published value.
+
+        Example:
+            >>> p = torch.nn.Parameter(torch.ones(2))
+            >>> PopRiskAdamW.paper([p], lr=1e-3).param_groups[0]["alpha"]
+            1.0
+        """
+        published: dict[str, Any] = {
+            "gate": "soft",
+            "alpha": 1.0,
+            "lambda_pop": 0.0,
+            "gate_eps": 1e-12,
+            "noise_mean": "raw",
+        }
+        return cls(params, lr, **{**published, **options})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are checked before anything changes.
+
+        Raises:
+            ValueError: If an option has a value that it cannot have.
+        """
+        check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.dtype == torch.float16:
+                self.param_groups.pop()
+                raise ValueError(
+                    "Invalid parameter dtype: torch.float16. Small updates round to nothing in "
+                    "it: use float32 parameters with autocast, or bfloat16."
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Options newer than a pickle take the constructor's defaults.
+        self.defaults = {**_constructor_defaults(), **getattr(self, "defaults", {})}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def init_state(self) -> None:
+        """Create all states (zeros, step 0) without a step, e.g. as a checkpoint template."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    self._init_param_state(param, group)
+
+    @property
+    def path(self) -> str:
+        """Which implementation `step()` runs: "single_tensor", "foreach" or "capturable".
+
+        Groups on different paths are joined by "+".
+        """
+        paths = {_path_of(group) for group in self.param_groups if group["params"]}
+        return "+".join(sorted(paths))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step.
+
+        A non-finite gradient anywhere (in any shard of a DTensor) skips the whole step: neither
+        parameters nor states change, and the skip is counted. On accelerators this is decided on
+        the device, without waiting for it. Gradients are never written.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        works = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
+        keep = all_finite(works)
+        if keep is None:
+            return loss
+        counters = self._counters()
+        counters["skipped"] = counters.get("skipped", 0) + (1.0 - keep)
+        for index, (work, group) in enumerate(zip(works, self.param_groups, strict=True)):
+            if not work.params:
+                continue
+            options = resolve_group(group)
+            path = _path_of(group)
+            # `keep` is on the CPU here unless one model is split over CPU and accelerator.
+            if path != "capturable" and not keep:
+                continue
+            sums: list[Tensor] | None = [] if self._is_sampled(index, group) else None
+            if path == "capturable":
+                _capturable_poprisk_adamw(work, options, sums, keep)
+            elif path == "foreach":
+                _multi_tensor_poprisk_adamw(work, options, sums)
+            else:
+                _single_tensor_poprisk_adamw(work, options, sums)
+            if sums:
+                self._samples()[index] = torch.stack([s.to(sums[0]) for s in sums]).sum(0)
+        return loss
+
+    def gate_sums(self) -> Tensor:
+        """Sums and counts of the last sampled step, ready to be added over ranks.
+
+        Returns:
+            Float tensor of shape (groups, 10): the columns of `gate_stats`'s sums, then the
+            number of skipped steps and 1 (a count of ranks). Rows of groups that were not
+            sampled are zero. Nothing is read from the device.
+        """
+        samples = self._samples()
+        skipped = self._counters().get("skipped")
+        like = next(iter(samples.values()), skipped)
+        device = like.device if isinstance(like, Tensor) else torch.device("cpu")
+        rows = torch.zeros(len(self.param_groups), len(COLUMNS) + 2, device=device)
+        for index, row in samples.items():
+            rows[index, : len(COLUMNS)] = row.to(rows)
+        if isinstance(skipped, Tensor):
+            rows[:, -2] = skipped.to(rows)
+        rows[:, -1] = 1
+        return rows
+
+    def gate_stats(self, sums: Tensor | None = None) -> dict[str, Tensor]:
+        """What the gate did at the last sampled step (see `collect_stats_every`).
+
+        open_fraction, mean_gate (q), update_norm_ratio (|gated| / |ungated| update, over all
+        coordinates), closed_zero_grad and closed_noise (shares of coordinates closed because
+        they have no gradient, or too noisy a one), effective_lr (lr * update_norm_ratio) and
+        skipped_nonfinite (steps). Totals have these names, groups the prefix "group0/", ...
+
+        Args:
+            sums: `gate_sums()` added over ranks; None for this rank's own.
+
+        Returns:
+            0-dim CPU tensors; empty before the first sampled step. One device sync.
+        """
+        if not self._samples():
+            return {}
+        host = (self.gate_sums() if sums is None else sums).double().cpu()
+        columns = host[:, : len(COLUMNS)]
+        stats = gate_ratios(columns.sum(0))
+        stats["skipped_nonfinite"] = host[0, -2] / host[0, -1]
+        for index, row in enumerate(columns):
+            if row[0] > 0:
+                stats.update(gate_ratios(row, f"group{index}/"))
+        return stats
+
+    @property
+    def skipped_nonfinite(self) -> int:
+        """Steps skipped for a non-finite gradient in this process (reads the device)."""
+        return int(self._counters().get("skipped", 0))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load our own state or an Adam/AdamW one.
+
+        States keep float32 (torch would cast them to the parameter's dtype). An AdamW state has
+        no noise variance: it starts at the next step, with its own count. Options that the
+        checkpoint lacks, and how the step is computed (foreach, fused, capturable), stay as they
+        are now.
+
+        Args:
+            state_dict: As returned by `state_dict()`.
+
+        Raises:
+            ValueError: If it is another optimizer's state, or its shapes do not fit.
+        """
+        before = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        final: dict[str, Any] = {}
+
+        def capture(_: Optimizer, incoming: dict[str, Any]) -> None:
+            check_foreign_state(self.param_groups, incoming)
+            final.update(incoming)
+
+        def restore(_: Optimizer) -> None:
+            adopt_group_options(self.param_groups, before, final["param_groups"])
+            restore_state_dtypes(self, final, _needs_device_step)
+
+        # The first post hook, so that a user's hooks already see the restored states.
+        pre = self.register_load_state_dict_pre_hook(capture)
+        post = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            pre.remove()
+            post.remove()
+
+    def _gather(self, group_index: int, group: dict[str, Any]) -> GroupWork:
+        work = GroupWork()
+        position = sum(len(g["params"]) for g in self.param_groups[:group_index])
+        for offset, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(
+                    "PopRiskAdamW does not support sparse gradients: a row's noise cannot be "
+                    "told from its absence. Use sparse=False for embeddings."
+                )
+            state = self._init_param_state(param, group)
+            work.append(param, grad, position + offset, state)
+        return work
+
+    def _init_param_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = cast("dict[str, Tensor]", self.state[param])
+        # Key by key: a loaded AdamW state has all but the noise.
+        device = local_tensor(param).device if _needs_device_step(param, group) else "cpu"
+        for key in ("step", "dev_step"):
+            if key not in state:
+                state[key] = torch.zeros((), dtype=torch.float32, device=device)
+        for key in ("exp_avg", "exp_avg_sq", "exp_dev_sq"):
+            if key not in state:
+                state[key] = torch.zeros_like(
+                    param, dtype=state_dtype_of(param), memory_format=torch.preserve_format
+                )
+        return state
+
+    # Sampling is not part of the trajectory: it is not checkpointed, and copies start anew.
+    def _counters(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.__dict__.setdefault("_poprisk_counters", {}))
+
+    def _samples(self) -> dict[int, Tensor]:
+        return cast("dict[int, Tensor]", self.__dict__.setdefault("_poprisk_samples", {}))
+
+    def _is_sampled(self, index: int, group: dict[str, Any]) -> bool:
+        every = group["collect_stats_every"]
+        if not every:
+            return False
+        offered = self._counters().setdefault("offered", {})
+        offered[index] = offered.get(index, 0) + 1
+        return bool((offered[index] - 1) % every == 0)
+
+
+def _path_of(group: dict[str, Any]) -> str:
+    if any(_needs_device_step(p, group) for p in group["params"]):
+        return "capturable"
+    return "foreach" if group["foreach"] else "single_tensor"
+
+
+def _needs_device_step(param: Tensor, group: dict[str, Any]) -> bool:
+    return group["capturable"] or param.device.type != "cpu"
+
+
+def _constructor_defaults() -> dict[str, Any]:
+    parameters = signature(PopRiskAdamW.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not Parameter.empty}
