@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from poprisk_integrations.core import population_risk_decrease, window_signal_ratio
+from tests.reference.risk import window_ratio
+
+
+def ratio_of(tensors):
+    """F of a list of (T, d) gradient histories."""
+    return window_signal_ratio(
+        torch.stack([g.sum(0).square().sum() for g in tensors]),
+        torch.stack([g.square().sum() for g in tensors]),
+        torch.tensor([float(g.shape[1]) for g in tensors]),
+        steps=tensors[0].shape[0],
+    )
+
+
+def test_equals_twin():
+    tensors = [torch.randn(10, d, dtype=torch.float64) + 0.2 for d in (3, 7, 1)]
+    assert ratio_of(tensors).ratio == pytest.approx(
+        window_ratio([g.numpy() for g in tensors]), rel=1e-10
+    )
+
+
+def test_pure_noise_has_mean_one():
+    ratios = [ratio_of([torch.randn(20, 400, dtype=torch.float64)]).ratio for _ in range(50)]
+    assert sum(ratios) / 50 == pytest.approx(1.0, abs=0.05)
+
+
+def test_relation_to_the_u_statistic():
+    """F = 1 + T * U / (tr S / T * T): F - 1 has the sign of U, exactly."""
+    g = torch.randn(12, 30, dtype=torch.float64) + 0.1
+    result = ratio_of([g])
+    trace = float(result.noise[0])
+    expected = 1 + 12 * float(population_risk_decrease(g)) / trace
+    assert result.ratio == pytest.approx(expected, rel=1e-10)
+
+
+def test_scale_of_the_loss_does_not_matter():
+    g = torch.randn(12, 30, dtype=torch.float64) + 0.3
+    assert ratio_of([g]).ratio == pytest.approx(ratio_of([g * 1e-9]).ratio, rel=1e-9)
+
+
+def test_tensors_without_noise_are_left_out():
+    g = torch.randn(12, 30, dtype=torch.float64)
+    frozen, constant = torch.zeros(12, 500).double(), torch.ones(12, 500).double()
+    result = ratio_of([g, frozen, constant])
+    assert result.ratio == pytest.approx(ratio_of([g]).ratio, rel=1e-12)
+    assert result.per_tensor.isnan().tolist() == [False, True, True]
+
+
+def test_nothing_but_silence_is_nan():
+    assert ratio_of([torch.zeros(4, 3)]).ratio != ratio_of([torch.zeros(4, 3)]).ratio
+
+
+def test_pure_signal_never_crosses():
+    g = 5.0 + 0.1 * torch.randn(10, 50, dtype=torch.float64)
+    assert ratio_of([g]).ratio > 1000
+
+
+def test_one_step_is_no_window():
+    with pytest.raises(ValueError, match="Invalid steps: 1"):
+        ratio_of([torch.ones(1, 3)])
