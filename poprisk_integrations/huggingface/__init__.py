@@ -1,0 +1,27 @@
+"""Trainer and TRL: optimizer names, and the stop without validation data.
+
+Importing this package registers the names `poprisk_adamw` and `poprisk_adamw_paper` for
+`TrainingArguments(optim=...)`.
+"""
+
+from poprisk_integrations._imports import require
+
+require("transformers", "accelerate", extra="hf")
+
+from poprisk_integrations.huggingface.callbacks import (  # noqa: E402
+    PopRiskEarlyStoppingCallback,
+    PopRiskMonitorCallback,
+)
+from poprisk_integrations.huggingface.optimizer import optimizer_cls_and_kwargs  # noqa: E402
+from poprisk_integrations.huggingface.registration import register  # noqa: E402
+from poprisk_integrations.huggingface.trainer_mixin import PopRiskTrainerMixin  # noqa: E402
+
+__all__ = [
+    "PopRiskEarlyStoppingCallback",
+    "PopRiskMonitorCallback",
+    "PopRiskTrainerMixin",
+    "optimizer_cls_and_kwargs",
+    "register",
+]
+
+register()

@@ -1,0 +1,24 @@
+"""Why a run ended, as a file for people and scripts."""
+
+import json
+import os
+from typing import Any
+
+__all__ = ["STOP_REPORT", "write_stop_report"]
+
+STOP_REPORT = "poprisk_stop.json"
+
+
+def write_stop_report(directory: str, report: dict[str, Any]) -> None:
+    """Write `poprisk_stop.json`; a file of this name is either whole or absent.
+
+    Args:
+        directory: The run's output directory; created if missing.
+        report: What to write, ready for JSON.
+    """
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, STOP_REPORT)
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=2)
+        file.write("\n")
+    os.replace(f"{path}.tmp", path)

@@ -1,0 +1,37 @@
+"""DeepSpeed settings under which another optimizer would run than the one asked for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["check_deepspeed_config"]
+
+
+def check_deepspeed_config(config: Mapping[str, Any]) -> None:
+    """Refuse a DeepSpeed config that replaces the optimizer without a word.
+
+    An "optimizer" section makes DeepSpeed build its own, and Trainer's is never created. With an
+    offloaded optimizer, accelerate puts DeepSpeedCPUAdam in the place of any other optimizer
+    unless "zero_force_ds_cpu_optimizer" is false.
+
+    Args:
+        config: The DeepSpeed config as a dictionary.
+
+    Raises:
+        ValueError: Naming the line to change.
+
+    Example:
+        >>> check_deepspeed_config({"zero_optimization": {"stage": 2}})
+    """
+    if "optimizer" in config:
+        raise ValueError(
+            'Invalid DeepSpeed config: its "optimizer" section would replace PopRiskAdamW. '
+            'Delete that section and add the line "zero_allow_untested_optimizer": true'
+        )
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none":
+        return
+    if config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            "Invalid DeepSpeed config: with offload_optimizer, DeepSpeedCPUAdam would replace "
+            'PopRiskAdamW. Add the line "zero_force_ds_cpu_optimizer": false'
+        )

@@ -1,0 +1,121 @@
+"""`TrainingArguments.optim_args` as typed options of PopRiskAdamW."""
+
+import difflib
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from poprisk_integrations.optim import PopRiskAdamW
+
+__all__ = ["parse_optim_args", "valid_keys"]
+
+# Set elsewhere in TrainingArguments: a second place would leave open which one wins.
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+}
+_WORDS = {"true": True, "1": True, "false": False, "0": False}
+_NONE_WORDS = ("none", "null")
+
+
+def valid_keys() -> list[str]:
+    """Keys that `optim_args` may hold: the keyword options of PopRiskAdamW, and `no_gate`."""
+    parameters = inspect.signature(PopRiskAdamW.__init__).parameters.values()
+    own = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return sorted([*own, "no_gate"])
+
+
+def parse_optim_args(text: str | None, **overrides: Any) -> dict[str, Any]:
+    """Typed options from "key=value,key=value".
+
+    Types are those of PopRiskAdamW's signature; ranges are checked by the optimizer itself.
+    Spaces do not count. `no_gate` holds substrings of parameter names, joined by "|".
+
+    Args:
+        text: The value of `TrainingArguments.optim_args`.
+        **overrides: Further options, as text or typed; they win over `text`.
+
+    Returns:
+        Options for `PopRiskAdamW`; `no_gate`, if given, as a tuple of substrings.
+
+    Raises:
+        ValueError: For an unknown, repeated or empty key and an ill-typed value, in one line.
+
+    Example:
+        >>> parse_optim_args("gate=soft, alpha=0.2, no_gate=embed|norm")
+        {'gate': 'soft', 'alpha': 0.2, 'no_gate': ('embed', 'norm')}
+    """
+    given: dict[str, Any] = {}
+    for item in (text or "").replace(" ", "").split(",") if text else []:
+        key, equals, value = item.partition("=")
+        if not equals or not key or not value or "=" in value:
+            raise _error(f"{item!r} is not of the form key=value")
+        if key in given:
+            raise _error(f"{key!r} is given twice")
+        given[key] = value
+    hints = get_type_hints(PopRiskAdamW.__init__)
+    return {k: _typed(k, v, hints) for k, v in {**given, **overrides}.items()}
+
+
+def _typed(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
+    keys = valid_keys()
+    if key in _ELSEWHERE:
+        raise _error(f"{key!r} is set by TrainingArguments({_ELSEWHERE[key]}=...)")
+    if key not in keys:
+        close = difflib.get_close_matches(key, keys, n=1)
+        raise _error(f"unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    if key == "no_gate":
+        return _patterns(value)
+    if not isinstance(value, str):
+        return value  # typed already; the optimizer checks it
+    allowed = _members(hints[key])
+    for kind, read in _READERS:
+        if kind in allowed:
+            try:
+                return read(value)
+            except ValueError:
+                continue
+    wanted = " or ".join(kind.__name__.replace("NoneType", "none") for kind in allowed)
+    raise _error(f"{key}={value!r} is not a valid {wanted}")
+
+
+def _members(hint: Any) -> tuple[type, ...]:
+    """The plain types of an annotation: `float | str | None` -> (float, str, NoneType)."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(member for part in get_args(hint) for member in _members(part))
+    return (hint,)
+
+
+def _patterns(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    parts = value.split("|") if isinstance(value, str) else list(value)
+    if not parts or not all(isinstance(p, str) and p for p in parts):
+        raise _error(f"no_gate={value!r} is not a list of parts of parameter names, as embed|norm")
+    return tuple(parts)
+
+
+def _read_none(value: str) -> None:
+    if value.lower() not in _NONE_WORDS:
+        raise ValueError
+
+
+def _read_bool(value: str) -> bool:
+    if value.lower() not in _WORDS:
+        raise ValueError
+    return _WORDS[value.lower()]
+
+
+# From the narrowest to the widest: text is what nothing else could read.
+_READERS: tuple[tuple[type, Callable[[str], Any]], ...] = (
+    (type(None), _read_none),
+    (bool, _read_bool),
+    (int, int),
+    (float, float),
+    (str, str),
+)
+
+
+def _error(what: str) -> ValueError:
+    return ValueError(f"Invalid optim_args: {what}. Valid keys: {', '.join(valid_keys())}.")

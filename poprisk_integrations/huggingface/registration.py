@@ -1,0 +1,152 @@
+"""Makes `optim="poprisk_adamw"` a name that transformers knows.
+
+The one file that touches what transformers does not offer for extension. There is no registry
+for optimizers: `TrainingArguments.optim` is an enum, and the choices of its command line are that
+enum's members. So `register()` changes four things, each once and each leaving everything else
+as it was:
+
+| what                                              | why                                          |
+|---------------------------------------------------|----------------------------------------------|
+| enum `OptimizerNames`: a member per name          | YAML, command line, JSON, pickle, replace    |
+| `Trainer.get_optimizer_cls_and_kwargs`: our names | builds the optimizer. Not the handler table  |
+|                                                   | of transformers >= 5.2: it is asked after a  |
+|                                                   | parser with unreadable errors, and knows no  |
+|                                                   | training data (alpha=finite)                 |
+| `HfTrainerDeepSpeedConfig.trainer_config_process` | refuses settings under which Trainer would   |
+|                                                   | never ask for our optimizer                  |
+| `TrainerState.load_from_json`: remembers the path | callbacks are not told which checkpoint a    |
+|                                                   | run resumes from                             |
+
+`tests/unit/huggingface/test_registration.py` fails first when transformers moves one of them.
+"""
+
+import functools
+import inspect
+import os
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.training_args import OptimizerNames
+
+from poprisk_integrations.huggingface.deepspeed_config import check_deepspeed_config
+from poprisk_integrations.huggingface.optimizer import (
+    NAMES,
+    build_optimizer_spec,
+    optimizer_name,
+)
+
+__all__ = ["OptimizerFactory", "checkpoint_directory", "register"]
+
+_OWNER = "poprisk_integrations"
+_LOADED_FROM = "poprisk_loaded_from"
+
+
+def register() -> None:
+    """Register `poprisk_adamw` and `poprisk_adamw_paper`; further calls change nothing.
+
+    Importing `poprisk_integrations.huggingface` calls it. It must happen before the command-line
+    parser and the training arguments are built, and in each process.
+
+    Raises:
+        RuntimeError: If one of the names belongs to someone else.
+    """
+    for name in NAMES:
+        _add_enum_member(name)
+    trainer: Any = Trainer
+    if not _is_ours(inspect.getattr_static(trainer, "get_optimizer_cls_and_kwargs")):
+        trainer.get_optimizer_cls_and_kwargs = OptimizerFactory(
+            trainer.get_optimizer_cls_and_kwargs, NAMES
+        )
+    deepspeed: Any = HfTrainerDeepSpeedConfig
+    if not _is_ours(deepspeed.trainer_config_process):
+        deepspeed.trainer_config_process = _checked(deepspeed.trainer_config_process)
+    state: Any = TrainerState
+    load = state.load_from_json.__func__
+    if not _is_ours(load):
+        state.load_from_json = classmethod(_remembering_path(load))
+
+
+def checkpoint_directory(state: TrainerState) -> str | None:
+    """Directory of the checkpoint that a run resumes from, wherever it lies; None if from none."""
+    return getattr(state, _LOADED_FROM, None)
+
+
+class OptimizerFactory:
+    """Stands in for the static method `Trainer.get_optimizer_cls_and_kwargs`.
+
+    As a descriptor it learns on which trainer it was looked up, and so how many examples there
+    are to train on. On the class it works without, as the static method does.
+
+    Args:
+        original: What answers for all other names.
+        names: Values of `args.optim` that this factory answers for.
+    """
+
+    def __init__(self, original: Any, names: tuple[str, ...]) -> None:
+        _marked(self)
+        self._original = original
+        self._names = names
+
+    def __get__(self, trainer: Any, owner: type | None = None) -> Any:
+        return functools.partial(self._build, trainer)
+
+    def _build(self, trainer: Any, args: TrainingArguments, model: nn.Module | None = None) -> Any:
+        if optimizer_name(args) not in self._names:
+            return self._original(args, model)
+        dataset: Any = getattr(trainer, "train_dataset", None)
+        num_examples = len(dataset) if hasattr(dataset, "__len__") else None
+        return build_optimizer_spec(args, model, num_examples, {})
+
+
+def _add_enum_member(name: str) -> None:
+    existing = OptimizerNames._value2member_map_.get(name)
+    if existing is not None:
+        if not _is_ours(existing):
+            raise RuntimeError(
+                f"Cannot register the optimizer name {name!r}: another package has added it to "
+                "transformers' OptimizerNames. Import only one of the two."
+            )
+        return
+    # An enum with members cannot be extended by subclassing: this is what its metaclass does.
+    member: Any = str.__new__(OptimizerNames, name)
+    member._name_ = name.upper()
+    member._value_ = name
+    member.__objclass__ = OptimizerNames
+    member._sort_order_ = len(OptimizerNames._member_names_)
+    _marked(member)
+    OptimizerNames._member_names_.append(member._name_)
+    OptimizerNames._member_map_[member._name_] = member
+    OptimizerNames._value2member_map_[name] = member
+    type.__setattr__(OptimizerNames, member._name_, member)  # Python >= 3.12 looks here
+
+
+def _checked(original: Any) -> Any:
+    @functools.wraps(original)
+    def trainer_config_process(self: Any, args: TrainingArguments, *rest: Any, **kw: Any) -> Any:
+        if optimizer_name(args) in NAMES:
+            check_deepspeed_config(self.config)
+        return original(self, args, *rest, **kw)
+
+    return _marked(trainer_config_process)
+
+
+def _remembering_path(original: Any) -> Any:
+    @functools.wraps(original)
+    def load_from_json(cls: type[TrainerState], json_path: str) -> Any:
+        state = original(cls, json_path)
+        # Not a field of the dataclass, so it is never saved.
+        setattr(state, _LOADED_FROM, os.path.dirname(os.path.abspath(json_path)))
+        return state
+
+    return _marked(load_from_json)
+
+
+def _marked(thing: Any) -> Any:
+    thing.poprisk_owner = _OWNER
+    return thing
+
+
+def _is_ours(thing: Any) -> bool:
+    return getattr(thing, "poprisk_owner", None) == _OWNER
