@@ -1,0 +1,54 @@
+"""One small problem for all optimizer tests: fixed gradients, shapes that break careless code."""
+
+import torch
+
+# matrix, vector, 0-dim, empty, channels-last-like
+SHAPES = ((5, 7), (3,), (), (0, 4), (2, 3, 4, 5))
+
+
+def make_params(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype))
+        for s in SHAPES
+    ]
+
+
+def gradients(steps, dtype=torch.float32, seed=1, signal=0.3, scale=1.0):
+    """A list over steps of lists over parameters; None where a parameter sits a step out."""
+    generator = torch.Generator().manual_seed(seed)
+    history = []
+    for t in range(steps):
+        row = [
+            (scale * (torch.randn(s, generator=generator, dtype=torch.float64) + signal)).to(dtype)
+            for s in SHAPES
+        ]
+        if t % 3 == 0:
+            row[1] = None
+        history.append(row)
+    return history
+
+
+def train(make_optimizer, steps=100, dtype=torch.float32, history=None, params=None):
+    """Run the optimizer over the gradient history; returns (params, optimizer)."""
+    params = make_params(dtype) if params is None else params
+    optimizer = make_optimizer(params)
+    for row in gradients(steps, dtype) if history is None else history:
+        feed(params, row)
+        optimizer.step()
+    return params, optimizer
+
+
+def feed(params, row):
+    for param, grad in zip(params, row, strict=True):
+        param.grad = None if grad is None else grad.clone()
+
+
+def max_ulp(actual, expected):
+    """Largest distance in units of the last place of `expected`."""
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        if e.numel():
+            ulp = torch.finfo(e.dtype).eps * e.detach().abs().clamp(min=torch.finfo(e.dtype).tiny)
+            worst = max(worst, float(((a - e).detach().abs() / ulp).max()))
+    return worst
