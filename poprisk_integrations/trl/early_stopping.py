@@ -1,0 +1,96 @@
+"""Ties the stop without validation data to the settings of a DPO run."""
+
+from typing import TYPE_CHECKING, Any
+
+from poprisk_integrations.huggingface import (
+    PopRiskEarlyStoppingCallback,
+    PopRiskMonitorCallback,
+)
+
+if TYPE_CHECKING:
+    from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
+
+__all__ = ["add_stop", "auto_window", "stopping_callback", "tracked_metrics"]
+
+_SHORTEST_WINDOW = 8  # with fewer terms the noise of a window's own estimate decides
+
+
+def auto_window(num_pairs: int, *, per_device: int, accumulation: int, world_size: int) -> int:
+    """Optimizer steps in a third of an epoch, at least 8.
+
+    Args:
+        num_pairs: Pairs in the training set.
+        per_device: Pairs per device and micro-batch.
+        accumulation: Micro-batches per optimizer step.
+        world_size: Processes.
+
+    Example:
+        >>> auto_window(2000, per_device=4, accumulation=2, world_size=2)
+        42
+    """
+    micro_batches = -(-num_pairs // (per_device * world_size))
+    epoch_steps = -(-micro_batches // accumulation)
+    return max(_SHORTEST_WINDOW, round(epoch_steps / 3))
+
+
+def stopping_callback(
+    args: "PopRiskDPOConfig", window: int | str | None = None
+) -> PopRiskEarlyStoppingCallback:
+    """The callback that the options `stop_*` describe.
+
+    Args:
+        args: Settings of the run.
+        window: Takes the place of `args.stop_window`.
+
+    Raises:
+        ValueError: If an option is outside its range; the message names it.
+    """
+    try:
+        return PopRiskEarlyStoppingCallback(
+            kappa=args.stop_kappa,
+            window=window or args.stop_window or "auto",
+            threshold=args.stop_threshold,
+            min_steps=args.stop_min_steps,
+            action=args.stop_action,
+            restore=args.stop_restore,
+        )
+    except ValueError as error:  # "Invalid kappa: ...": here the option is called stop_kappa
+        raise ValueError(str(error).replace("Invalid ", "Invalid stop_", 1)) from None
+
+
+def add_stop(trainer: Any) -> None:
+    """Add the stop to a trainer, unless it has one or `args.stop` is off.
+
+    Args:
+        trainer: A trainer whose data are prepared. Where they have no length, the callback picks
+            its own window for "auto".
+    """
+    args = trainer.args
+    present = any(
+        isinstance(callback, PopRiskEarlyStoppingCallback)
+        for callback in trainer.callback_handler.callbacks
+    )
+    if not args.stop or present:
+        return
+    window = args.stop_window
+    if window == "auto" and hasattr(trainer.train_dataset, "__len__"):
+        window = auto_window(
+            len(trainer.train_dataset),
+            per_device=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            world_size=args.world_size,
+        )
+    trainer.add_callback(stopping_callback(args, window))
+
+
+def tracked_metrics(trainer: Any, logs: dict[str, Any]) -> dict[str, float]:
+    """Numbers of our callbacks for a training log line.
+
+    Trackers see a line before any callback of the user, so only `Trainer.log` can pass them on.
+    """
+    metrics: dict[str, float] = {}
+    if "loss" in logs or "train_loss" in logs:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, (PopRiskEarlyStoppingCallback, PopRiskMonitorCallback)):
+                metrics.update(callback.metrics())
+    return metrics

@@ -1,0 +1,40 @@
+"""Exact counts, fixed draws, nothing else touched."""
+
+import pytest
+
+from poprisk_integrations.trl.label_flips import flip_preferences, flipped_rows
+from tests.helpers.tiny_dpo import pairs
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "rate", "count"),
+    [(10, 0.0, 0), (10, 0.3, 3), (10, 0.25, 3), (10, 1.0, 10), (7, 0.5, 4), (0, 0.5, 0)],
+)
+def test_count_is_exact(num_rows: int, rate: float, count: int) -> None:
+    rows = flipped_rows(num_rows, rate)
+    assert len(set(rows)) == len(rows) == count
+    assert rows == sorted(rows)
+
+
+def test_draw_depends_on_the_seed_alone() -> None:
+    assert flipped_rows(100, 0.3, seed=1) == flipped_rows(100, 0.3, seed=1)
+    assert flipped_rows(100, 0.3, seed=1) != flipped_rows(100, 0.3, seed=2)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
+def test_rate_outside_zero_and_one_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=r"flip_rate: .* Must be in \[0, 1\]"):
+        flipped_rows(10, rate)
+
+
+def test_only_the_labels_of_the_drawn_rows_change() -> None:
+    before = pairs(20)
+    after, rows = flip_preferences(before, 0.3, seed=4)
+    assert after.column_names == before.column_names
+    assert rows == flipped_rows(20, 0.3, seed=4)
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        expected = (
+            (old["rejected"], old["chosen"]) if index in rows else (old["chosen"], old["rejected"])
+        )
+        assert (new["chosen"], new["rejected"]) == expected
+        assert new["prompt"] == old["prompt"]

@@ -1,0 +1,134 @@
+"""Defaults, what is refused and with which words, and the ways to write a config."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.training_args import OptimizerNames
+from trl import DPOConfig, TrlParser
+
+from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
+from poprisk_integrations.trl import PopRiskDPOConfig
+from poprisk_integrations.trl.early_stopping import auto_window, stopping_callback
+
+# transformers 5.23 deprecates a name that TRL 1.16 still uses.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def config(tmp_path: Path, **options: Any) -> PopRiskDPOConfig:
+    return PopRiskDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    ours = config(tmp_path)
+    assert ours.optim == "poprisk_adamw"
+    assert (ours.noise, ours.noise_rate, ours.stop, ours.stop_window) == ("off", None, True, "auto")
+    theirs = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    different = {
+        f.name for f in fields(DPOConfig) if getattr(ours, f.name) != getattr(theirs, f.name)
+    }
+    assert different == {"optim"}
+
+
+def test_every_own_field_has_a_help_text() -> None:
+    own = {f.name: f for f in fields(PopRiskDPOConfig)}.keys() - {f.name for f in fields(DPOConfig)}
+    assert own == {
+        "noise", "noise_rate", "pair_id_column", "pair_weight_column", "stop", "stop_kappa",
+        "stop_window", "stop_threshold", "stop_min_steps", "stop_action", "stop_restore",
+    }  # fmt: skip
+    for field in fields(PopRiskDPOConfig):
+        assert field.metadata.get("help") or field.name not in {*own, "optim"}, field.name
+
+
+@pytest.mark.parametrize("noise", ["cdpo", "rdpo", "holder", "weights", "auto", "none"])
+def test_noise_modes_are_refused_by_name(tmp_path: Path, noise: str) -> None:
+    with pytest.raises(ValueError, match=f"noise: '{noise}'. Only 'off' is available in this"):
+        config(tmp_path, noise=noise)
+
+
+@pytest.mark.parametrize(
+    "option", [{"noise_rate": 0.3}, {"pair_id_column": "id"}, {"pair_weight_column": "weight"}]
+)
+def test_options_of_later_versions_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(ValueError, match=f"Invalid {name}: .* not available in this version"):
+        config(tmp_path, **option)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", ["sigmoid"], ["sigmoid", "sft"], "ipo", "hinge"])
+def test_label_smoothing_without_effect_is_refused(tmp_path: Path, loss_type: Any) -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing: 0.1. TRL .* loss_type='robust'"):
+        config(tmp_path, loss_type=loss_type, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["robust", "exo_pair", "aot", "aot_unpaired", ["sigmoid", "robust"]]
+)
+def test_label_smoothing_with_effect_is_kept(tmp_path: Path, loss_type: Any) -> None:
+    assert config(tmp_path, loss_type=loss_type, label_smoothing=0.1).label_smoothing == 0.1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"stop_kappa": 0.5}, "stop_kappa: 0.5"),
+        ({"stop_threshold": 0.0}, "stop_threshold: 0.0"),
+        ({"stop_window": 1}, "stop_window: 1"),
+        ({"stop_window": "epoch"}, "stop_window: 'epoch'"),
+        ({"stop_min_steps": -1}, "stop_min_steps: -1"),
+        ({"stop_action": "halt"}, "stop_action: 'halt'"),
+        ({"stop_restore": "best"}, "stop_restore: 'best'"),
+        ({"optim_args": "gait=soft"}, "gait"),
+        ({"optim": "poprisk_sgd"}, "poprisk_sgd"),
+    ],
+)
+def test_values_out_of_range(tmp_path: Path, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **option)
+
+
+def test_any_other_optimizer_is_honoured(tmp_path: Path) -> None:
+    assert config(tmp_path, optim="adafactor").optim == OptimizerNames.ADAFACTOR
+
+
+def test_rebuilding_from_a_dict_and_replace(tmp_path: Path) -> None:
+    ours = config(tmp_path, stop_window=12, stop_restore="none")
+    assert ours.stop_restore is None
+    # TRL's to_dict masks pad_token like a secret.
+    assert PopRiskDPOConfig(**{**ours.to_dict(), "pad_token": None}).stop_window == 12
+    assert replace(ours, stop_kappa=3.0).stop_kappa == 3.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--stop_window", "auto"], {"stop_window": "auto"}),
+        (["--stop_window", "12"], {"stop_window": 12}),
+        (["--no_stop"], {"stop": False}),
+        (["--stop", "false"], {"stop": False}),
+        (["--stop_restore", "none", "--stop_kappa", "3"], {"stop_restore": None, "stop_kappa": 3}),
+        (["--optim", "adamw_torch"], {"optim": "adamw_torch"}),
+    ],
+)
+def test_command_line(tmp_path: Path, arguments: list[str], expected: dict[str, Any]) -> None:
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    (parsed,) = TrlParser(PopRiskDPOConfig).parse_args_and_config(common + arguments)
+    assert {name: getattr(parsed, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "window"),
+    # Optimizer steps per epoch: 2, 24, 25, 250; batches of 4 on 2 processes, accumulated twice.
+    [(16, 8), (384, 8), (385, 8), (4000, 83)],
+)
+def test_auto_window_is_a_third_of_an_epoch(num_pairs: int, window: int) -> None:
+    assert auto_window(num_pairs, per_device=4, accumulation=2, world_size=2) == window
+
+
+def test_options_reach_the_callback(tmp_path: Path) -> None:
+    options = {"kappa": 3.0, "threshold": 0.9, "min_steps": 7, "action": "monitor", "restore": None}
+    ours = config(tmp_path, **{f"stop_{name}": value for name, value in options.items()})
+    callback = stopping_callback(ours, window=11)
+    assert isinstance(callback, PopRiskEarlyStoppingCallback)
+    assert callback.state()["args"] == {**options, "window": 11}

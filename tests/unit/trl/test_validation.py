@@ -1,0 +1,118 @@
+"""Each kind of unusable data gives one line that counts the rows and names the first."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from poprisk_integrations.trl.validation import (
+    check_num_pairs,
+    check_output_dir,
+    check_preferences,
+)
+from tests.helpers.tiny_dpo import pairs
+
+
+def message(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def changed(index: int, **columns: Any) -> Dataset:
+    """The helper's pairs with some values of one row replaced."""
+    rows = list(pairs(8))
+    rows[index] = {**rows[index], **columns}
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        pytest.param(pairs(8), id="explicit prompt"),
+        pytest.param(pairs(8).remove_columns("prompt"), id="implicit prompt"),
+        pytest.param(changed(2, prompt=""), id="empty prompt text"),
+        pytest.param(pairs(8).with_format("numpy"), id="formatted"),
+        pytest.param(
+            Dataset.from_dict(
+                {
+                    "prompt": [[{"role": "user", "content": "hi"}]],
+                    "chosen": [message("a")],
+                    "rejected": [message("b")],
+                }
+            ),
+            id="conversations",
+        ),
+        pytest.param(
+            Dataset.from_dict({"prompt_ids": [[1]], "chosen_ids": [[2]], "rejected_ids": [[3]]}),
+            id="tokenized",
+        ),
+    ],
+)
+def test_usable_data_pass(dataset: Dataset) -> None:
+    check_preferences(dataset)
+
+
+def test_missing_columns() -> None:
+    with pytest.raises(
+        ValueError, match=r"train_dataset has no column 'rejected'.*found.*'chosen'"
+    ):
+        check_preferences(pairs(8).remove_columns("rejected"))
+    with pytest.raises(ValueError, match="no column 'chosen' and no column 'rejected'"):
+        check_preferences(pairs(8).select_columns("prompt"))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"chosen": ""}, {"rejected": "  \n"}, {"chosen": None}, {"prompt": None}],
+)
+def test_empty_rows(columns: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"my_data has 1 row \(first: row 5\) with an empty"):
+        check_preferences(changed(5, **columns), "my_data")
+
+
+@pytest.mark.parametrize("empty", [[], message("")])
+def test_empty_conversations(empty: list[dict[str, str]]) -> None:
+    data = {"chosen": [message("a"), message("a")], "rejected": [message("b"), empty]}
+    with pytest.raises(ValueError, match=r"1 row \(first: row 1\) with an empty"):
+        check_preferences(Dataset.from_dict(data))
+
+
+def test_completions_that_are_not_text() -> None:
+    data = {"chosen": [1, 2], "rejected": ["a", "b"]}
+    with pytest.raises(ValueError, match=r"row 0: chosen and rejected must be text or .* not int"):
+        check_preferences(Dataset.from_dict(data))
+
+
+def test_identical_completions_are_counted() -> None:
+    data = {"chosen": ["a", "b", "c", "d"], "rejected": ["x", "b", "y", "d"]}
+    with pytest.raises(ValueError, match=r"2 rows \(first: row 1\) whose chosen and rejected"):
+        check_preferences(Dataset.from_dict(data))
+
+
+def test_identical_conversations() -> None:
+    data = {"chosen": [message("a")], "rejected": [message("a")]}
+    with pytest.raises(ValueError, match="are the same"):
+        check_preferences(Dataset.from_dict(data))
+
+
+def test_fewer_pairs_than_a_global_batch() -> None:
+    check_num_pairs(16, per_device=2, accumulation=4, world_size=2)
+    with pytest.raises(ValueError, match=r"has 15 pairs, fewer than one global batch of 16 .*=4 x"):
+        check_num_pairs(15, per_device=2, accumulation=4, world_size=2)
+
+
+def test_output_dir(tmp_path: Path) -> None:
+    check_output_dir(tmp_path)
+    check_output_dir(tmp_path / "new" / "deeper")
+    assert list(tmp_path.iterdir()) == []
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "run"):
+        with pytest.raises(NotADirectoryError, match=r"output_dir '.*file' is not a directory"):
+            check_output_dir(path)
+
+
+def test_output_dir_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match="no permission to write"):
+        check_output_dir(tmp_path / "run")
