@@ -1,0 +1,144 @@
+import copy
+import io
+
+import pytest
+import torch
+
+from poprisk_integrations.diagnostics import GradientWindow
+from tests.reference.risk import window_ratio
+
+
+def make():
+    return [torch.nn.Parameter(torch.zeros(s)) for s in ((4, 3), (5,), (0,))]
+
+
+def histories(steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [torch.randn(s, generator=generator) + 0.2 for s in ((4, 3), (5,), (0,))]
+        for _ in range(steps)
+    ]
+
+
+def feed(window, params, row):
+    for param, grad in zip(params, row, strict=True):
+        param.grad = None if grad is None else grad.clone()
+    window.add(params)
+
+
+def twin(rows):
+    return window_ratio(
+        [torch.stack([r[i].flatten() for r in rows]).double().numpy() for i in (0, 1)]
+    )
+
+
+def test_equals_twin_and_starts_afresh():
+    params, window, rows = make(), GradientWindow(steps=6), histories(12)
+    for start in (0, 6):
+        for row in rows[start : start + 6]:
+            assert not window.is_full
+            feed(window, params, row)
+        assert window.is_full
+        result = window.close()
+        assert result.ratio == pytest.approx(twin(rows[start : start + 6]), rel=1e-5)
+        assert result.steps == 6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_with_a_bad_gradient_is_left_out(bad):
+    params, window, rows = make(), GradientWindow(steps=7), histories(6)
+    for row in [*rows[:3], [g.clone().fill_(bad) for g in rows[0]], *rows[3:]]:
+        feed(window, params, row)
+    result = window.close()
+    assert result.steps == 6
+    assert result.ratio == pytest.approx(twin(rows), rel=1e-5)
+
+
+def test_only_bad_gradients_are_no_window():
+    params, window = make(), GradientWindow(steps=3)
+    for _ in range(3):
+        feed(window, params, [torch.full_like(p, float("nan")) for p in params])
+    assert window.close() is None
+
+
+def test_no_gradients_are_no_window():
+    params, window = make(), GradientWindow(steps=2)
+    for _ in range(2):
+        window.add(params)
+    assert window.is_full
+    assert window.close() is None
+    assert not window.is_full
+
+
+def test_a_missing_gradient_counts_as_zero():
+    params, window, rows = make(), GradientWindow(steps=4), histories(4)
+    expected = copy.deepcopy(rows)
+    expected[1][1].zero_()
+    rows[1][1] = None
+    for row in rows:
+        feed(window, params, row)
+    assert window.close().ratio == pytest.approx(twin(expected), rel=1e-5)
+
+
+def test_frozen_parameters_are_left_out():
+    params = make()
+    params[0].requires_grad_(False)
+    window = GradientWindow(steps=2)
+    for value in (1.0, 3.0):
+        params[1].grad = torch.full((5,), value)
+        window.add(params)
+    assert window.close().ratio == pytest.approx(4.0)
+
+
+def test_gradients_are_not_written():
+    params, window, rows = make(), GradientWindow(steps=3), histories(1)
+    feed(window, params, rows[0])
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, rows[0], strict=True))
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    param, window = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)), GradientWindow(600)
+    for step in range(600):
+        param.grad = torch.full((2,), 1.0 + (step % 2) * 2.0**-7, dtype=torch.bfloat16)
+        window.add([param])
+    state = window.state_dict()
+    assert state["sums"]["0"].dtype == torch.float32
+    assert float(state["sums"]["0"][0]) == pytest.approx(600 * (1 + 2.0**-8), rel=1e-6)
+
+
+def test_resumed_equals_uninterrupted_bitwise():
+    params, rows = make(), histories(8)
+    whole = GradientWindow(steps=8)
+    for row in rows:
+        feed(whole, params, row)
+    expected = whole.close()
+
+    first = GradientWindow(steps=8)
+    for row in rows[:3]:
+        feed(first, params, row)
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    second = GradientWindow(steps=8)
+    second.load_state_dict(torch.load(buffer, weights_only=True))
+    for row in rows[3:]:
+        feed(second, params, row)
+    assert second.is_full
+    result = second.close()
+    assert result.ratio == expected.ratio
+    assert torch.equal(result.per_tensor, expected.per_tensor)
+
+
+def test_no_host_sync_before_the_close():
+    param = torch.nn.Parameter(torch.empty(3, device="meta"))
+    window = GradientWindow(steps=2)
+    for _ in range(2):
+        param.grad = torch.empty(3, device="meta")
+        window.add([param])  # .item(), bool() or float() of a meta tensor would raise
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        window.close()
+
+
+def test_a_window_of_one_step_is_refused():
+    with pytest.raises(ValueError, match="Invalid steps: 1"):
+        GradientWindow(steps=1)
