@@ -1,0 +1,91 @@
+"""Share of coordinates that the gate lets through, by true per-batch SNR and choice of alpha.
+
+Usage: python recipes/benchmarks/open_fraction/bench.py [--out DIR] [--quick]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from poprisk_integrations import PopRiskAdamW
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from reporting import result_name, write_csv
+
+RULES = {
+    "fresh (published, 1)": {"alpha": "fresh"},
+    "calibrated 5 % (default)": {"alpha": "calibrated", "false_open_rate": 0.05},
+    "calibrated 32 %": {"alpha": "calibrated", "false_open_rate": 0.32},
+    "finite, n=60k, b=128": {"alpha": "finite", "batch_size": 128, "dataset_size": 60_000},
+    "finite, n=3.84M, b=256": {"alpha": "finite", "batch_size": 256, "dataset_size": 3_840_000},
+}
+SNRS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)
+
+
+def measure(options: dict, snr: float, coordinates: int, seed: int) -> list[dict[str, float]]:
+    """Gate statistics over 20 sampled steps after 300 steps of burn-in (Gaussian gradients)."""
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.nn.Parameter(torch.zeros(coordinates))
+    optimizer = PopRiskAdamW([param], lr=1e-3, collect_stats_every=1, **options)
+    rows = []
+    for step in range(700):
+        param.grad = snr + torch.randn(coordinates, generator=generator)
+        optimizer.step()
+        if step >= 300 and step % 20 == 0:
+            rows.append({k: float(v) for k, v in optimizer.gate_stats().items()})
+    return rows
+
+
+def main() -> None:
+    """Measure, write the CSV, draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--quick", action="store_true", help="fewer coordinates, for tests")
+    args = parser.parse_args()
+    rows = []
+    for name, options in RULES.items():
+        for snr in SNRS:
+            samples = measure(options, snr, 500 if args.quick else 20_000, seed=0)
+            mean = {k: sum(s[k] for s in samples) / len(samples) for k in samples[0]}
+            rows.append(
+                {
+                    "rule": name,
+                    "snr": snr,
+                    "open_fraction": round(mean["open_fraction"], 6),
+                    "mean_gate_soft": round(mean["mean_gate"], 6),
+                    "update_norm_ratio": round(mean["update_norm_ratio"], 6),
+                }
+            )
+        print(name, [r["open_fraction"] for r in rows if r["rule"] == name], flush=True)
+    path = args.out / f"{result_name()}.csv"
+    write_csv(path, rows)
+    draw(rows, path.with_suffix(".png"))
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Open fraction and mean soft gate against SNR, one line per rule."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, layout="constrained")
+    for axis, key, title in (
+        (axes[0], "open_fraction", "share of coordinates that are open"),
+        (axes[1], "mean_gate_soft", "mean soft gate q (share of Adam's step)"),
+    ):
+        for name in RULES:
+            line = [r for r in rows if r["rule"] == name]
+            axis.plot(
+                [r["snr"] for r in line], [r[key] for r in line], marker="o", ms=3, label=name
+            )
+        axis.set(xlabel="true per-batch SNR  |mean| / std of the batch gradient", title=title)
+        axis.set_ylim(-0.02, 1.02)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8, frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.42))
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
