@@ -128,3 +128,35 @@ def test_lagged_form_is_unbiased_even_under_selection_by_the_lagged_mean():
 def test_too_little_data_is_named(call, name):
     with pytest.raises(ValueError, match=f"Invalid {name}: 1"):
         call()
+
+
+def test_raw_statistic_crosses_at_half_the_best_time():
+    """Quadratic loss, gradient flow on reused data: the root of U_n is at t*/2, per direction.
+
+    w_t = w_hat (1 - e^{-ht}); with signal delta^2 = E w_star^2 and tau^2 = var(w_hat - w_star)
+    the risk is smallest at e^{-h t*} = tau^2 / (delta^2 + tau^2).
+    """
+    h, delta, tau, n = 0.7, 1.5, 0.8, 400_000
+    w_star = delta * torch.randn(n, dtype=torch.float64)
+    w_hat = w_star + tau * torch.randn(n, dtype=torch.float64)
+    times = torch.linspace(0.05, 5.0, 400, dtype=torch.float64)
+    risks, statistics = [], []
+    for t in times:
+        decay = torch.exp(-h * t)
+        risks.append(float((w_hat * (1 - decay) - w_star).square().mean()))
+        # |g_S|^2 - tr(Sigma)/n with g_S = -h w_hat e^{-ht} and noise variance (h tau)^2
+        statistics.append(float((h * w_hat * decay).square().mean() - (h * tau) ** 2))
+    best = float(times[int(np.argmin(risks))])
+    crossing = float(times[int(np.argmin(np.abs(statistics)))])
+    assert best == pytest.approx(-np.log(tau**2 / (delta**2 + tau**2)) / h, rel=0.02)
+    assert crossing == pytest.approx(best / 2, rel=0.03)
+
+
+def test_evidence_based_criterion_is_the_whitened_statistic():
+    """EB = 1 - (b/D) sum_k g_bar_k^2 / s_k^2 equals -(1/D) sum_k b U_k / s_k^2, exactly."""
+    g = gradients(16)
+    b, dims = g.shape
+    variance = g.var(0, correction=1)
+    per_coordinate = torch.stack([population_risk_decrease(g[:, [k]]) for k in range(dims)])
+    eb = 1 - b / dims * float((g.mean(0).square() / variance).sum())
+    assert eb == pytest.approx(-float((b * per_coordinate / variance).sum()) / dims, rel=1e-10)
