@@ -58,6 +58,7 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
+        initializer_range=0.1,  # larger than usual: a few steps must move the outputs
         pad_token_id=1,
         eos_token_id=2,
         bos_token_id=None,
