@@ -1,0 +1,137 @@
+"""A resumed run equals an uninterrupted one, bitwise: weights, optimizer state, stop state."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import poprisk_integrations.huggingface as hf
+from poprisk_integrations.huggingface.callbacks.window_checkpoint import WINDOW_FILE
+from tests.helpers.tiny_trainer import arguments, train, weights
+
+WINDOW = 8
+SAVED = 28  # in the middle of the fourth window, at whose end (32) the onset comes
+
+
+def _args(path, **changes):
+    options = {"num_train_epochs": 16, "save_strategy": "steps", "save_steps": SAVED}
+    return arguments(path, **{**options, **changes})
+
+
+def _stop(**options):
+    return hf.PopRiskEarlyStoppingCallback(window=WINDOW, **options)
+
+
+def _same_run(one, stop_one, other, stop_other):
+    assert one.state.global_step == other.state.global_step
+    assert stop_one.state() == stop_other.state()
+    pairs = [(weights(one.model), weights(other.model))]
+    states = [t.optimizer.state_dict()["state"] for t in (one, other)]
+    pairs += [(states[0][i], states[1][i]) for i in states[0]]
+    assert len(pairs) == 7
+    for a, b in pairs:
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    # Gate statistics are sampled on every 50th step of the process, so they may differ.
+    keys = ("step", "loss", "grad_norm", "poprisk/signal_ratio", "poprisk/predicted_stop_step")
+    logs = [
+        [[line.get(k) for k in keys] for line in trainer.state.log_history if "loss" in line]
+        for trainer in (one, other)
+    ]
+    assert logs[0] == logs[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run that stops, and its checkpoint at SAVED."""
+    path = tmp_path_factory.mktemp("whole")
+    stop = _stop()
+    trainer = train(_args(path), stop)
+    assert stop.stopping_state["onset_step"] > SAVED
+    assert stop.stopping_state["stop_step"] == trainer.state.global_step < 128
+    return path, trainer, stop
+
+
+@pytest.fixture
+def checkpoint(whole, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(whole[0] / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
+
+
+def test_the_unfinished_window_is_in_the_checkpoint(whole):
+    path, trainer, _ = whole
+    saved = json.loads((path / f"checkpoint-{SAVED}" / "trainer_state.json").read_text())
+    attributes = saved["stateful_callbacks"]["PopRiskEarlyStoppingCallback"]["attributes"]
+    assert attributes["window_seen"] == SAVED % WINDOW
+    assert (path / f"checkpoint-{SAVED}" / WINDOW_FILE).is_file()
+    assert not list(path.rglob("*.tmp"))
+    assert (path / f"checkpoint-{trainer.state.global_step}").is_dir()
+
+
+def test_in_place(whole, checkpoint, tmp_path, caplog):
+    stop = _stop()
+    resumed = train(_args(tmp_path), stop, resume=True)
+    _same_run(whole[1], whole[2], resumed, stop)
+    assert "PopRiskEarlyStoppingCallback" not in caplog.text
+
+
+def test_from_a_moved_checkpoint_outside_the_output_directory(whole, checkpoint, tmp_path):
+    moved = shutil.move(checkpoint, tmp_path / "attic" / "my-checkpoint")
+    stop = _stop()
+    resumed = train(_args(tmp_path / "out"), stop, resume=str(moved))
+    _same_run(whole[1], whole[2], resumed, stop)
+
+
+def test_with_callback_states_restored_by_trainer(whole, checkpoint, tmp_path):
+    """Then Trainer replaces our instance by a new one."""
+    args = _args(tmp_path, restore_callback_states_from_checkpoint=True)
+    resumed = train(args, _stop(kappa=5.0), resume=True)
+    (stop,) = [
+        c for c in resumed.callback_handler.callbacks if type(c) is hf.PopRiskEarlyStoppingCallback
+    ]
+    _same_run(whole[1], whole[2], resumed, stop)
+
+
+def test_at_the_end_of_a_window_no_file_is_needed(tmp_path):
+    stops = [_stop(), _stop()]
+    args = [_args(tmp_path, num_train_epochs=5, save_steps=24) for _ in stops]
+    runs = [train(args[0], stops[0])]
+    assert not (tmp_path / "checkpoint-24" / WINDOW_FILE).exists()
+    runs.append(train(args[1], stops[1], resume=str(tmp_path / "checkpoint-24")))
+    _same_run(runs[0], stops[0], runs[1], stops[1])
+
+
+def test_a_missing_window_file_warns_and_starts_a_fresh_window(whole, checkpoint, tmp_path, caplog):
+    (checkpoint / WINDOW_FILE).unlink()
+    stop = _stop()
+    resumed = train(_args(tmp_path), stop, resume=True)
+    assert caplog.text.count("the unfinished window starts afresh") == 1
+    # Windows now end 4 steps later; the training time is that of the whole run.
+    assert stop.stopping_state["onset_step"] % WINDOW == SAVED % WINDOW
+    lr_sums = [s.stopping_state["lr_sum"] / s.stopping_state["stop_step"] for s in (whole[2], stop)]
+    assert lr_sums[0] == pytest.approx(lr_sums[1])
+    assert resumed.state.global_step == stop.stopping_state["stop_step"]
+
+
+def test_adding_the_callback_on_resume(tmp_path, caplog):
+    """Trainer would fail at the next save: its state has no entry for a new callback."""
+    train(_args(tmp_path, max_steps=4, save_steps=4))
+    stop = _stop()
+    trainer = train(_args(tmp_path, max_steps=8, save_steps=4), stop, resume=True)
+    assert trainer.state.global_step == 8
+    assert "training time counts from step 4" in caplog.text
+    assert stop.stopping_state["lr_sum"] == pytest.approx(4 * 3e-2)
+    saved = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert "PopRiskEarlyStoppingCallback" in saved["stateful_callbacks"]
+
+
+def test_resuming_a_stopped_run_stops_again(whole, tmp_path, caplog):
+    path, trainer, _ = whole
+    last = trainer.state.global_step
+    stop = _stop()
+    args = _args(tmp_path)
+    again = train(args, stop, resume=str(path / f"checkpoint-{last}"))
+    assert again.state.global_step == last + 1
+    assert f"this run had stopped at step {last}" in caplog.text
+    assert stop.stopping_state["stop_step"] == last

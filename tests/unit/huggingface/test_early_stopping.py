@@ -1,0 +1,200 @@
+"""The callback's own logic, driven by hand; whole runs are in tests/integration/huggingface."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import TrainerControl, TrainerState
+
+from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback, PopRiskMonitorCallback
+from tests.helpers.tiny_trainer import arguments
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("kappa", 0.5, "Invalid kappa: 0.5"),
+        ("kappa", float("nan"), "Invalid kappa: nan"),
+        ("threshold", 0.0, "Invalid threshold: 0.0"),
+        ("min_steps", -1, "Invalid min_steps: -1"),
+        ("window", 1, "Invalid window: 1. Must be 'auto' or an integer >= 2"),
+        ("window", "epoch", "Invalid window: 'epoch'"),
+        ("window", 8.0, "Invalid window: 8.0"),
+        ("window", True, "Invalid window: True"),
+        ("action", "halt", r"Invalid action: 'halt'. Must be one of \('stop', 'monitor'\)"),
+        ("restore", "best", "Invalid restore: 'best'"),
+    ],
+)
+def test_bad_arguments_are_named(option, value, said):
+    with pytest.raises(ValueError, match=said):
+        PopRiskEarlyStoppingCallback(**{option: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "50"])
+def test_monitor_refuses_bad_periods(value):
+    with pytest.raises(ValueError, match="Invalid every_n_steps"):
+        PopRiskMonitorCallback(every_n_steps=value)
+
+
+def test_arm_and_rearm_scale_with_the_threshold():
+    """Else a threshold above 1.3 would be refused by arguments that the user cannot set."""
+    config = PopRiskEarlyStoppingCallback(threshold=2.0)._config
+    assert (config.threshold, config.rearm_threshold, config.arm_threshold) == (2.0, 2.6, 3.0)
+
+
+def test_state_is_json_and_rebuilds_the_callback():
+    callback = PopRiskEarlyStoppingCallback(kappa=3.0, window=5, restore=None)
+    callback._rule.update(step=5, lr=0.1, ratio=2.0)
+    callback.window_seen = 2
+    state = json.loads(json.dumps(callback.state()))
+    twin = PopRiskEarlyStoppingCallback.from_state(state)
+    assert twin.state() == callback.state()
+    assert twin.stopping_state["armed"]
+
+
+class _Run:
+    """Trainer's event sequence around an optimizer."""
+
+    def __init__(self, callback, optimizer, args, max_steps=100):
+        self.callback, self.optimizer = callback, optimizer
+        self.args = args
+        self.state = TrainerState(max_steps=max_steps, stateful_callbacks=[callback])
+        self.control = TrainerControl()
+        self.event("on_train_begin")
+
+    def event(self, name):
+        handler = getattr(self.callback, name)
+        handler(self.args, self.state, self.control, optimizer=self.optimizer)
+
+    def step(self):
+        self.event("on_pre_optimizer_step")
+        self.optimizer.step()
+        self.state.global_step += 1
+        self.event("on_step_end")
+
+
+def _sgd(*lrs):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": lr} for lr in lrs]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones(2)
+    return optimizer
+
+
+def test_training_time_is_the_sum_of_the_largest_learning_rate(tmp_path):
+    optimizer = _sgd(0.1, 0.4)
+    optimizer.add_param_group({"params": [], "lr": 7.0})  # LoRA: empty no-decay group
+    callback = PopRiskEarlyStoppingCallback(window=4)
+    run = _Run(callback, optimizer, arguments(tmp_path))
+    run.step()
+    optimizer.param_groups[1]["lr"] = 0.3
+    run.step()
+    assert callback.stopping_state["lr_sum"] == pytest.approx(0.7)
+
+
+def test_a_step_that_the_grad_scaler_skipped_is_no_training_time(tmp_path):
+    """Through accelerate's own wrapper: an overflow at step 2 of 4."""
+    args = arguments(tmp_path)
+    Accelerator(cpu=True)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = AcceleratedOptimizer(torch.optim.SGD([parameter], lr=0.1), scaler=scaler)
+    callback = PopRiskEarlyStoppingCallback(window=4)
+    run = _Run(callback, optimizer, args)
+    ratios = []
+    closed = run.callback._window.close
+    run.callback._window.close = lambda: ratios.append(closed()) or ratios[-1]
+    for gradient in (1.0, float("inf"), 3.0, 5.0):
+        scaler.scale((parameter * gradient).sum()).backward()
+        scaler.unscale_(optimizer.optimizer)
+        run.step()
+        parameter.grad = None
+    assert callback.stopping_state["lr_sum"] == pytest.approx(0.3)
+    assert (ratios[0].steps, callback.stopping_state["windows"]) == (3, 1)
+    # A = 9 and Q = 35 per coordinate: S = 2 * (35 - 81 / 3) / 2, F = 2 * 81 / (3 * S).
+    assert ratios[0].ratio == pytest.approx(162 / (3 * 8))
+
+
+def test_nan_gradients_spoil_no_window(tmp_path, caplog):
+    optimizer = _sgd(0.0)
+    parameter = optimizer.param_groups[0]["params"][0]
+    callback = PopRiskEarlyStoppingCallback(window=2)
+    run = _Run(callback, optimizer, arguments(tmp_path))
+    for value in [float("nan")] * 4 + [1.0, 3.0]:
+        parameter.grad = torch.full((2,), value)
+        run.step()
+    assert callback.stopping_state["windows"] == 1
+    assert callback.metrics()["poprisk/signal_ratio"] == pytest.approx(4.0)
+    assert [r.message for r in caplog.records if "does not count" in r.message] == [
+        "PopRiskEarlyStoppingCallback: the window that ended at step 2 had fewer than two steps "
+        "with finite, varying gradients and does not count."
+    ]
+
+
+def test_gradients_are_read_not_written(tmp_path):
+    optimizer = _sgd(0.1)
+    gradient = optimizer.param_groups[0]["params"][0].grad
+    before, version = gradient.clone(), gradient._version
+    _Run(PopRiskEarlyStoppingCallback(window=2), optimizer, arguments(tmp_path)).step()
+    assert torch.equal(gradient, before)
+    assert gradient._version == version
+
+
+def test_a_run_too_short_for_two_windows_warns_once(tmp_path, caplog):
+    args = arguments(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        _Run(PopRiskEarlyStoppingCallback(window=8), _sgd(0.1), args, max_steps=15)
+    assert [r.message for r in caplog.records] == [
+        "PopRiskEarlyStoppingCallback: the run has 15 steps, fewer than two windows of 8: it can "
+        "never stop early. Set a smaller window."
+    ]
+    caplog.clear()
+    _Run(PopRiskEarlyStoppingCallback(window=8), _sgd(0.1), args, max_steps=16)
+    assert not caplog.records
+
+
+def test_deepspeed_is_refused(tmp_path):
+    callback = PopRiskEarlyStoppingCallback()
+    args = arguments(tmp_path)
+    args.deepspeed_plugin = SimpleNamespace()
+    with pytest.raises(ValueError, match="cannot run under DeepSpeed"):
+        callback.on_train_begin(args, TrainerState(), TrainerControl(), optimizer=_sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, r"needs TrainingArguments\(save_strategy='best', load_best_model_at_end=True\)"),
+        ({"save_strategy": "steps"}, "found save_strategy='steps', load_best_model_at_end=False"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "load_best_model_at_end=F"),
+        (
+            {
+                "save_strategy": "best",
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "eval_steps": 5,
+            },
+            "evaluation picks the best checkpoint",
+        ),
+    ],
+)
+def test_restoring_the_onset_needs_trainers_best_model_machinery(tmp_path, changes, said):
+    callback = PopRiskEarlyStoppingCallback(restore="onset")
+    args = arguments(tmp_path, **changes)
+    with pytest.raises(ValueError, match=said):
+        callback.on_train_begin(args, TrainerState(), TrainerControl(), optimizer=_sgd(0.1))
+
+
+def test_two_of_a_class_find_their_own_state(tmp_path):
+    loose, tight = (PopRiskEarlyStoppingCallback(window=2, kappa=k) for k in (1.0, 3.0))
+    for callback, lr in ((loose, 0.1), (tight, 0.2)):
+        callback._rule.update(step=1, lr=lr)
+    state = TrainerState(global_step=1, max_steps=9, stateful_callbacks=[loose, tight])
+    for kappa, lr in ((1.0, 0.1), (3.0, 0.2)):
+        callback = PopRiskEarlyStoppingCallback(window=2, kappa=kappa)
+        callback.on_train_begin(arguments(tmp_path), state, TrainerControl(), optimizer=_sgd(0.1))
+        assert callback.stopping_state["lr_sum"] == lr
