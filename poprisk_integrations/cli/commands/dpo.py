@@ -1,0 +1,154 @@
+"""`poprisk dpo`: DPO on preference data, from a recipe."""
+
+# TRL exports lazily and leaves most functions untyped.
+# mypy: disable-error-code="attr-defined,no-untyped-call"
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poprisk_integrations._imports import require
+from poprisk_integrations.cli.errors import UsageError, one_line
+
+if TYPE_CHECKING:
+    from poprisk_integrations.cli.recipe import Recipe
+    from poprisk_integrations.trl import PopRiskDPOTrainer
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `dpo` to the command line."""
+    parser = subparsers.add_parser(
+        "dpo",
+        help="DPO from a recipe",
+        usage="poprisk dpo --config RECIPE.yaml [--KEY VALUE ...]",
+        description="Trains a model on preference pairs. A recipe has the keys of `trl dpo`, those "
+        "of PopRiskDPOConfig, and flip_rate, which swaps the labels of that share of the training "
+        "pairs for studies. A key on the command line wins over the file. It runs in this "
+        "process; for several: `accelerate launch -m poprisk_integrations.cli dpo --config ...`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help-all", action="store_true", help="show every key and its default")
+    # All that this parser does not know goes to TRL's own, as it is.
+    parser.set_defaults(run=run, rest=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, save the model, say how it ended.
+
+    Raises:
+        UsageError: If the recipe, the data or the model cannot be used.
+        ImportError: If the extra is missing.
+    """
+    require("transformers", "datasets", "trl", "peft", extra="trl")
+    from poprisk_integrations.cli.recipe import parse_recipe, recipe_help
+
+    if args.help_all:
+        print(recipe_help())
+        return 0
+    recipe = parse_recipe(args.rest)
+    trainer = _build_trainer(recipe)
+    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    trainer.save_model(recipe.training.output_dir)
+    trainer.save_state()
+    if recipe.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
+    _report(trainer)
+    if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
+        trainer.end()
+    return 0
+
+
+def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":
+    from trl import get_peft_config, get_quantization_config
+
+    from poprisk_integrations.cli.preference_data import load_preferences
+    from poprisk_integrations.trl import PopRiskDPOTrainer
+    from poprisk_integrations.trl.validation import check_output_dir
+
+    training, model = recipe.training, recipe.model
+    output_dir = Path(str(training.output_dir))
+    check_output_dir(output_dir)
+    init_kwargs: Any = training.model_init_kwargs or {}
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **init_kwargs,
+    }
+    train, evaluation = load_preferences(
+        recipe.script, recipe.mixture, evaluate=training.eval_strategy != "no"
+    )
+    train, flips = _flip(recipe, train)
+    try:
+        trainer = PopRiskDPOTrainer(
+            model=str(model.model_name_or_path),
+            args=training,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except OSError as error:  # transformers: no such model
+        raise UsageError(one_line(error)) from error
+    if recipe.script.ignore_bias_buffers:
+        _ignore_bias_buffers(trainer.model)
+    if flips is not None and trainer.is_world_process_zero():
+        _write_json(output_dir / "label_flips.json", flips)
+        print(f"{flips['num_flipped']} of {flips['num_pairs']} training labels swapped")
+    return trainer
+
+
+def _flip(recipe: "Recipe", train: Any) -> tuple[Any, dict[str, Any] | None]:
+    """The training data with swapped labels, and the record of it (None without swaps)."""
+    from datasets import Dataset
+
+    from poprisk_integrations.trl.label_flips import flip_preferences
+    from poprisk_integrations.trl.validation import check_preferences
+
+    study = recipe.study
+    if study.flip_rate == 0:
+        return train, None
+    if not isinstance(train, Dataset):
+        raise UsageError("flip_rate needs data that are not streamed: it swaps an exact count")
+    check_preferences(train)
+    train, rows = flip_preferences(train, study.flip_rate, study.flip_seed)
+    return train, {
+        "flip_rate": study.flip_rate,
+        "flip_seed": study.flip_seed,
+        "num_pairs": len(train),
+        "num_flipped": len(rows),
+        "rows": rows,
+    }
+
+
+def _ignore_bias_buffers(model: Any) -> None:
+    """As `trl dpo` does: DDP cannot broadcast boolean buffers on some backends."""
+    import torch
+
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool
+    ]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _report(trainer: "PopRiskDPOTrainer") -> None:
+    from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
+
+    if not trainer.is_world_process_zero():
+        return
+    state = trainer.state
+    print(f"{state.global_step} of {state.max_steps} steps; model in {trainer.args.output_dir}")
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, PopRiskEarlyStoppingCallback):
+            print(f"stop: {callback.stopping_state['reason']}")

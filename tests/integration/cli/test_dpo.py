@@ -1,0 +1,167 @@
+"""`poprisk dpo` from a recipe to a saved model, and its mistakes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from poprisk_integrations.cli.main import main
+from poprisk_integrations.trl.label_flips import flipped_rows
+from tests.helpers.tiny_dpo import pairs, save_model
+
+pytestmark = [
+    # transformers 5.23 deprecates names that TRL 1.16 and transformers itself still use.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a recipe for a tiny local model and local data; returns its path."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    model = save_model(tmp_path / "model")
+    pairs(20).to_json(tmp_path / "pairs.jsonl")
+
+    def write(**changes: Any) -> str:
+        keys: dict[str, Any] = {
+            "model_name_or_path": model,
+            "dataset_name": str(tmp_path / "pairs.jsonl"),
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "stop_window": 2,
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        keys = {name: value for name, value in {**keys, **changes}.items() if value is not None}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(keys))
+        return str(path)
+
+    return write
+
+
+def test_from_recipe_to_model(
+    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["dpo", "--config", recipe(), "--flip-rate", "0.3", "--flip_seed", "5"]) == 0
+    out = tmp_path / "out"
+    AutoModelForCausalLM.from_pretrained(out)
+    AutoTokenizer.from_pretrained(out)
+    flips = json.loads((out / "label_flips.json").read_text())
+    assert flips == {
+        "flip_rate": 0.3,
+        "flip_seed": 5,
+        "num_pairs": 20,
+        "num_flipped": 6,
+        "rows": flipped_rows(20, 0.3, seed=5),
+    }
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert "poprisk/signal_ratio" in history[-2]
+    assert "poprisk/margin_p50" in history[-2]
+    assert (out / "poprisk_stop.json").exists()
+    printed = capsys.readouterr().out
+    assert "6 of 20 training labels swapped" in printed
+    assert "4 of 4 steps" in printed
+    assert "\nstop: " in printed
+    assert not list(out.glob("*.tmp"))
+
+
+def test_lora_and_another_optimizer(recipe: Any, tmp_path: Path) -> None:
+    lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]}
+    arguments = ["--optim", "adamw_torch", "--no_stop", "--max_steps", "2"]
+    assert main(["dpo", "--config", recipe(**lora), *arguments]) == 0
+    out = tmp_path / "out"
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "label_flips.json").exists()
+    assert not (out / "poprisk_stop.json").exists()
+
+
+def test_evaluation_split(recipe: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    pairs(20).to_json(data / "train.jsonl")
+    pairs(8, seed=1).to_json(data / "test.jsonl")
+    path = recipe(dataset_name=str(data), eval_strategy="steps", eval_steps=2, max_steps=2)
+    assert main(["dpo", "--config", path]) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_poprisk/margin_p50" in line for line in history)
+
+
+BROKEN: dict[str, list[dict[str, Any]]] = {
+    "no column 'rejected'": [{"prompt": "ash", "chosen": " bay"}] * 8,
+    "1 row (first: row 7) with an empty": [
+        *pairs(7).to_list(),
+        {"prompt": "ash", "chosen": "", "rejected": " bay"},
+    ],
+    "8 rows (first: row 0) whose chosen and rejected are the same": [
+        {"prompt": "ash", "chosen": " bay", "rejected": " bay"}
+    ]
+    * 8,
+    "3 pairs, fewer than one global batch of 4": pairs(3).to_list(),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+@pytest.mark.parametrize("flip_rate", ["0", "0.5"])
+def test_unusable_data(
+    recipe: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    message: str,
+    flip_rate: str,
+) -> None:
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, BROKEN[message])))
+    check_refused(["--config", recipe(), "--flip-rate", flip_rate], message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"betta": 0.1}, "unknown key in the recipe: 'betta'. Did you mean 'beta'?"),
+        ({"model_name_or_path": "/no/such/model"}, "/no/such/model"),
+        ({"dataset_name": "/no/such/pairs.json"}, "cannot load the data"),
+        ({"dataset_train_split": "train", "eval_strategy": "epoch"}, "no split 'test'"),
+        ({"label_smoothing": 0.2}, "label_smoothing: 0.2"),
+        ({"noise": "auto"}, "Only 'off' is available"),
+        ({"dataset_streaming": True, "flip_rate": 0.5}, "flip_rate needs data that are not"),
+    ],
+)
+def test_unusable_recipes(
+    recipe: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    check_refused(["--config", recipe(**changes)], message, tmp_path, capsys)
+
+
+def test_output_dir_under_a_file(
+    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    path = recipe(output_dir=str(tmp_path / "file" / "out"))
+    check_refused(["--config", path], "file' is not a directory", tmp_path, capsys)
+
+
+def check_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that says it, exit status 2, and nothing written."""
+    assert main(["dpo", *arguments]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("poprisk: ")]
+    assert len(lines) == 1
+    assert captured.err.endswith(lines[0] + "\n")
+    assert message in lines[0]
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
