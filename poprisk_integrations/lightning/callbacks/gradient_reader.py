@@ -1,0 +1,115 @@
+"""What the stopping rule needs from an optimizer, step by step: gradients and training time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from poprisk_integrations.diagnostics import GradientWindow
+from poprisk_integrations.distributed import is_dtensor
+
+__all__ = ["GradientReader"]
+
+
+class GradientReader:
+    """Feeds a window with an optimizer's gradients, and knows which steps were applied.
+
+    Call `read` when the gradients are complete and `take_lr` when the step is over. It registers
+    a hook on the optimizer's step, which does not fire when a grad scaler skips the step; call
+    `release` at the end.
+
+    Args:
+        optimizer: Any torch optimizer.
+        steps: Optimizer steps per window, >= 2.
+
+    Attributes:
+        window: The window.
+        is_sharded: Whether each rank holds its own part of the window (DTensor gradients).
+        lr: The learning rate of the last step, of groups with different ones the largest.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int) -> None:
+        params = _trained_parameters(optimizer)
+        self.window = GradientWindow(steps)
+        self.is_sharded = any(is_dtensor(p) for p in params)
+        self.lr = 0.0
+        self._params = params
+        self._was_applied = False
+        self._handle = optimizer.register_step_post_hook(self._note_applied)
+
+    @torch.no_grad()
+    def read(self, optimizer: Optimizer, *, count: bool) -> None:
+        """Read the learning rate and, unless `count` is False, the gradients of one step.
+
+        A change of the set of trained parameters starts the window afresh: its sums go by
+        position.
+        """
+        self.lr = max((float(g["lr"]) for g in optimizer.param_groups if g["params"]), default=0.0)
+        params = _trained_parameters(optimizer)
+        if len(params) != len(self._params) or any(
+            p is not q for p, q in zip(params, self._params, strict=True)
+        ):
+            self.window.reset()
+        self._params = params
+        if count:
+            self.window.add(params)
+
+    def take_lr(self) -> float:
+        """The learning rate of the step that has just ended; 0 if it was skipped."""
+        applied, self._was_applied = self._was_applied, False
+        return self.lr if applied else 0.0
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The unfinished window, on its devices; None where it is sharded.
+
+        A Lightning checkpoint keeps the callback state of rank 0 only.
+        """
+        return None if self.is_sharded else self.window.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> bool:
+        """Continue an unfinished window, on the parameters' devices.
+
+        Returns:
+            Whether it fits the trained parameters; if not, the window starts afresh.
+        """
+        sums = state_dict["sums"]
+        if any(
+            int(i) >= len(self._params) or t.shape != self._params[int(i)].shape
+            for i, t in sums.items()
+        ):
+            return False
+        counted = state_dict["counted"]
+        state = {
+            "seen": state_dict["seen"],
+            "counted": counted.to(self._params[0].device) if counted is not None else None,
+            "sums": {i: t.to(self._params[int(i)].device) for i, t in sums.items()},
+            "sq": {i: t.to(self._params[int(i)].device) for i, t in state_dict["sq"].items()},
+        }
+        self.window.load_state_dict(state)
+        return True
+
+    def release(self) -> dict[str, Any] | None:
+        """Let go of the optimizer.
+
+        Returns:
+            The unfinished window on the CPU, as `state_dict`.
+        """
+        self._handle.remove()
+        state = self.state_dict()
+        if state is None:
+            return None
+        counted = state["counted"]
+        return {
+            "seen": state["seen"],
+            "counted": counted.cpu() if counted is not None else None,
+            "sums": {i: t.cpu() for i, t in state["sums"].items()},
+            "sq": {i: t.cpu() for i, t in state["sq"].items()},
+        }
+
+    def _note_applied(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._was_applied = True
+
+
+def _trained_parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

@@ -1,0 +1,66 @@
+"""Set-ups in which a callback would not see complete, unscaled gradients."""
+
+from torch.optim import Optimizer
+
+from poprisk_integrations.lightning._upstream import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    gradients_stay_scaled,
+    strategy_is,
+)
+
+__all__ = ["only_optimizer", "refuse_scaled_gradients", "refuse_strategy"]
+
+
+def refuse_strategy(trainer: Trainer, restore: str | None) -> None:
+    """Refuse DeepSpeed and FSDP1, and `restore="onset"` where checkpoints are sharded.
+
+    Raises:
+        MisconfigurationException: Naming the strategy and what to use instead.
+    """
+    name = type(trainer.strategy).__name__
+    if strategy_is(trainer, "DeepSpeedStrategy", "FSDPStrategy"):
+        raise MisconfigurationException(
+            f"PopRiskEarlyStopping cannot run under {name}, which shows callbacks no complete "
+            "gradients. Use DDPStrategy or ModelParallelStrategy (FSDP2)."
+        )
+    if restore == "onset" and strategy_is(trainer, "ModelParallelStrategy"):
+        raise MisconfigurationException(
+            f"Invalid restore: 'onset'. Under {name} checkpoints are sharded and cannot be loaded "
+            "back when fit ends. Use restore='stop' or None."
+        )
+
+
+def only_optimizer(trainer: Trainer, pl_module: LightningModule) -> Optimizer:
+    """The optimizer of automatic optimization.
+
+    Raises:
+        MisconfigurationException: For manual optimization, or optimizers not of torch.
+    """
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "PopRiskEarlyStopping needs automatic optimization with one optimizer: with "
+            f"automatic_optimization=False, {type(pl_module).__name__} steps by itself, with "
+            f"{len(trainer.optimizers)} optimizer(s), and may clip gradients before."
+        )
+    optimizer = trainer.optimizers[0]
+    if not isinstance(optimizer, Optimizer):
+        raise MisconfigurationException(
+            f"PopRiskEarlyStopping needs a torch.optim.Optimizer, found {type(optimizer).__name__}."
+        )
+    return optimizer
+
+
+def refuse_scaled_gradients(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Refuse optimizers that unscale fp16 gradients in their own step.
+
+    Raises:
+        MisconfigurationException: Naming the optimizer and the setting to change.
+    """
+    if gradients_stay_scaled(trainer, optimizer):
+        raise MisconfigurationException(
+            f"PopRiskEarlyStopping cannot read the gradients of a fused {type(optimizer).__name__} "
+            "under 16-mixed precision: they are still multiplied by the loss scale. Use "
+            "fused=False, or bf16-mixed."
+        )
