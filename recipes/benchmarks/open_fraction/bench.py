@@ -83,7 +83,8 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set(xlabel="true per-batch SNR  |mean| / std of the batch gradient", title=title)
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8, frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.42))
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=130)
 
 

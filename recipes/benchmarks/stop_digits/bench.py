@@ -146,29 +146,38 @@ def main() -> None:
 
 
 def verdicts(rows: list[dict]) -> list[str]:
-    """The decision rule of the README, applied."""
+    """The decision rule of the README, applied; then the same numbers for each optimizer."""
     lines = []
-    rng = np.random.default_rng(0)
     for flip in sorted({float(r["flip"]) for r in rows}):
-        by_rule = {
-            rule: {
-                (r["optimizer"], r["lr"], r["seed"]): float(r["regret"])
-                for r in rows
-                if r["rule"] == rule and float(r["flip"]) == flip
-            }
-            for rule in ("poprisk stop", "hold-out 10 %", "train to end")
-        }
-        keys = sorted(by_rule["poprisk stop"])
-        ours, held, end = (np.array([by_rule[rule][k] for k in keys]) for rule in by_rule)
-        draws = rng.integers(0, len(keys), (10_000, len(keys)))
-        low, high = np.quantile((ours - held)[draws].mean(1), [0.025, 0.975])
-        verdict = "better" if high < 0 else "worse" if low > 0 else "level"
-        lines.append(
-            f"flip {flip:.0%}: regret stop {ours.mean():.3f}, hold-out {held.mean():.3f}, "
-            f"train to end {end.mean():.3f}; stop - hold-out {(ours - held).mean():+.3f} "
-            f"[{low:+.3f}, {high:+.3f}]: {verdict}"
-        )
+        lines.append(verdict([r for r in rows if float(r["flip"]) == flip], f"flip {flip:.0%}"))
+    for name in OPTIMIZERS:
+        for flip in sorted({float(r["flip"]) for r in rows}):
+            part = [r for r in rows if float(r["flip"]) == flip and r["optimizer"] == name]
+            if part:
+                lines.append(verdict(part, f"{name}, flip {flip:.0%}"))
     return lines
+
+
+def verdict(rows: list[dict], name: str) -> str:
+    """Mean regrets and the paired bootstrap interval of stop against hold-out."""
+    by_rule = {
+        rule: {
+            (r["optimizer"], r["lr"], r["seed"]): float(r["regret"])
+            for r in rows
+            if r["rule"] == rule
+        }
+        for rule in ("poprisk stop", "hold-out 10 %", "train to end")
+    }
+    keys = sorted(by_rule["poprisk stop"])
+    ours, held, end = (np.array([by_rule[rule][k] for k in keys]) for rule in by_rule)
+    draws = np.random.default_rng(0).integers(0, len(keys), (10_000, len(keys)))
+    low, high = np.quantile((ours - held)[draws].mean(1), [0.025, 0.975])
+    word = "better" if high < 0 else "worse" if low > 0 else "level"
+    return (
+        f"{name}: regret stop {ours.mean():.3f}, hold-out {held.mean():.3f}, "
+        f"train to end {end.mean():.3f}; stop - hold-out {(ours - held).mean():+.3f} "
+        f"[{low:+.3f}, {high:+.3f}]: {word}"
+    )
 
 
 def draw(rows: list[dict], path: Path) -> None:
