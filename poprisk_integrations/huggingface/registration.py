@@ -47,7 +47,8 @@ def register() -> None:
     """Register `poprisk_adamw` and `poprisk_adamw_paper`; further calls change nothing.
 
     Importing `poprisk_integrations.huggingface` calls it. It must happen before the command-line
-    parser and the training arguments are built, and in each process.
+    parser and the training arguments are built, and in each process that builds them or loads
+    a pickle of them (`training_args.bin`).
 
     Raises:
         RuntimeError: If one of the names belongs to someone else.

@@ -21,6 +21,10 @@ from poprisk_integrations.huggingface.callbacks.best_checkpoint import (
     keep_best_path,
     mark_best,
 )
+from poprisk_integrations.huggingface.callbacks.exported_state import (
+    add_exported_state,
+    find_exported_state,
+)
 from poprisk_integrations.huggingface.callbacks.gate_metrics import gate_metrics, sample_gate_stats
 from poprisk_integrations.huggingface.callbacks.log_metrics import add_to_log
 from poprisk_integrations.huggingface.callbacks.stop_report import write_stop_report
@@ -177,9 +181,7 @@ class PopRiskEarlyStoppingCallback(TrainerCallback, ExportableState):
         self.window_seen = 0
         if state.global_step > 0:
             self._resume(args, state)
-        # A checkpoint from before this callback was added has no entry; Trainer needs one to save.
-        saved_states: Any = state.stateful_callbacks
-        saved_states.setdefault(type(self).__name__, self.state())
+        add_exported_state(state, self)
         if state.max_steps < 2 * steps:
             _warn(
                 state,
@@ -280,7 +282,7 @@ class PopRiskEarlyStoppingCallback(TrainerCallback, ExportableState):
             control.should_training_stop = True
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        saved = _saved_attributes(state, self)
+        saved = find_exported_state(state, self)
         if saved is None:
             _warn(
                 state,
@@ -334,15 +336,6 @@ def _largest_lr(optimizer: Any) -> float:
 
 def _is_sharded(args: TrainingArguments, optimizer: Any) -> bool:
     return bool(args.fsdp) or any(is_dtensor(p) for p in _parameters(optimizer))
-
-
-def _saved_attributes(state: TrainerState, callback: ExportableState) -> dict[str, Any] | None:
-    """What this callback saved; of several of its class, the one with the same arguments."""
-    saved_states: Any = state.stateful_callbacks
-    entry = saved_states.get(type(callback).__name__) or []
-    entries = entry if isinstance(entry, list) else [entry]
-    same = [e for e in entries if e["args"] == callback.state()["args"]] or entries
-    return same[-1]["attributes"] if same else None
 
 
 def _warn(state: TrainerState, message: str) -> None:

@@ -40,7 +40,7 @@ class PopRiskMonitorCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Switch sampling on; after a resume too, since it is not part of the checkpoint."""
+        """Switch sampling on, whatever period a checkpoint brought along."""
         self._optimizer = kwargs["optimizer"]
         has_gate = sample_gate_stats(self._optimizer, self.every_n_steps, override=True)
         if not has_gate and state.is_world_process_zero:

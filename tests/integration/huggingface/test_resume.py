@@ -5,10 +5,16 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 import poprisk_integrations.huggingface as hf
 from poprisk_integrations.huggingface.callbacks.window_checkpoint import WINDOW_FILE
 from tests.helpers.tiny_trainer import arguments, train, weights
+
+pytestmark = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5,
+    reason="Trainer itself draws other batches after a resume within an epoch",
+)
 
 WINDOW = 8
 SAVED = 28  # in the middle of the fourth window, at whose end (32) the onset comes
