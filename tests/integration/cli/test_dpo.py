@@ -75,6 +75,24 @@ def test_from_recipe_to_model(
     assert not list(out.glob("*.tmp"))
 
 
+def test_swapped_labels_reach_the_training(recipe: Any, tmp_path: Path) -> None:
+    swapped = pairs(20).rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    swapped.to_json(tmp_path / "swapped.jsonl")
+    runs = {
+        "flipped": {"flip_rate": 1.0},
+        "by hand": {"dataset_name": str(tmp_path / "swapped.jsonl")},
+        "as they are": {},
+    }
+    losses = {}
+    for name, changes in runs.items():
+        out = tmp_path / name
+        path = recipe(output_dir=str(out), save_strategy="no", max_steps=3, **changes)
+        assert main(["dpo", "--config", path]) == 0
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [line["loss"] for line in history if "loss" in line]
+    assert losses["flipped"] == losses["by hand"] != losses["as they are"]
+
+
 def test_lora_and_another_optimizer(recipe: Any, tmp_path: Path) -> None:
     lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]}
     arguments = ["--optim", "adamw_torch", "--no_stop", "--max_steps", "2"]

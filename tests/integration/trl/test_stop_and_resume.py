@@ -17,12 +17,14 @@ from tests.helpers.tiny_dpo import config_options, pairs, tiny_model, tiny_token
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
-def build(output_dir: Path, callbacks: list[Any] | None = None, **options: Any) -> Any:
+def build(
+    output_dir: Path, callbacks: list[Any] | None = None, count: int = 16, **options: Any
+) -> Any:
     return PopRiskDPOTrainer(
         tiny_model(),
         ref_model=tiny_model(),
         args=PopRiskDPOConfig(**config_options(output_dir, **options)),
-        train_dataset=pairs(),
+        train_dataset=pairs(count),
         processing_class=tiny_tokenizer(),
         callbacks=callbacks,
     )
@@ -39,6 +41,14 @@ def test_optimizer_and_stop_by_default(tmp_path: Path) -> None:
     assert stop.window == 8  # a third of an epoch of 4 steps, at least 8
     trainer.train()
     assert type(trainer.optimizer.optimizer) is PopRiskAdamW
+
+
+def test_auto_window_counts_optimizer_steps(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    (stop,) = stops(build(tmp_path, count=60, **options))
+    assert stop.window == 10  # 60 micro-batches, 30 steps, a third of them
+    (stop,) = stops(build(tmp_path, count=60, stop_window=7, **options))
+    assert stop.window == 7
 
 
 def test_stop_off_and_stop_given(tmp_path: Path) -> None:
