@@ -1,0 +1,213 @@
+"""PopRiskOptimizer and PopRiskMonitor in real fits."""
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from torch.optim import lr_scheduler as lrs
+
+from poprisk_integrations import PopRiskAdamW
+from poprisk_integrations.lightning import PopRiskEarlyStopping, PopRiskMonitor, PopRiskOptimizer
+from poprisk_integrations.lightning._upstream import MisconfigurationException
+from tests.integration.lightning import toy
+
+pytestmark = toy.third_party_warnings
+
+
+def scheduled(interval, make_scheduler, make_optimizer=toy.adamw):
+    class Scheduled(toy.Classifier):
+        def configure_optimizers(self):
+            optimizer = make_optimizer(self.parameters())
+            config = {"scheduler": make_scheduler(optimizer), "interval": interval}
+            if isinstance(config["scheduler"], lrs.ReduceLROnPlateau):
+                config["monitor"] = "train_loss"
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss, on_step=False, on_epoch=True)
+            return loss
+
+    return Scheduled()
+
+
+def fit(root, model, callbacks=(), **kwargs):
+    trainer = toy.trainer(root, callbacks, **{"max_epochs": 4, **kwargs})
+    trainer.fit(model, toy.loader())
+    return model, trainer
+
+
+SCHEDULES = {
+    "none": None,
+    "step": ("step", lambda o: lrs.OneCycleLR(o, 2e-2, total_steps=40)),
+    "epoch": ("epoch", lambda o: lrs.ExponentialLR(o, 0.5)),
+    "plateau": ("epoch", lambda o: lrs.ReduceLROnPlateau(o, factor=0.5, patience=0)),
+    "sequential": (
+        "step",
+        lambda o: lrs.SequentialLR(
+            o, [lrs.LinearLR(o, 0.1, 1.0, 8), lrs.CosineAnnealingLR(o, 24)], [8]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_equals_returning_popriskadamw_from_the_module(tmp_path, name):
+    def module(make_optimizer):
+        if SCHEDULES[name] is None:
+            return toy.Classifier(make_optimizer)
+        return scheduled(*SCHEDULES[name], make_optimizer)
+
+    replaced, with_callback = fit(tmp_path, module(toy.adamw), [PopRiskOptimizer()])
+    returned, by_module = fit(tmp_path, module(toy.gated))
+    ours = with_callback.optimizers[0]
+    assert type(ours) is PopRiskAdamW
+    toy.assert_same(replaced.state_dict(), returned.state_dict())
+    toy.assert_same(
+        [float(g["lr"]) for g in ours.param_groups],
+        [float(g["lr"]) for g in by_module.optimizers[0].param_groups],
+    )
+    plain, _ = fit(tmp_path, module(toy.adamw))
+    assert not torch.equal(plain.net[0].weight, replaced.net[0].weight)
+
+
+def test_gate_none_equals_the_modules_adamw_bitwise(tmp_path):
+    def adamw(params):
+        return torch.optim.AdamW(params, lr=1e-2, foreach=False)
+
+    replaced, _ = fit(tmp_path, toy.Classifier(adamw), [PopRiskOptimizer(gate="none")])
+    plain, _ = fit(tmp_path, toy.Classifier(adamw))
+    toy.assert_same(replaced.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16_keeps_float32_states(tmp_path, precision):
+    _, trainer = fit(tmp_path, toy.Classifier(), [PopRiskOptimizer()], precision=precision)
+    states = trainer.optimizers[0].state.values()
+    assert {s["exp_dev_sq"].dtype for s in states} == {torch.float32}
+
+
+def test_says_what_it_did(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, toy.Classifier(), [PopRiskOptimizer(gate="hard")], max_epochs=1)
+    (line,) = [r.message for r in caplog.records if "PopRiskOptimizer" in r.message]
+    assert "gate='hard'" in line
+    assert "replaces AdamW" in line
+
+
+def test_refuses_other_optimizers_before_any_step(tmp_path):
+    model = toy.Classifier(toy.sgd)
+    with pytest.raises(MisconfigurationException, match="cannot replace SGD"):
+        fit(tmp_path, model, [PopRiskOptimizer()])
+    toy.assert_same(model.state_dict(), toy.Classifier().state_dict())
+
+
+def test_works_with_finetuning_that_adds_groups(tmp_path):
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+    def trained(params):
+        return torch.optim.AdamW([p for p in params if p.requires_grad], lr=1e-2)
+
+    model, trainer = fit(
+        tmp_path,
+        toy.Classifier(trained),
+        [PopRiskOptimizer(gate="hard"), Unfreeze(), PopRiskEarlyStopping(window=8)],
+    )
+    assert [g["gate"] for g in trainer.optimizers[0].param_groups] == ["hard", "hard"]
+    assert not torch.equal(model.net[0].weight, toy.Classifier().net[0].weight)
+
+
+def test_manual_optimization_with_several_adams(tmp_path):
+    class TwoAdams(toy.Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.AdamW(layer.parameters(), lr=1e-2) for layer in self.net[::2]]
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    _, trainer = fit(tmp_path, TwoAdams(), [PopRiskOptimizer()], max_epochs=1)
+    assert [type(o) for o in trainer.optimizers] == [PopRiskAdamW, PopRiskAdamW]
+    assert all(float(s["step"]) == 8 for o in trainer.optimizers for s in o.state.values())
+
+
+def test_the_stop_and_the_monitor_see_the_replaced_optimizer(tmp_path):
+    """In any order of callbacks."""
+    stop = PopRiskEarlyStopping(window=8)
+    _, trainer = fit(
+        tmp_path,
+        toy.Classifier(),
+        [PopRiskMonitor(every_n_steps=1), stop, PopRiskOptimizer()],
+        max_epochs=20,
+    )
+    assert trainer.global_step == stop.stopped_step == 96
+    assert 0 < float(trainer.callback_metrics["poprisk/open_fraction"]) < 1
+
+
+class TestMonitor:
+    STATS = (
+        "open_fraction",
+        "mean_gate",
+        "update_norm_ratio",
+        "closed_zero_grad",
+        "closed_noise",
+        "skipped_nonfinite",
+        "effective_lr",
+    )
+
+    def test_logs_every_statistic_at_its_interval(self, tmp_path):
+        seen = []
+
+        class Watch(Callback):
+            def on_train_batch_end(self, trainer, *_):
+                metrics = trainer.callback_metrics
+                seen.append(tuple(float(metrics[f"poprisk/{name}"]) for name in TestMonitor.STATS))
+
+        fit(tmp_path, toy.Classifier(toy.gated), [PopRiskMonitor(4), Watch()], max_epochs=2)
+        changes = [step for step in range(2, 17) if seen[step - 1] != seen[step - 2]]
+        assert changes == [5, 9, 13]  # sampled at steps 1, 5, 9, 13
+        assert seen[0][0] == 1.0  # all open at the first step
+
+    def test_values_are_the_optimizers(self, tmp_path):
+        _, trainer = fit(tmp_path, toy.Classifier(toy.gated), [PopRiskMonitor(1)], max_epochs=2)
+        stats = trainer.optimizers[0].gate_stats()
+        for name in self.STATS:
+            assert float(trainer.callback_metrics[f"poprisk/{name}"]) == pytest.approx(
+                float(stats[name])
+            )
+
+    def test_reaches_loggers(self, tmp_path):
+        logger = CSVLogger(tmp_path)
+        fit(
+            tmp_path,
+            scheduled(*SCHEDULES["epoch"], toy.gated),
+            [PopRiskMonitor(2), LearningRateMonitor()],
+            logger=logger,
+            log_every_n_steps=4,
+        )
+        header = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
+        assert {f"poprisk/{name}" for name in self.STATS} <= set(header.split(","))
+
+    def test_leaves_the_run_bitwise_the_same(self, tmp_path):
+        watched, _ = fit(tmp_path, toy.Classifier(toy.gated), [PopRiskMonitor(3)])
+        alone, _ = fit(tmp_path, toy.Classifier(toy.gated))
+        toy.assert_same(watched.state_dict(), alone.state_dict())
+
+    def test_refuses_other_optimizers(self, tmp_path):
+        with pytest.raises(MisconfigurationException, match="PopRiskMonitor .* found: AdamW"):
+            fit(tmp_path, toy.Classifier(), [PopRiskMonitor()])

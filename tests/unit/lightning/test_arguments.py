@@ -1,0 +1,99 @@
+"""Bad values are refused when callbacks are constructed; defaults are those of the contract."""
+
+import inspect
+import pickle
+
+import pytest
+
+from poprisk_integrations import PopRiskAdamW
+from poprisk_integrations.lightning import PopRiskEarlyStopping, PopRiskMonitor, PopRiskOptimizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kappa": 0.5}, r"Invalid kappa: 0.5. Must be finite and >= 1"),
+        ({"kappa": float("nan")}, "Invalid kappa: nan"),
+        ({"threshold": 0.0}, "Invalid threshold: 0.0"),
+        ({"min_steps": -1}, "Invalid min_steps: -1"),
+        ({"window": 1}, "Invalid window: 1. Must be 'auto' or an integer >= 2"),
+        ({"window": 8.0}, "Invalid window: 8.0"),
+        ({"window": True}, "Invalid window: True"),
+        ({"window": "epoch"}, "Invalid window: 'epoch'"),
+        ({"action": "halt"}, r"Invalid action: 'halt'. Must be one of \('stop', 'monitor'\)"),
+        ({"restore": "best"}, "Invalid restore: 'best'"),
+    ],
+)
+def test_early_stopping_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PopRiskEarlyStopping(**arguments)
+
+
+def test_early_stopping_defaults():
+    parameters = inspect.signature(PopRiskEarlyStopping).parameters
+    assert {name: p.default for name, p in parameters.items()} == {
+        "kappa": 2.0,
+        "window": "auto",
+        "threshold": 1.0,
+        "min_steps": 0,
+        "action": "stop",
+        "restore": "stop",
+    }
+
+
+def test_thresholds_for_arming_scale_with_the_threshold():
+    config = PopRiskEarlyStopping(threshold=2.0)._config
+    assert (config.arm_threshold, config.rearm_threshold) == (3.0, 2.6)
+
+
+def test_state_keys_tell_rules_apart():
+    keys = {
+        PopRiskEarlyStopping(**arguments).state_key
+        for arguments in ({}, {"kappa": 3.0}, {"window": 9}, {"threshold": 2.0}, {"min_steps": 1})
+    }
+    assert len(keys) == 5
+    # What is done about a verdict is no part of the state's meaning.
+    assert PopRiskEarlyStopping(action="monitor", restore=None).state_key in keys
+
+
+def test_a_fresh_callback_has_nothing_to_report():
+    stop = PopRiskEarlyStopping()
+    assert (stop.stopped_step, stop.onset_step, stop.best_model_path) == (None, None, "")
+    assert set(stop.metrics().values()) == {-1.0}
+
+
+@pytest.mark.parametrize("every_n_steps", [0, -1, 1.5, True, "50"])
+def test_monitor_refuses(every_n_steps):
+    with pytest.raises(ValueError, match="Invalid every_n_steps"):
+        PopRiskMonitor(every_n_steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate": "open"}, "Invalid gate: 'open'"),
+        ({"alpha": "finite"}, "batch_size"),
+        ({"alpha": -1.0}, "Invalid alpha"),
+        ({"gate_blend": 2.0}, "Invalid gate_blend"),
+        ({"state_dtype": "8bit"}, "Invalid state_dtype"),
+    ],
+)
+def test_optimizer_refuses_when_constructed(options, message):
+    with pytest.raises(ValueError, match=message):
+        PopRiskOptimizer(**options)
+
+
+def test_optimizer_has_every_option_that_adam_lacks_with_the_same_default():
+    adam = {"params", "lr", "betas", "eps", "weight_decay", "maximize", "foreach", "fused"}
+    ours = {
+        name: p.default
+        for name, p in inspect.signature(PopRiskAdamW).parameters.items()
+        if name not in adam | {"capturable"}
+    }
+    theirs = {n: p.default for n, p in inspect.signature(PopRiskOptimizer).parameters.items()}
+    assert theirs == ours
+
+
+@pytest.mark.parametrize("callback", [PopRiskEarlyStopping(), PopRiskMonitor(), PopRiskOptimizer()])
+def test_callbacks_pickle(callback):
+    assert type(pickle.loads(pickle.dumps(callback))) is type(callback)
