@@ -65,24 +65,23 @@ class GradientWindow:
         self._seen += 1
         positions = [i for i, p in enumerate(self._params) if p.grad is not None]
         grads = [local_tensor(self._params[i].grad).detach() for i in positions]  # type: ignore[arg-type]
-        used = [(i, g) for i, g in zip(positions, grads, strict=True) if g.numel()]
-        if not used:
+        if not grads:
             return
-        norms = torch._foreach_norm([g for _, g in used])
-        sq = torch.stack([n.float().square() for n in norms])
+        sq = torch.stack([n.float().square() for n in torch._foreach_norm(grads)])
         # The same verdict on all shards: the sum of the squares over them is finite or not.
-        total = sum_over_shards(sq, [self._params[i] for i, _ in used]).sum()
+        total = sum_over_shards(sq, [self._params[i] for i in positions]).sum()
         finite = torch.isfinite(total)
-        if self._counted is None:
-            self._counted = torch.zeros((), device=sq.device)
-        self._counted += finite
         zero = sq.new_zeros(())
-        for column, (i, grad) in enumerate(used):
+        self._counted = (zero if self._counted is None else self._counted.to(sq.device)) + finite
+        for column, (i, grad) in enumerate(zip(positions, grads, strict=True)):
             if i not in self._sums:
                 self._sums[i] = torch.zeros_like(grad, dtype=torch.float32)
-                self._sq[i] = sq.new_zeros(())
+                self._sq[i] = zero
+            elif self._sums[i].device != grad.device:  # a loaded window comes on the CPU
+                self._sums[i] = self._sums[i].to(grad.device)
+                self._sq[i] = self._sq[i].to(grad.device)
             self._sums[i] += torch.where(finite, grad, zero.to(grad.dtype))
-            self._sq[i] += torch.where(finite, sq[column], zero)
+            self._sq[i] = self._sq[i] + torch.where(finite, sq[column], zero)
 
     @torch.no_grad()
     def close(self) -> WindowRatio | None:
@@ -112,7 +111,8 @@ class GradientWindow:
         steps = round(float(host[-1]))
         if steps < 2:
             return None
-        return window_signal_ratio(*host[:-1].reshape(3, -1), steps=steps)
+        norm_sq_of_sum, sum_of_norm_sq, numel = host[:-1].reshape(3, -1)
+        return window_signal_ratio(norm_sq_of_sum, sum_of_norm_sq, numel, steps)
 
     def reset(self) -> None:
         """Forget the unfinished window."""

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from poprisk_integrations.core import StoppingConfig, StoppingDecision, StoppingRule
-from poprisk_integrations.diagnostics import GradientWindow
+from poprisk_integrations.diagnostics import GradientWindow, auto_window_steps
 from poprisk_integrations.distributed import is_dtensor, mean_over_ranks
 from poprisk_integrations.huggingface.callbacks.best_checkpoint import (
     check_restore,
@@ -21,6 +21,7 @@ from poprisk_integrations.huggingface.callbacks.best_checkpoint import (
     keep_best_path,
     mark_best,
 )
+from poprisk_integrations.huggingface.callbacks.epoch_length import steps_per_epoch
 from poprisk_integrations.huggingface.callbacks.exported_state import (
     add_exported_state,
     find_exported_state,
@@ -32,10 +33,6 @@ from poprisk_integrations.huggingface.callbacks.window_checkpoint import (
     WINDOW_FILE,
     load_window,
     save_window,
-)
-from poprisk_integrations.huggingface.callbacks.window_length import (
-    auto_window_steps,
-    steps_per_epoch,
 )
 from poprisk_integrations.huggingface.registration import checkpoint_directory
 
@@ -73,8 +70,8 @@ class PopRiskEarlyStoppingCallback(TrainerCallback, ExportableState):
     Args:
         kappa: Stop at this multiple of the training time of the onset, >= 1.
         window: Optimizer steps per window, >= 2, or "auto": one epoch, a third of an epoch for
-            runs of under two, a twentieth of the run if the length of an epoch is unknown; at
-            least 8.
+            runs of under eight, a twentieth of the run if the length of an epoch is unknown; at
+            least 8 (`diagnostics.auto_window_steps`).
         threshold: F below this is the onset, > 0. An onset counts once F has exceeded 1.5 times
             this; two windows in a row above 1.3 times this take it back.
         min_steps: No stop before this many optimizer steps.
