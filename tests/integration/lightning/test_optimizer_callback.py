@@ -209,5 +209,5 @@ class TestMonitor:
         toy.assert_same(watched.state_dict(), alone.state_dict())
 
     def test_refuses_other_optimizers(self, tmp_path):
-        with pytest.raises(MisconfigurationException, match="PopRiskMonitor .* found: AdamW"):
+        with pytest.raises(MisconfigurationException, match=r"PopRiskMonitor .* found: AdamW"):
             fit(tmp_path, toy.Classifier(), [PopRiskMonitor()])

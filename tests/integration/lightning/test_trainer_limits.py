@@ -46,10 +46,9 @@ def test_a_verdict_that_had_to_wait_is_taken_back_when_signal_returns(tmp_path):
 
     class SignalReturns(toy.Classifier):
         def training_step(self, batch, batch_idx):
-            x, y = batch
             if self.global_step < 80:
                 return super().training_step(batch, batch_idx)
-            return (self.net(x) - 100.0).square().mean()  # all examples agree
+            return (self.net(batch[0]) - 100.0).square().mean()  # all examples agree
 
     stop = PopRiskEarlyStopping(window=8)
     trainer = toy.trainer(tmp_path, [stop], min_epochs=13, max_epochs=14)
