@@ -10,37 +10,14 @@ from poprisk_integrations.huggingface import (
 if TYPE_CHECKING:
     from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
 
-__all__ = ["add_stop", "auto_window", "stopping_callback", "tracked_metrics"]
-
-_SHORTEST_WINDOW = 8  # with fewer terms the noise of a window's own estimate decides
+__all__ = ["add_stop", "stopping_callback", "tracked_metrics"]
 
 
-def auto_window(num_pairs: int, *, per_device: int, accumulation: int, world_size: int) -> int:
-    """Optimizer steps in a third of an epoch, at least 8.
-
-    Args:
-        num_pairs: Pairs in the training set.
-        per_device: Pairs per device and micro-batch.
-        accumulation: Micro-batches per optimizer step.
-        world_size: Processes.
-
-    Example:
-        >>> auto_window(2000, per_device=4, accumulation=2, world_size=2)
-        42
-    """
-    micro_batches = -(-num_pairs // (per_device * world_size))
-    epoch_steps = -(-micro_batches // accumulation)
-    return max(_SHORTEST_WINDOW, round(epoch_steps / 3))
-
-
-def stopping_callback(
-    args: "PopRiskDPOConfig", window: int | str | None = None
-) -> PopRiskEarlyStoppingCallback:
+def stopping_callback(args: "PopRiskDPOConfig") -> PopRiskEarlyStoppingCallback:
     """The callback that the options `stop_*` describe.
 
     Args:
         args: Settings of the run.
-        window: Takes the place of `args.stop_window`.
 
     Raises:
         ValueError: If an option is outside its range; the message names it.
@@ -48,7 +25,7 @@ def stopping_callback(
     try:
         return PopRiskEarlyStoppingCallback(
             kappa=args.stop_kappa,
-            window=window or args.stop_window or "auto",
+            window=args.stop_window or "auto",
             threshold=args.stop_threshold,
             min_steps=args.stop_min_steps,
             action=args.stop_action,
@@ -59,28 +36,13 @@ def stopping_callback(
 
 
 def add_stop(trainer: Any) -> None:
-    """Add the stop to a trainer, unless it has one or `args.stop` is off.
-
-    Args:
-        trainer: A trainer whose data are prepared. Where they have no length, the callback picks
-            its own window for "auto".
-    """
-    args = trainer.args
+    """Add the stop to a trainer, unless it has one or `args.stop` is off."""
     present = any(
         isinstance(callback, PopRiskEarlyStoppingCallback)
         for callback in trainer.callback_handler.callbacks
     )
-    if not args.stop or present:
-        return
-    window = args.stop_window
-    if window == "auto" and hasattr(trainer.train_dataset, "__len__"):
-        window = auto_window(
-            len(trainer.train_dataset),
-            per_device=args.train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            world_size=args.world_size,
-        )
-    trainer.add_callback(stopping_callback(args, window))
+    if trainer.args.stop and not present:
+        trainer.add_callback(stopping_callback(trainer.args))
 
 
 def tracked_metrics(trainer: Any, logs: dict[str, Any]) -> dict[str, float]:
