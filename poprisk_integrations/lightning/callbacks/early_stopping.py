@@ -29,7 +29,7 @@ from poprisk_integrations.lightning.callbacks.refusals import (
     refuse_scaled_gradients,
     refuse_strategy,
 )
-from poprisk_integrations.lightning.callbacks.window_length import auto_window_steps, total_steps
+from poprisk_integrations.lightning.callbacks.run_length import window_steps
 
 __all__ = ["PopRiskEarlyStopping"]
 
@@ -69,8 +69,8 @@ class PopRiskEarlyStopping(Callback):
     Args:
         kappa: Stop at this multiple of the training time of the onset, >= 1.
         window: Optimizer steps per window, >= 2, or "auto": one epoch, a third of an epoch for
-            runs of under two, a twentieth of the run if the length of an epoch is unknown; at
-            least 8.
+            runs of under eight, a twentieth of the run if the length of an epoch is unknown; at
+            least 8 (`diagnostics.auto_window_steps`).
         threshold: F below this is the onset, > 0. An onset counts once F has exceeded 1.5 times
             this; two windows in a row above 1.3 times this take it back.
         min_steps: No stop before this many optimizer steps.
@@ -225,7 +225,7 @@ class PopRiskEarlyStopping(Callback):
             self._act_on_verdict(trainer)
         if decision.onset and self._saves_onset:
             self._onset_path = onset_path(trainer, self._step)
-            trainer.save_checkpoint(self._onset_path)
+            trainer.save_checkpoint(self._onset_path, weights_only=False)
         elif self.onset_step is None:
             self._onset_path = ""
         if not trainer.barebones:
@@ -284,13 +284,7 @@ class PopRiskEarlyStopping(Callback):
         return self.action == "stop" and self.restore == "onset"
 
     def _window_steps(self, trainer: Trainer) -> int:
-        length = trainer.num_training_batches
-        micro_batches = None if length == float("inf") else int(length)
-        accumulation = trainer.accumulate_grad_batches
-        total = total_steps(micro_batches, accumulation, trainer.max_epochs, trainer.max_steps)
-        steps = self.window
-        if not isinstance(steps, int):
-            steps = auto_window_steps(micro_batches, accumulation, total)
+        steps, total = window_steps(trainer, self.window)
         if self.action == "stop" and total is not None and total < 2 * steps:
             rank_zero_warn(
                 f"PopRiskEarlyStopping: the run has {total} steps, fewer than two windows of "

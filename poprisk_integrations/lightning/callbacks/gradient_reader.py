@@ -68,25 +68,16 @@ class GradientReader:
         return None if self.is_sharded else self.window.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> bool:
-        """Continue an unfinished window, on the parameters' devices.
+        """Continue an unfinished window.
 
         Returns:
             Whether it fits the trained parameters; if not, the window starts afresh.
         """
-        sums = state_dict["sums"]
-        if any(
-            int(i) >= len(self._params) or t.shape != self._params[int(i)].shape
-            for i, t in sums.items()
-        ):
-            return False
-        counted = state_dict["counted"]
-        state = {
-            "seen": state_dict["seen"],
-            "counted": counted.to(self._params[0].device) if counted is not None else None,
-            "sums": {i: t.to(self._params[int(i)].device) for i, t in sums.items()},
-            "sq": {i: t.to(self._params[int(i)].device) for i, t in state_dict["sq"].items()},
-        }
-        self.window.load_state_dict(state)
+        shapes = [p.shape for p in self._params]
+        for position, tensor in state_dict["sums"].items():
+            if int(position) >= len(shapes) or tensor.shape != shapes[int(position)]:
+                return False
+        self.window.load_state_dict(state_dict)
         return True
 
     def release(self) -> dict[str, Any] | None:

@@ -168,11 +168,13 @@ def test_auto_needs_a_length(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        ({"max_epochs": 3}, 16),  # an epoch
+        ({"max_epochs": 8}, 32),  # an epoch
+        ({"max_epochs": 7}, 10),  # a third
         ({"max_epochs": 1, "limit_train_batches": 16}, 8),  # a third, but at least 8
-        # 16 batches by 3: five complete steps and a short one; 8 complete ones end at step 9.
-        ({"max_epochs": 3, "accumulate_grad_batches": 3}, 9),
-        ({"max_epochs": 30, "overfit_batches": 9}, 9),
+        # 32 batches by 3: ten complete steps and a short one.
+        ({"max_epochs": 8, "accumulate_grad_batches": 3}, 10),
+        ({"max_epochs": 7, "accumulate_grad_batches": 4}, 8),
+        ({"max_epochs": 8, "overfit_batches": 9}, 9),
     ],
 )
 def test_auto_window(tmp_path, settings, steps):
@@ -183,7 +185,7 @@ def test_auto_window(tmp_path, settings, steps):
         def on_train_batch_end(self, *_):
             closed.append((self.global_step, stop.state_dict()["rule"]["windows"]))
 
-    toy.trainer(tmp_path, [stop], **settings).fit(Watch(), toy.loader(512))
+    toy.trainer(tmp_path, [stop], **settings).fit(Watch(), toy.loader(batch_size=8))
     assert next(step for step, windows in closed if windows == 1) == steps
 
 

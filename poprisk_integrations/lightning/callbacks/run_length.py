@@ -1,0 +1,65 @@
+"""How long a run and its epochs are, in optimizer steps."""
+
+from poprisk_integrations.diagnostics import auto_window_steps
+from poprisk_integrations.lightning._upstream import Trainer
+
+__all__ = ["complete_steps", "total_steps", "window_steps"]
+
+
+def complete_steps(micro_batches: int, accumulation: int) -> int:
+    """Optimizer steps of an epoch without the short one that may end it.
+
+    Lightning steps at the end of an epoch with the micro-batches that it has.
+
+    Args:
+        micro_batches: Of one epoch on one rank.
+        accumulation: Micro-batches per optimizer step.
+
+    Example:
+        >>> complete_steps(8, 3), complete_steps(9, 3), complete_steps(2, 3)
+        (2, 3, 1)
+    """
+    return max(1, micro_batches // accumulation)
+
+
+def total_steps(epoch_steps: int | None, max_epochs: int | None, max_steps: int) -> int | None:
+    """Optimizer steps of a run; None if it has no known end.
+
+    Args:
+        epoch_steps: Of one epoch; None if unknown.
+        max_epochs: The trainer's; None or -1 for no limit.
+        max_steps: The trainer's; -1 for no limit.
+
+    Example:
+        >>> total_steps(100, 3, -1), total_steps(100, 3, 120), total_steps(None, 3, -1)
+        (300, 120, None)
+    """
+    limits = [max_steps] if max_steps >= 0 else []
+    if epoch_steps is not None and max_epochs is not None and max_epochs >= 0:
+        limits.append(max_epochs * epoch_steps)
+    return min(limits, default=None)
+
+
+def window_steps(trainer: Trainer, window: int | str) -> tuple[int, int | None]:
+    """Length of a window and of the whole run, in optimizer steps.
+
+    Args:
+        trainer: Fitting, so that it knows its data.
+        window: A length, or "auto" for `diagnostics.auto_window_steps`.
+
+    Raises:
+        ValueError: If `window` is "auto" and nothing is known about the length of the run.
+    """
+    length = trainer.num_training_batches
+    epoch_steps = None
+    if length != float("inf"):
+        epoch_steps = complete_steps(int(length), trainer.accumulate_grad_batches)
+    total = total_steps(epoch_steps, trainer.max_epochs, trainer.max_steps)
+    if isinstance(window, int):
+        return window, total
+    if epoch_steps is None and total is None:
+        raise ValueError(
+            "Invalid window: 'auto'. The data has no length and the run no max_steps; set the "
+            "window to an integer >= 2."
+        )
+    return auto_window_steps(total, epoch_steps), total

@@ -1,0 +1,158 @@
+"""Two gloo processes through Lightning: each rank writes what it saw of every scenario.
+
+Run with `python -m torch.distributed.run --standalone --nproc-per-node 2`, arguments: the output
+directory and the names of scenarios. The test module runs the same fits in one process.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.utils.data import DataLoader, DistributedSampler
+
+from poprisk_integrations import PopRiskAdamW
+from poprisk_integrations.lightning import PopRiskEarlyStopping, PopRiskMonitor, PopRiskOptimizer
+from tests.integration.lightning import toy
+
+
+class SaveAt(Callback):
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class Sharded(toy.Classifier):
+    """FSDP2: every layer's parameters are DTensors."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        if self.device_mesh is not None:
+            for layer in (self.net[0], self.net[2], self.net):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class RankDependentRate(toy.Classifier):
+    """A scheduler fed with a number of one rank only, e.g. a metric logged without sync_dist."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        rank = self.global_rank
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.6 if step > 36 and rank == 1 else 1.0
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def fit(root, model, callbacks=(), ckpt_path=None, world_size=1, strategy=None, **kwargs):
+    data = toy.noisy_data(256, toy.FLIPS)
+    sampler = None
+    if world_size > 1:
+        kwargs["strategy"] = strategy or DDPStrategy(process_group_backend="gloo")
+        kwargs["devices"] = world_size
+        # Lightning's own sampler would shuffle: here the ranks' batches join to one process's.
+        kwargs["use_distributed_sampler"] = False
+        sampler = DistributedSampler(data, world_size, int(os.environ["RANK"]), shuffle=False)
+    stop = PopRiskEarlyStopping(window=8, **kwargs.pop("stop", {}))
+    trainer = toy.trainer(root, [stop, *callbacks], **{"max_epochs": 20, **kwargs})
+    loader = DataLoader(data, batch_size=32 // world_size, sampler=sampler)
+    trainer.fit(model, loader, ckpt_path=ckpt_path)
+    return {
+        "global_step": trainer.global_step,
+        "stopped_step": stop.stopped_step,
+        "onset_step": stop.onset_step,
+        "reason": stop.stopping_reason,
+        "rule": stop.state_dict()["rule"],
+        "weights": model.state_dict(),
+        "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+    }
+
+
+def adamw(root, world_size):
+    return fit(root, toy.Classifier(), world_size=world_size)
+
+
+def gated(root, world_size):
+    return fit(root, toy.Classifier(), [PopRiskOptimizer()], world_size=world_size)
+
+
+def accumulated_and_clipped(root, world_size):
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3, "max_epochs": 40}
+    return fit(root, toy.Classifier(), [PopRiskOptimizer()], world_size=world_size, **settings)
+
+
+def resumed(root, world_size):
+    """Interrupted at the end of an epoch and in a window, and continued."""
+
+    def model():
+        return toy.Classifier(lambda params: PopRiskAdamW(params, lr=2e-2))
+
+    path = root / f"resume-{world_size}.ckpt"
+    settings = {"world_size": world_size, "limit_train_batches": 4, "max_epochs": 40}
+    whole = fit(root, model(), [SaveAt(path, 20)], **settings)
+    again = fit(root, model(), ckpt_path=path, **settings)
+    return {"whole": whole, "again": again}
+
+
+def onset_restored(root, world_size):
+    settings = {"stop": {"restore": "onset"}, "world_size": world_size}
+    return fit(root / f"onset-{world_size}", toy.Classifier(), **settings)
+
+
+def rank_dependent_rate(root, world_size):
+    return fit(root, RankDependentRate(), world_size=world_size)
+
+
+def min_epochs(root, world_size):
+    return fit(root, toy.Classifier(), world_size=world_size, min_epochs=10)
+
+
+def fsdp2(root, world_size):
+    strategy = None
+    if world_size > 1:
+        strategy = ModelParallelStrategy(
+            data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
+        )
+    result = fit(
+        root,
+        Sharded(),
+        [PopRiskOptimizer(), PopRiskMonitor(1)],
+        world_size=world_size,
+        strategy=strategy,
+    )
+    weights = result["weights"].items()
+    result["weights"] = {k: w.full_tensor() if world_size > 1 else w for k, w in weights}
+    return result
+
+
+SCENARIOS = (
+    adamw,
+    gated,
+    accumulated_and_clipped,
+    resumed,
+    onset_restored,
+    rank_dependent_rate,
+    min_epochs,
+    fsdp2,
+)
+
+
+def main(out, names):
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for scenario in SCENARIOS:
+        if scenario.__name__ in names:
+            result = scenario(Path(out), world_size)
+            torch.save(result, Path(out) / f"{scenario.__name__}-rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
