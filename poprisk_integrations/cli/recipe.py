@@ -14,18 +14,24 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from poprisk_integrations.cli.errors import UsageError
 from poprisk_integrations.trl import PopRiskDPOConfig
 
-__all__ = ["Recipe", "StudyArguments", "parse_recipe", "recipe_help"]
+__all__ = ["PairArguments", "Recipe", "parse_recipe", "recipe_help"]
 
 
 @dataclass
-class StudyArguments:
-    """Options for studies of wrong labels.
+class PairArguments:
+    """What happens to the pairs before training.
 
     Args:
+        drop_unusable_pairs: Leave out pairs with an empty or twice the same completion, which are
+            an error otherwise.
         flip_rate: Share of the training pairs whose labels are swapped, in [0, 1].
         flip_seed: Seed of the draw.
     """
 
+    drop_unusable_pairs: bool = field(
+        default=False,
+        metadata={"help": "Leave out pairs with an empty or twice the same completion."},
+    )
     flip_rate: float = field(
         default=0.0,
         metadata={"help": "Share of the training pairs whose labels are swapped, for studies."},
@@ -46,14 +52,14 @@ class Recipe:
         training: Settings of the trainer.
         model: Which model to load, and LoRA and quantization.
         mixture: Data from several sources or local files, as in `trl dpo`.
-        study: Label swaps.
+        pairs: What happens to the pairs.
     """
 
     script: ScriptArguments
     training: PopRiskDPOConfig
     model: ModelConfig
     mixture: DatasetMixtureConfig
-    study: StudyArguments
+    pairs: PairArguments
 
 
 class _RecipeParser(TrlParser):
@@ -121,7 +127,7 @@ def _parser() -> TrlParser:
         PopRiskDPOConfig,
         ModelConfig,
         DatasetMixtureConfig,
-        StudyArguments,
+        PairArguments,
     )
     return _RecipeParser(types, prog="poprisk dpo", allow_abbrev=False)
 

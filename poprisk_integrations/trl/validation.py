@@ -7,7 +7,13 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainingArguments
 
-__all__ = ["check_before_work", "check_num_pairs", "check_output_dir", "check_preferences"]
+__all__ = [
+    "check_before_work",
+    "check_num_pairs",
+    "check_output_dir",
+    "check_preferences",
+    "unusable_rows",
+]
 
 _TOKENIZED_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 
@@ -57,9 +63,43 @@ def check_preferences(dataset: Dataset, name: str = "train_dataset") -> None:
         ValueError: If `chosen` or `rejected` is missing, a row is empty, or the two completions of
             a row are the same. The message counts the rows and names the first.
     """
+    empty, identical = unusable_rows(dataset, name)
+    if empty:
+        raise ValueError(
+            f"{name} has {_rows(empty)} with an empty prompt, chosen or rejected. Remove them "
+            "(in a recipe of `poprisk dpo`: drop_unusable_pairs: true)."
+        )
+    if identical:
+        raise ValueError(
+            f"{name} has {_rows(identical)} whose chosen and rejected are the same: they express "
+            "no preference. Remove them, e.g. with "
+            'dataset.filter(lambda row: row["chosen"] != row["rejected"]) '
+            "(in a recipe of `poprisk dpo`: drop_unusable_pairs: true)."
+        )
+
+
+def unusable_rows(dataset: Dataset, name: str = "train_dataset") -> tuple[list[int], list[int]]:
+    """Rows that express no preference.
+
+    Args:
+        dataset: A map-style data set in one of TRL's formats.
+        name: How an error should call it.
+
+    Returns:
+        Rows with an empty chosen or rejected (or no prompt), and rows whose completions are the
+        same. Both are empty for data that are tokenized already.
+
+    Raises:
+        ValueError: If a column is missing, or a completion is neither text nor messages.
+
+    Example:
+        >>> data = {"chosen": ["a", "b", ""], "rejected": ["c", "b", "d"]}
+        >>> unusable_rows(Dataset.from_dict(data))
+        ([2], [1])
+    """
     columns = dataset.column_names
     if _TOKENIZED_COLUMNS.issubset(columns):
-        return
+        return [], []
     missing = [column for column in ("chosen", "rejected") if column not in columns]
     if missing:
         raise ValueError(
@@ -87,16 +127,7 @@ def check_preferences(dataset: Dataset, name: str = "train_dataset") -> None:
             elif chosen == rejected:
                 identical.append(index)
             index += 1
-    if empty:
-        raise ValueError(
-            f"{name} has {_rows(empty)} with an empty prompt, chosen or rejected. Remove them."
-        )
-    if identical:
-        raise ValueError(
-            f"{name} has {_rows(identical)} whose chosen and rejected are the same: they express "
-            "no preference. Remove them, e.g. with "
-            'dataset.filter(lambda row: row["chosen"] != row["rejected"]).'
-        )
+    return empty, identical
 
 
 def check_num_pairs(num_pairs: int, *, per_device: int, accumulation: int, world_size: int) -> None:

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":
+    from datasets import Dataset
     from trl import get_peft_config, get_quantization_config
 
     from poprisk_integrations.cli.preference_data import load_preferences
@@ -83,6 +84,12 @@ def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":
     train, evaluation = load_preferences(
         recipe.script, recipe.mixture, evaluate=training.eval_strategy != "no"
     )
+    options = recipe.pairs
+    if (options.flip_rate or options.drop_unusable_pairs) and not isinstance(train, Dataset):
+        raise UsageError("flip_rate and drop_unusable_pairs need data that are not streamed")
+    if options.drop_unusable_pairs:
+        train = _drop_unusable(train, "train_dataset")
+        evaluation = evaluation and _drop_unusable(evaluation, "eval_dataset")
     train, flips = _flip(recipe, train)
     try:
         trainer = PopRiskDPOTrainer(
@@ -103,23 +110,32 @@ def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":
     return trainer
 
 
+def _drop_unusable(dataset: Any, name: str) -> Any:
+    """The data without pairs that express no preference."""
+    from poprisk_integrations.trl.validation import unusable_rows
+
+    empty, identical = unusable_rows(dataset, name)
+    dropped = {*empty, *identical}
+    if not dropped:
+        return dataset
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name}: {len(empty)} empty and {len(identical)} identical pairs left out")
+    return dataset.select([row for row in range(len(dataset)) if row not in dropped])
+
+
 def _flip(recipe: "Recipe", train: Any) -> tuple[Any, dict[str, Any] | None]:
     """The training data with swapped labels, and the record of it (None without swaps)."""
-    from datasets import Dataset
-
     from poprisk_integrations.trl.label_flips import flip_preferences
     from poprisk_integrations.trl.validation import check_preferences
 
-    study = recipe.study
-    if study.flip_rate == 0:
+    options = recipe.pairs
+    if options.flip_rate == 0:
         return train, None
-    if not isinstance(train, Dataset):
-        raise UsageError("flip_rate needs data that are not streamed: it swaps an exact count")
     check_preferences(train)
-    train, rows = flip_preferences(train, study.flip_rate, study.flip_seed)
+    train, rows = flip_preferences(train, options.flip_rate, options.flip_seed)
     return train, {
-        "flip_rate": study.flip_rate,
-        "flip_seed": study.flip_seed,
+        "flip_rate": options.flip_rate,
+        "flip_seed": options.flip_seed,
         "num_pairs": len(train),
         "num_flipped": len(rows),
         "rows": rows,

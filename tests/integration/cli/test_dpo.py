@@ -93,6 +93,26 @@ def test_swapped_labels_reach_the_training(recipe: Any, tmp_path: Path) -> None:
     assert losses["flipped"] == losses["by hand"] != losses["as they are"]
 
 
+def test_unusable_pairs_can_be_left_out(
+    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    same = {"prompt": "ash", "chosen": " bay", "rejected": " bay"}
+    empty = {"prompt": "ash", "chosen": "", "rejected": " bay"}
+    for name, rows in {"train": [same, *pairs(8), empty, same], "test": [*pairs(4), same]}.items():
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = recipe(
+        dataset_name=str(data), drop_unusable_pairs=True, flip_rate=0.5, max_steps=2,
+        eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    assert main(["dpo", "--config", path]) == 0
+    printed = capsys.readouterr().out
+    assert "train_dataset: 1 empty and 2 identical pairs left out" in printed
+    assert "eval_dataset: 0 empty and 1 identical pairs left out" in printed
+    assert "4 of 8 training labels swapped" in printed
+
+
 def test_lora_and_another_optimizer(recipe: Any, tmp_path: Path) -> None:
     lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]}
     arguments = ["--optim", "adamw_torch", "--no_stop", "--max_steps", "2"]
@@ -150,7 +170,7 @@ def test_unusable_data(
         ({"dataset_train_split": "train", "eval_strategy": "epoch"}, "no split 'test'"),
         ({"label_smoothing": 0.2}, "label_smoothing: 0.2"),
         ({"noise": "auto"}, "Only 'off' is available"),
-        ({"dataset_streaming": True, "flip_rate": 0.5}, "flip_rate needs data that are not"),
+        ({"dataset_streaming": True, "flip_rate": 0.5}, "need data that are not streamed"),
     ],
 )
 def test_unusable_recipes(

@@ -34,7 +34,7 @@ def test_keys_of_trl_and_ours(tmp_path: Path) -> None:
     assert (recipe.training.learning_rate, recipe.training.beta) == (1e-4, 0.2)
     assert (recipe.training.loss_type, recipe.training.stop_kappa) == (["robust"], 3.0)
     assert (recipe.training.optim, recipe.training.stop) == ("poprisk_adamw", True)
-    assert (recipe.model.lora_r, recipe.study.flip_rate) == (4, 0.1)
+    assert (recipe.model.lora_r, recipe.pairs.flip_rate) == (4, 0.1)
     assert recipe.mixture.datasets[0].data_files == "pairs.json"
 
 
@@ -42,7 +42,7 @@ def test_command_line_wins(tmp_path: Path) -> None:
     arguments = ("--optim", "adamw_torch", "--flip-rate", "0.3", "--stop", "false")
     recipe = parse(tmp_path, *arguments, optim="poprisk_adamw", flip_rate=0.1, stop=True)
     assert recipe.training.optim == "adamw_torch"
-    assert recipe.study.flip_rate == 0.3
+    assert recipe.pairs.flip_rate == 0.3
     assert recipe.training.stop is False
 
 
