@@ -191,6 +191,12 @@ def test_output_dir_under_a_file(
     check_refused(["--config", path], "file' is not a directory", tmp_path, capsys)
 
 
+def test_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("poprisk_integrations._imports.find_spec", lambda name: None)
+    assert main(["dpo", "--config", "recipe.yaml"]) == 2
+    assert "Run: pip install 'poprisk_integrations[trl]'" in capsys.readouterr().err
+
+
 def check_refused(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
