@@ -121,6 +121,8 @@ class PopRiskDPOConfig(DPOConfig):
             )
 
     def _check_noise(self) -> None:
+        if self.noise is False:  # how YAML reads a bare `off`
+            self.noise = "off"
         if self.noise != "off":
             raise ValueError(
                 f"Invalid noise: {self.noise!r}. Only 'off' is available in this version."

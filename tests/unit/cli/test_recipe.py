@@ -38,6 +38,13 @@ def test_keys_of_trl_and_ours(tmp_path: Path) -> None:
     assert recipe.mixture.datasets[0].data_files == "pairs.json"
 
 
+def test_off_without_quotes(tmp_path: Path) -> None:
+    path = Path(write(tmp_path))
+    path.write_text(path.read_text() + "noise: off\nstop: off\nstop_restore: none\n")
+    training = parse_recipe(["--config", str(path)]).training
+    assert (training.noise, training.stop, training.stop_restore) == ("off", False, None)
+
+
 def test_command_line_wins(tmp_path: Path) -> None:
     arguments = ("--optim", "adamw_torch", "--flip-rate", "0.3", "--stop", "false")
     recipe = parse(tmp_path, *arguments, optim="poprisk_adamw", flip_rate=0.1, stop=True)
