@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from poprisk_integrations.diagnostics import auto_window_steps
 from poprisk_integrations.huggingface import (
     PopRiskEarlyStoppingCallback,
     PopRiskMonitorCallback,
@@ -10,14 +11,38 @@ from poprisk_integrations.huggingface import (
 if TYPE_CHECKING:
     from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
 
-__all__ = ["add_stop", "stopping_callback", "tracked_metrics"]
+__all__ = ["add_stop", "auto_window", "stopping_callback", "tracked_metrics"]
 
 
-def stopping_callback(args: "PopRiskDPOConfig") -> PopRiskEarlyStoppingCallback:
+def auto_window(num_pairs: int, *, per_device: int, accumulation: int, world_size: int) -> int:
+    """Optimizer steps in a third of an epoch, at least 8: what "auto" means for DPO.
+
+    Unlike in `auto_window_steps`, also for runs of many epochs: a policy fits wrong labels within
+    a few epochs, which leaves too few windows of a whole one before the stop is due.
+
+    Args:
+        num_pairs: Pairs in the training set.
+        per_device: Pairs per device and micro-batch.
+        accumulation: Micro-batches per optimizer step.
+        world_size: Processes.
+
+    Example:
+        >>> auto_window(2000, per_device=4, accumulation=2, world_size=2)
+        41
+    """
+    micro_batches = -(-num_pairs // (per_device * world_size))
+    epoch_steps = -(-micro_batches // accumulation)
+    return auto_window_steps(max_steps=epoch_steps, epoch_steps=epoch_steps)
+
+
+def stopping_callback(
+    args: "PopRiskDPOConfig", window: int | str | None = None
+) -> PopRiskEarlyStoppingCallback:
     """The callback that the options `stop_*` describe.
 
     Args:
         args: Settings of the run.
+        window: Takes the place of `args.stop_window`.
 
     Raises:
         ValueError: If an option is outside its range; the message names it.
@@ -25,7 +50,7 @@ def stopping_callback(args: "PopRiskDPOConfig") -> PopRiskEarlyStoppingCallback:
     try:
         return PopRiskEarlyStoppingCallback(
             kappa=args.stop_kappa,
-            window=args.stop_window or "auto",
+            window=window or args.stop_window or "auto",
             threshold=args.stop_threshold,
             min_steps=args.stop_min_steps,
             action=args.stop_action,
@@ -36,13 +61,28 @@ def stopping_callback(args: "PopRiskDPOConfig") -> PopRiskEarlyStoppingCallback:
 
 
 def add_stop(trainer: Any) -> None:
-    """Add the stop to a trainer, unless it has one or `args.stop` is off."""
+    """Add the stop to a trainer, unless it has one or `args.stop` is off.
+
+    Args:
+        trainer: A trainer whose data are prepared. Where they have no length, the callback picks
+            its own window for "auto".
+    """
+    args = trainer.args
     present = any(
         isinstance(callback, PopRiskEarlyStoppingCallback)
         for callback in trainer.callback_handler.callbacks
     )
-    if trainer.args.stop and not present:
-        trainer.add_callback(stopping_callback(trainer.args))
+    if not args.stop or present:
+        return
+    window = args.stop_window
+    if window == "auto" and hasattr(trainer.train_dataset, "__len__"):
+        window = auto_window(
+            len(trainer.train_dataset),
+            per_device=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            world_size=args.world_size,
+        )
+    trainer.add_callback(stopping_callback(args, window))
 
 
 def tracked_metrics(trainer: Any, logs: dict[str, Any]) -> dict[str, float]:

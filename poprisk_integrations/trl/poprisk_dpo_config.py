@@ -34,7 +34,7 @@ class PopRiskDPOConfig(DPOConfig):
             the trainer.
         stop_kappa: Stop at this multiple of the onset time, >= 1.
         stop_window: Optimizer steps per window of the statistic, >= 2, or "auto": a third of an
-            epoch, a whole one in runs of eight or more, at least 8 steps.
+            epoch, at least 8.
         stop_threshold: The onset is where the statistic falls below this, > 0.
         stop_min_steps: No stop before this many optimizer steps.
         stop_action: "stop" ends the run, "monitor" only logs.
@@ -79,7 +79,7 @@ class PopRiskDPOConfig(DPOConfig):
         default="auto",
         metadata={
             "help": "Optimizer steps per window of the statistic, or 'auto': a third of an epoch, "
-            "a whole one in runs of eight or more, at least 8 steps."
+            "at least 8."
         },
     )
     stop_threshold: float = field(
@@ -121,7 +121,8 @@ class PopRiskDPOConfig(DPOConfig):
             )
 
     def _check_noise(self) -> None:
-        if self.noise is False:  # how YAML reads a bare `off`
+        noise: object = self.noise
+        if noise is False:  # how YAML reads a bare `off`
             self.noise = "off"
         if self.noise != "off":
             raise ValueError(

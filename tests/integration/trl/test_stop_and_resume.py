@@ -38,7 +38,7 @@ def stops(trainer: Any) -> list[PopRiskEarlyStoppingCallback]:
 def test_optimizer_and_stop_by_default(tmp_path: Path) -> None:
     trainer = build(tmp_path, max_steps=16)
     (stop,) = stops(trainer)
-    assert stop.window == "auto"
+    assert stop.window == 8  # a third of an epoch of 4 steps, at least 8
     trainer.train()
     assert type(trainer.optimizer.optimizer) is PopRiskAdamW
 
@@ -46,9 +46,10 @@ def test_optimizer_and_stop_by_default(tmp_path: Path) -> None:
 def test_auto_window_counts_optimizer_steps(tmp_path: Path) -> None:
     # 60 micro-batches, 30 optimizer steps in an epoch, a third of them in a window.
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    build(tmp_path, count=60, max_steps=1, **options).train()
-    report = json.loads((tmp_path / "poprisk_stop.json").read_text())
-    assert report["window_steps"] == 10
+    (stop,) = stops(build(tmp_path, count=60, **options))
+    assert stop.window == 10
+    (stop,) = stops(build(tmp_path, count=60, stop_window=7, **options))
+    assert stop.window == 7
 
 
 def test_stop_off_and_stop_given(tmp_path: Path) -> None:

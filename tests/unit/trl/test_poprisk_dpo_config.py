@@ -10,7 +10,7 @@ from trl import DPOConfig, TrlParser
 
 from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 from poprisk_integrations.trl import PopRiskDPOConfig
-from poprisk_integrations.trl.early_stopping import stopping_callback
+from poprisk_integrations.trl.early_stopping import auto_window, stopping_callback
 
 # transformers 5.23 deprecates a name that TRL 1.16 still uses.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -115,6 +115,15 @@ def test_command_line(tmp_path: Path, arguments: list[str], expected: dict[str, 
     common = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
     (parsed,) = TrlParser(PopRiskDPOConfig).parse_args_and_config(common + arguments)
     assert {name: getattr(parsed, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "window"),
+    # Optimizer steps per epoch: 1, 24, 27, 250; batches of 4 on 2 processes, accumulated twice.
+    [(16, 8), (384, 8), (420, 9), (4000, 83)],
+)
+def test_auto_window_is_a_third_of_an_epoch(num_pairs: int, window: int) -> None:
+    assert auto_window(num_pairs, per_device=4, accumulation=2, world_size=2) == window
 
 
 def test_options_reach_the_callback(tmp_path: Path) -> None:
