@@ -17,8 +17,8 @@ __all__ = ["add_stop", "auto_window", "stopping_callback", "tracked_metrics"]
 def auto_window(num_pairs: int, *, per_device: int, accumulation: int, world_size: int) -> int:
     """Optimizer steps in a third of an epoch, at least 8: what "auto" means for DPO.
 
-    Unlike in `auto_window_steps`, also for runs of many epochs: a policy fits wrong labels within
-    a few epochs, which leaves too few windows of a whole one before the stop is due.
+    Unlike in `auto_window_steps`, also for runs of many epochs: wrong labels are fitted within a
+    few epochs, which leaves few windows of a whole one. A choice, not a measured optimum.
 
     Args:
         num_pairs: Pairs in the training set.
