@@ -13,6 +13,7 @@ from poprisk_integrations.trl.label_flips import flipped_rows
 from tests.helpers.tiny_dpo import pairs, save_model
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     # transformers 5.23 deprecates names that TRL 1.16 and transformers itself still use.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
 ]

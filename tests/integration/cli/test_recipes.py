@@ -11,8 +11,11 @@ from poprisk_integrations.cli.main import main
 from poprisk_integrations.cli.recipe import parse_recipe
 from tests.helpers.tiny_dpo import pairs, save_model
 
-# transformers 5.23 deprecates a name that TRL 1.16 still uses.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # transformers 5.23 deprecates a name that TRL 1.16 still uses.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+]
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 NAMES = sorted(path.parent.name for path in RECIPES.glob("*/config.yaml"))
