@@ -25,22 +25,30 @@ def default_lambda_pop(gate: str, alpha: float) -> float:
     return alpha if gate == "soft" else 1.0
 
 
-def open_mask(mean_sq: Tensor, noise: Tensor, alpha: float) -> Tensor:
+def open_mask(mean_sq: Tensor, noise: Tensor, alpha: float, noise_scale: float = 1.0) -> Tensor:
     """Where the squared signal beats the noise: m_hat^2 > alpha * s_hat.
 
     Args:
-        mean_sq: Squared bias-corrected first moment m_hat^2.
-        noise: Bias-corrected noise variance s_hat, same shape.
+        mean_sq: Squared first moment, same shape as `noise`.
+        noise: Noise variance.
         alpha: Boundary, >= 0.
+        noise_scale: As in `gate_factor`.
 
     Returns:
         Boolean tensor of the same shape. A coordinate with zero gradient (0 > 0) is closed.
     """
-    return mean_sq > alpha * noise
+    return mean_sq > (alpha * noise_scale) * noise
 
 
 def gate_factor(
-    mean_sq: Tensor, noise: Tensor, *, gate: str, alpha: float, lambda_pop: float, eps: float = 0.0
+    mean_sq: Tensor,
+    noise: Tensor,
+    *,
+    gate: str,
+    alpha: float,
+    lambda_pop: float,
+    eps: float = 0.0,
+    noise_scale: float = 1.0,
 ) -> Tensor:
     """Gate q in [0, 1] per coordinate (arXiv:2605.01172, eqs. 241-243).
 
@@ -54,13 +62,16 @@ def gate_factor(
     anyway, and a closed gate is what the statistics should count.
 
     Args:
-        mean_sq: Squared bias-corrected first moment m_hat^2.
-        noise: Bias-corrected noise variance s_hat >= 0, same shape: variance of the batch-mean
-            gradient (a mean over the batch, not a sum).
+        mean_sq: Squared first moment m_hat^2.
+        noise: Noise variance s_hat >= 0, same shape: variance of the batch-mean gradient (a mean
+            over the batch, not a sum).
         gate: One of `GATES`.
         alpha: Boundary, >= 0.
         lambda_pop: Shrinkage beyond the boundary, >= 0.
-        eps: Absolute constant on the scale of squared gradients. 0 outside the published rule.
+        eps: Absolute constant on the scale of `mean_sq`. 0 outside the published rule.
+        noise_scale: Stands before every s_hat. It saves correcting both moments coordinate by
+            coordinate: for m^2 and s as stored it is bias_correction1^2 / noise_correction (and
+            eps takes the factor bias_correction1^2), which leaves q as it is.
 
     Returns:
         Tensor of the same shape and dtype as `mean_sq`.
@@ -75,14 +86,16 @@ def gate_factor(
     if gate == "none":
         return torch.ones_like(mean_sq)
     if gate == "hard":
-        return open_mask(mean_sq, noise, alpha).to(mean_sq.dtype)
+        return open_mask(mean_sq, noise, alpha, noise_scale).to(mean_sq.dtype)
     if gate == "soft":
-        signal = (mean_sq - alpha * noise).clamp_(min=0)
-        penalty = lambda_pop * noise
+        signal = torch.sub(mean_sq, noise, alpha=alpha * noise_scale).clamp_(min=0)
+        total = torch.add(signal, noise, alpha=lambda_pop * noise_scale)
     elif gate == "snr":
-        signal, penalty = mean_sq, (lambda_pop * alpha) * noise
+        signal = mean_sq
+        total = torch.add(signal, noise, alpha=lambda_pop * alpha * noise_scale)
     else:
         raise ValueError(f"Invalid gate: {gate!r}. Must be one of {GATES}.")
+    if eps:
+        total.add_(eps)
     # signal <= total, so the floor only turns 0/0 into 0.
-    total = (signal + penalty).add_(eps).clamp_(min=torch.finfo(mean_sq.dtype).tiny)
-    return signal / total
+    return signal / total.clamp_(min=torch.finfo(mean_sq.dtype).tiny)

@@ -1,16 +1,22 @@
 """Noise of the batch gradient, estimated from one training run."""
 
+import torch
 from torch import Tensor
 
 __all__ = ["ema_mean_variance", "noise_is_ready", "update_dev_sq_"]
 
 
 def update_dev_sq_(
-    exp_dev_sq: Tensor, grad: Tensor, mean: Tensor, rho: float | Tensor, weight: float
+    exp_dev_sq: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    rho: float | Tensor,
+    weight: float,
+    mean_scale: float = 1.0,
 ) -> Tensor:
     """One step of the noise variance, in place (arXiv:2605.01172, Algorithm 1, eq. 240).
 
-        s_t = rho * s_{t-1} + (1 - rho) * (g_t - mean_{t-1})^2
+        s_t = rho * s_{t-1} + (1 - rho) * (g_t - mean_scale * mean_{t-1})^2
 
     It estimates the variance of the batch-MEAN gradient (not of one example): biased up by the
     variance of `mean` itself, 2/(1+beta1) for a bias-corrected EMA of i.i.d. gradients, and by
@@ -19,15 +25,16 @@ def update_dev_sq_(
     Args:
         exp_dev_sq: s_{t-1}, changed in place.
         grad: g_t, same shape.
-        mean: The mean before this step: bias-corrected m_hat_{t-1} (default) or the uncorrected
-            m_{t-1} (the published rule), same shape.
+        mean: m_{t-1}, the mean before this step, same shape.
         rho: Decay of s; a 0-dim tensor where the step may be skipped on the device.
         weight: 1 - rho.
+        mean_scale: 1 / (1 - beta1^(t-1)) for deviations from the bias-corrected mean (default of
+            the optimizer), 1 for those from the uncorrected one (the published rule).
 
     Returns:
         `exp_dev_sq`.
     """
-    deviation = grad - mean
+    deviation = torch.sub(grad, mean, alpha=mean_scale)
     return exp_dev_sq.mul_(rho).addcmul_(deviation, deviation, value=weight)
 
 

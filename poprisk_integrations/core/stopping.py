@@ -215,5 +215,6 @@ def _stop_reason(config: StoppingConfig, state: StoppingState, step: int) -> str
     return (
         f"stopped at step {step}: the training gradients carry no more signal than noise since "
         f"step {state.onset_step} (F = {state.onset_ratio:.3g} < {config.threshold:g}), and "
-        f"{config.kappa:g} times that training time has passed; further training would mostly memorise"
+        f"{config.kappa:g} times that training time has passed; further training would mostly "
+        "memorise"
     )

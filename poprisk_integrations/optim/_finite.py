@@ -33,8 +33,9 @@ def all_finite(works: Sequence[GroupWork]) -> Tensor | None:
                 batches.setdefault((grad.device, grad.dtype), []).append(grad)
     bad = torch.zeros((), device=local_tensor(owners[0]).device)
     for (_, dtype), grads in batches.items():
-        largest = torch.stack(torch._foreach_norm(grads, float("inf")))
-        # A deviation from the mean is at most about twice the largest gradient.
-        squares = (4 * largest.to(torch.promote_types(dtype, torch.float32))).square()
+        # The 2-norm: on CPU the maximum norm is an order of magnitude slower. A deviation from
+        # the mean is at most about twice the largest gradient, and its square must be finite.
+        norms = torch.stack(torch._foreach_norm(grads))
+        squares = (4 * norms.to(torch.promote_types(dtype, torch.float32))).square()
         bad = torch.maximum(bad, (~torch.isfinite(squares).all()).float().to(bad.device))
     return 1.0 - max_over_shards(bad, owners)

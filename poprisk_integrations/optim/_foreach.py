@@ -71,7 +71,8 @@ def _step_one_dtype(
         for i, direction in enumerate(directions):
             if i in gates:
                 k = active.index(i)
-                row = parameter_sums(mean_sqs[k], noises[k], gates[i], direction, options.alpha, lr)
+                boundary = options.alpha * scalars[i].noise_scale
+                row = parameter_sums(mean_sqs[k], noises[k], gates[i], direction, boundary, lr)
             else:
                 row = ungated_sums(direction, lr)
             sums.append(row)
@@ -113,38 +114,33 @@ def _update_noise(
 def _gates(
     work: GroupWork, scalars: list[StepScalars], active: list[int], options: GroupOptions
 ) -> tuple[TensorList, TensorList, TensorList]:
-    """q, m_hat^2 and s_hat of the parameters in `active`; see `core.gate.gate_factor`."""
-    mean_sqs = list(
-        torch._foreach_div(
-            [work.exp_avgs[i] for i in active], [s.bias_correction1 for s in scalars]
-        )
-    )
-    torch._foreach_mul_(mean_sqs, mean_sqs)
-    noises = list(
-        torch._foreach_div(
-            [work.exp_dev_sqs[i] for i in active], [s.noise_correction for s in scalars]
-        )
-    )
-    for k, s in enumerate(scalars):
-        if s.noise_is_signal:
-            noises[k] = mean_sqs[k].clone()
+    """q, m^2 and s of the parameters in `active`; see `core.gate.gate_factor`."""
+    means = [work.exp_avgs[i] for i in active]
+    mean_sqs = list(torch._foreach_mul(means, means))
+    noises = [
+        mean_sqs[k] if s.noise_is_signal else work.exp_dev_sqs[i]
+        for k, (i, s) in enumerate(zip(active, scalars, strict=True))
+    ]
+    scales = [s.noise_scale for s in scalars]
+    bounds = list(torch._foreach_mul(noises, [options.alpha * scale for scale in scales]))
     if options.gate == "hard":
         gates = [
-            (mean_sq > options.alpha * noise).to(mean_sq.dtype)
-            for mean_sq, noise in zip(mean_sqs, noises, strict=True)
+            (mean_sq > bound).to(mean_sq.dtype)
+            for mean_sq, bound in zip(mean_sqs, bounds, strict=True)
         ]
     else:
         if options.gate == "soft":
-            gates = list(torch._foreach_mul(noises, options.alpha))
-            gates = list(torch._foreach_sub(mean_sqs, gates))
+            gates = list(torch._foreach_sub(mean_sqs, bounds))
             torch._foreach_clamp_min_(gates, 0)
-            penalty = options.lambda_pop
+            penalties = [options.lambda_pop * scale for scale in scales]
+            totals = list(torch._foreach_mul(noises, penalties))
         else:
             gates = [mean_sq.clone() for mean_sq in mean_sqs]
-            penalty = options.lambda_pop * options.alpha
-        totals = list(torch._foreach_mul(noises, penalty))
+            totals = list(torch._foreach_mul(bounds, options.lambda_pop))
         torch._foreach_add_(totals, gates)
-        torch._foreach_add_(totals, options.gate_eps)
+        if options.gate_eps:
+            corrections = [options.gate_eps * s.bias_correction1**2 for s in scalars]
+            torch._foreach_add_(totals, corrections)
         torch._foreach_clamp_min_(totals, torch.finfo(totals[0].dtype).tiny)
         torch._foreach_div_(gates, totals)
     if options.gate_blend != 1.0:

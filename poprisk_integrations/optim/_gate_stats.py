@@ -28,11 +28,11 @@ def parameter_sums(
     """The columns of one parameter at one step, no host sync.
 
     Args:
-        mean_sq: m_hat^2.
-        noise: s_hat, same shape.
+        mean_sq: m^2, squared first moment.
+        noise: s, same shape.
         gate: q that was applied, same shape.
         direction: Ungated Adam direction m_hat / (sqrt(v_hat) + eps) up to a constant.
-        alpha: Boundary. A coordinate is open where m_hat^2 > alpha * s_hat.
+        alpha: Boundary times the scale of s. A coordinate is open where m^2 > alpha * s.
         lr: Learning rate.
 
     Returns:

@@ -53,15 +53,17 @@ class StepScalars:
             there is no mean to deviate from.
         bias_correction1: 1 - beta1^t.
         bias_correction2_sqrt: sqrt(1 - beta2^t).
-        noise_correction: 1 - rho^k, k = deviations seen, this step's included.
+        noise_scale: bias_correction1^2 / (1 - rho^k), k = deviations seen, this step's included:
+            the gate of m^2 and noise_scale * s is the gate of m_hat^2 and s_hat.
         gate_is_active: False while the update is ungated (first step, warm-up).
-        noise_is_signal: The published rule's first step, where s_hat = m_hat^2 by algebra.
+        noise_is_signal: The published rule's first step, where s_hat = m_hat^2 by algebra (and
+            noise_scale is 1).
     """
 
     mean_scale: float | None
     bias_correction1: float
     bias_correction2_sqrt: float
-    noise_correction: float
+    noise_scale: float
     gate_is_active: bool
     noise_is_signal: bool
 
@@ -73,14 +75,19 @@ def step_scalars(options: GroupOptions, step: float, dev_step: float) -> StepSca
     if options.centered:
         mean_scale = 1.0 / previous if previous > 0.0 else None
     seen = dev_step + (mean_scale is not None)
+    bias_correction1 = 1.0 - options.beta1**step
+    noise_is_signal = not options.centered and step == 1
+    is_ready = noise_is_ready(int(seen), options.gate_warmup, centered=options.centered)
+    noise_scale = 1.0
+    if is_ready and not noise_is_signal:
+        noise_scale = bias_correction1**2 / (1.0 - options.rho**seen)
     return StepScalars(
         mean_scale=mean_scale,
-        bias_correction1=1.0 - options.beta1**step,
+        bias_correction1=bias_correction1,
         bias_correction2_sqrt=(1.0 - options.beta2**step) ** 0.5,
-        noise_correction=1.0 - options.rho**seen,
-        gate_is_active=options.gated
-        and noise_is_ready(int(seen), options.gate_warmup, centered=options.centered),
-        noise_is_signal=not options.centered and step == 1,
+        noise_scale=noise_scale,
+        gate_is_active=options.gated and is_ready,
+        noise_is_signal=noise_is_signal,
     )
 
 

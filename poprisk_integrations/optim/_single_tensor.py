@@ -41,8 +41,8 @@ def _single_tensor_poprisk_adamw(
         # update noise variance, before the mean moves
         if options.gated and scalars.mean_scale is not None:
             work.dev_steps[i] += 1
-            mean = exp_avg * scalars.mean_scale if scalars.mean_scale != 1.0 else exp_avg
-            update_dev_sq_(exp_dev_sq, grad, mean, options.rho, 1 - options.rho)
+            rho, scale = options.rho, scalars.mean_scale
+            update_dev_sq_(exp_dev_sq, grad, exp_avg, rho, 1 - rho, scale)
 
         # decay the first and second moment running average coefficient
         exp_avg.lerp_(grad, 1 - options.beta1)
@@ -53,15 +53,16 @@ def _single_tensor_poprisk_adamw(
         gate = None
         update = exp_avg
         if scalars.gate_is_active:
-            mean_sq = (exp_avg / scalars.bias_correction1).square_()
-            noise = mean_sq if scalars.noise_is_signal else exp_dev_sq / scalars.noise_correction
+            mean_sq = exp_avg.square()
+            noise = mean_sq if scalars.noise_is_signal else exp_dev_sq
             gate = gate_factor(
                 mean_sq,
                 noise,
                 gate=options.gate,
                 alpha=options.alpha,
                 lambda_pop=options.lambda_pop,
-                eps=options.gate_eps,
+                eps=options.gate_eps * scalars.bias_correction1**2,
+                noise_scale=scalars.noise_scale,
             )
             if options.gate_blend != 1.0:
                 gate.mul_(options.gate_blend).add_(1 - options.gate_blend)
@@ -73,7 +74,9 @@ def _single_tensor_poprisk_adamw(
             sums.append(
                 ungated_sums(direction, lr)
                 if gate is None
-                else parameter_sums(mean_sq, noise, gate, direction, options.alpha, lr)
+                else parameter_sums(
+                    mean_sq, noise, gate, direction, options.alpha * scalars.noise_scale, lr
+                )
             )
 
         # decoupled weight decay, ungated unless the group asks for it
