@@ -114,7 +114,7 @@ def min_epochs(root, world_size):
     return fit(root, toy.Classifier(), world_size=world_size, min_epochs=10)
 
 
-def fsdp2(root, world_size):
+def fsdp2(root, world_size, callbacks=(), ckpt_path=None):
     strategy = None
     if world_size > 1:
         strategy = ModelParallelStrategy(
@@ -123,13 +123,25 @@ def fsdp2(root, world_size):
     result = fit(
         root,
         Sharded(),
-        [PopRiskOptimizer(), PopRiskMonitor(1)],
+        [PopRiskOptimizer(), PopRiskMonitor(1), *callbacks],
+        ckpt_path,
         world_size=world_size,
         strategy=strategy,
     )
     weights = result["weights"].items()
     result["weights"] = {k: w.full_tensor() if world_size > 1 else w for k, w in weights}
     return result
+
+
+def fsdp2_resumed(root, world_size):
+    """From a sharded checkpoint at the end of an epoch, where a window ends too."""
+    path = root / f"fsdp2-{world_size}.ckpt"
+    whole = fsdp2(root, world_size, [SaveAt(path, 24)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = fsdp2(root, world_size, ckpt_path=path)
+    warned = any("starts afresh" in str(w.message) for w in caught)
+    return {"whole": whole, "again": again, "warned": warned}
 
 
 SCENARIOS = (
@@ -141,6 +153,7 @@ SCENARIOS = (
     rank_dependent_rate,
     min_epochs,
     fsdp2,
+    fsdp2_resumed,
 )
 
 

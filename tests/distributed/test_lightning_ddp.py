@@ -92,3 +92,12 @@ def test_fsdp2_equals_one_process(ranks, tmp_path):
     for name in ("open_fraction", "mean_gate", "update_norm_ratio", "closed_noise"):
         key = f"poprisk/{name}"
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-3)
+
+
+def test_fsdp2_resumes_and_says_what_is_not_saved(ranks):
+    """Between windows nothing is lost; a window in progress is, and rank 0 says so."""
+    assert_ranks_agree([rank["again"] for rank in ranks["fsdp2_resumed"]])
+    for rank in ranks["fsdp2_resumed"]:
+        toy.assert_same(rank["again"]["rule"], rank["whole"]["rule"])
+        assert largest_difference(rank["again"]["weights"], rank["whole"]["weights"]) == 0.0
+    assert [rank["warned"] for rank in ranks["fsdp2_resumed"]] == [True, False]

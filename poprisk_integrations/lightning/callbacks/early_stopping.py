@@ -1,5 +1,6 @@
 """Stops a Lightning Trainer without validation data."""
 
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,7 +30,10 @@ from poprisk_integrations.lightning.callbacks.refusals import (
     refuse_scaled_gradients,
     refuse_strategy,
 )
-from poprisk_integrations.lightning.callbacks.run_length import window_steps
+from poprisk_integrations.lightning.callbacks.run_length import (
+    micro_batches_per_step,
+    window_steps,
+)
 
 __all__ = ["PopRiskEarlyStopping"]
 
@@ -59,8 +63,8 @@ class PopRiskEarlyStopping(Callback):
     and `min_steps`, and is taken back if the signal returns meanwhile. Note that Lightning reads
     `Trainer(min_steps=...)` as at least one whole epoch; `min_steps` of this callback does not.
 
-    Logs at every optimizer step `poprisk/signal_ratio` (F of the last window),
-    `poprisk/onset_step` and `poprisk/predicted_stop_step` (at the present learning rate), each -1
+    Logs `poprisk/signal_ratio` (F of the last window), `poprisk/onset_step` and
+    `poprisk/predicted_stop_step` (at the present learning rate) from the first step on, each -1
     while there is none, for loggers and for `ModelCheckpoint(monitor=...)`. The state is in the
     checkpoint, with an unfinished window (fp32, of the parameters' size): a resumed run equals
     one that was never interrupted. Under ModelParallelStrategy an unfinished window starts
@@ -127,6 +131,8 @@ class PopRiskEarlyStopping(Callback):
         self._step = 0
         self._lr = 0.0
         self._micro_batches = 0  # since the last optimizer step
+        self._logged: tuple[int, dict[str, float]] | None = None  # with the epoch
+        self._warned = False
         self._onset_path = ""
         self._stop_path = ""
 
@@ -184,9 +190,16 @@ class PopRiskEarlyStopping(Callback):
             return
         if self._saves_onset:
             check_onset_checkpoint(trainer, self.onset_step, self._onset_path)
-        self._reader = GradientReader(optimizer, self._window_steps(trainer))
+        steps = window_steps(trainer, self.window, must_stop=self.action == "stop")
+        self._reader = GradientReader(optimizer, steps)
         self._step = trainer.global_step
-        self._continue_window(trainer)
+        saved, self._saved_window = self._saved_window, None
+        lost = self._reader.resume(saved) if trainer.global_step > 0 else None
+        if lost is not None:
+            rank_zero_warn(
+                f"PopRiskEarlyStopping: {lost}. An unfinished window starts afresh, so the stop "
+                "may come at another step."
+            )
         if self._rule.state.stop_step is not None:
             self._resume_stopped(trainer)
 
@@ -198,7 +211,7 @@ class PopRiskEarlyStopping(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Take in this step's gradients and learning rate."""
-        is_complete = self._micro_batches == _micro_batches_per_step(trainer)
+        is_complete = self._micro_batches == micro_batches_per_step(trainer)
         self._micro_batches = 0
         if self._reader is not None:
             self._reader.read(optimizer, count=is_complete)
@@ -228,8 +241,7 @@ class PopRiskEarlyStopping(Callback):
             trainer.save_checkpoint(self._onset_path, weights_only=False)
         elif self.onset_step is None:
             self._onset_path = ""
-        if not trainer.barebones:
-            pl_module.log_dict(self.metrics(), on_step=True, on_epoch=False, batch_size=1)
+        self._log(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act on a verdict that had to wait for the end of the epoch."""
@@ -283,29 +295,6 @@ class PopRiskEarlyStopping(Callback):
     def _saves_onset(self) -> bool:
         return self.action == "stop" and self.restore == "onset"
 
-    def _window_steps(self, trainer: Trainer) -> int:
-        steps, total = window_steps(trainer, self.window)
-        if self.action == "stop" and total is not None and total < 2 * steps:
-            rank_zero_warn(
-                f"PopRiskEarlyStopping: the run has {total} steps, fewer than two windows of "
-                f"{steps}: it can never stop early. Set a smaller window."
-            )
-        return steps
-
-    def _continue_window(self, trainer: Trainer) -> None:
-        assert self._reader is not None
-        saved, self._saved_window = self._saved_window, None
-        lost = None
-        if self._reader.is_sharded and trainer.global_step > 0:
-            lost = "sharded gradients are not in the checkpoint"
-        elif saved is not None and not self._reader.load_state_dict(saved):
-            lost = "the checkpoint's unfinished window does not fit the trained parameters"
-        if lost is not None:
-            rank_zero_warn(
-                f"PopRiskEarlyStopping: {lost}. An unfinished window starts afresh, so the stop "
-                "may come at another step."
-            )
-
     def _resume_stopped(self, trainer: Trainer) -> None:
         if not can_stop_early(trainer):
             self._rule.state = replace(self._rule.state, stop_step=None)
@@ -316,13 +305,20 @@ class PopRiskEarlyStopping(Callback):
                 "on, set action='monitor'."
             )
 
-    def _close_window(self, trainer: Trainer) -> float | None:
+    def _close_window(self, trainer: Trainer) -> float:
         assert self._reader is not None
         closed = self._reader.window.close()
         # A scheduler fed with numbers of one rank only would let training times drift apart.
         lr_sum = _over_ranks(trainer, self._rule.state.lr_sum)
         self._rule.state = replace(self._rule.state, lr_sum=lr_sum)
-        return None if closed is None else closed.ratio
+        ratio = math.nan if closed is None else closed.ratio
+        if math.isnan(ratio) and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"PopRiskEarlyStopping: the window that ended at step {self._step} had fewer than "
+                "two steps with finite, varying gradients and does not count."
+            )
+        return ratio
 
     def _act_on_verdict(self, trainer: Trainer) -> None:
         if self._verdict is None or not can_stop_early(trainer):
@@ -333,15 +329,18 @@ class PopRiskEarlyStopping(Callback):
         prefix = "" if self.action == "stop" else "would have "
         rank_zero_info(f"PopRiskEarlyStopping: {prefix}{self.stopping_reason}")
 
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = self.metrics()
+        # Lightning keeps a value until the epoch ends, and its `log` takes a millisecond.
+        if trainer.barebones or self._logged == (trainer.current_epoch, values):
+            return
+        self._logged = (trainer.current_epoch, values)
+        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
     def _release(self) -> None:
         if self._reader is not None:
             self._saved_window = self._reader.release()
             self._reader = None
-
-
-def _micro_batches_per_step(trainer: Trainer) -> int:
-    # An epoch shorter than the accumulation makes one step, each time of as many micro-batches.
-    return int(min(trainer.accumulate_grad_batches, trainer.num_training_batches))
 
 
 def _over_ranks(trainer: Trainer, value: float) -> float:

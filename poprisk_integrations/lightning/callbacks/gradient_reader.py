@@ -67,18 +67,24 @@ class GradientReader:
         """
         return None if self.is_sharded else self.window.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> bool:
+    def resume(self, state_dict: dict[str, Any] | None) -> str | None:
         """Continue an unfinished window.
 
+        Args:
+            state_dict: From `state_dict`; None if there is none.
+
         Returns:
-            Whether it fits the trained parameters; if not, the window starts afresh.
+            Why the window starts afresh; None if nothing was lost.
         """
+        if self.is_sharded:
+            return "windows of sharded gradients are not in the checkpoint"
         shapes = [p.shape for p in self._params]
-        for position, tensor in state_dict["sums"].items():
+        for position, tensor in (state_dict or {"sums": {}})["sums"].items():
             if int(position) >= len(shapes) or tensor.shape != shapes[int(position)]:
-                return False
-        self.window.load_state_dict(state_dict)
-        return True
+                return "the checkpoint's window does not fit the trained parameters"
+        if state_dict is not None:
+            self.window.load_state_dict(state_dict)
+        return None
 
     def release(self) -> dict[str, Any] | None:
         """Let go of the optimizer.

@@ -1,6 +1,6 @@
 """Set-ups in which a callback would not see complete, unscaled gradients."""
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from poprisk_integrations.lightning._upstream import (
     LightningModule,
@@ -36,7 +36,7 @@ def only_optimizer(trainer: Trainer, pl_module: LightningModule) -> Optimizer:
     """The optimizer of automatic optimization.
 
     Raises:
-        MisconfigurationException: For manual optimization, or optimizers not of torch.
+        MisconfigurationException: For manual optimization, LBFGS, or optimizers not of torch.
     """
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
@@ -45,9 +45,10 @@ def only_optimizer(trainer: Trainer, pl_module: LightningModule) -> Optimizer:
             f"{len(trainer.optimizers)} optimizer(s), and may clip gradients before."
         )
     optimizer = trainer.optimizers[0]
-    if not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LBFGS):
         raise MisconfigurationException(
-            f"PopRiskEarlyStopping needs a torch.optim.Optimizer, found {type(optimizer).__name__}."
+            "PopRiskEarlyStopping needs a torch.optim.Optimizer that evaluates one gradient per "
+            f"step, found {type(optimizer).__name__}."
         )
     return optimizer
 

@@ -1,9 +1,9 @@
 """How long a run and its epochs are, in optimizer steps."""
 
 from poprisk_integrations.diagnostics import auto_window_steps
-from poprisk_integrations.lightning._upstream import Trainer
+from poprisk_integrations.lightning._upstream import Trainer, rank_zero_warn
 
-__all__ = ["complete_steps", "total_steps", "window_steps"]
+__all__ = ["complete_steps", "micro_batches_per_step", "total_steps", "window_steps"]
 
 
 def complete_steps(micro_batches: int, accumulation: int) -> int:
@@ -20,6 +20,17 @@ def complete_steps(micro_batches: int, accumulation: int) -> int:
         (2, 3, 1)
     """
     return max(1, micro_batches // accumulation)
+
+
+def micro_batches_per_step(trainer: Trainer) -> int:
+    """Micro-batches of a complete optimizer step.
+
+    An epoch shorter than the accumulation makes one step, each time of as many micro-batches.
+
+    Args:
+        trainer: Fitting, so that it knows its data.
+    """
+    return int(min(trainer.accumulate_grad_batches, trainer.num_training_batches))
 
 
 def total_steps(epoch_steps: int | None, max_epochs: int | None, max_steps: int) -> int | None:
@@ -40,12 +51,13 @@ def total_steps(epoch_steps: int | None, max_epochs: int | None, max_steps: int)
     return min(limits, default=None)
 
 
-def window_steps(trainer: Trainer, window: int | str) -> tuple[int, int | None]:
-    """Length of a window and of the whole run, in optimizer steps.
+def window_steps(trainer: Trainer, window: int | str, *, must_stop: bool = False) -> int:
+    """Length of a window in optimizer steps.
 
     Args:
         trainer: Fitting, so that it knows its data.
         window: A length, or "auto" for `diagnostics.auto_window_steps`.
+        must_stop: Whether to warn if the run is too short for a stop.
 
     Raises:
         ValueError: If `window` is "auto" and nothing is known about the length of the run.
@@ -55,11 +67,15 @@ def window_steps(trainer: Trainer, window: int | str) -> tuple[int, int | None]:
     if length != float("inf"):
         epoch_steps = complete_steps(int(length), trainer.accumulate_grad_batches)
     total = total_steps(epoch_steps, trainer.max_epochs, trainer.max_steps)
-    if isinstance(window, int):
-        return window, total
-    if epoch_steps is None and total is None:
+    if window == "auto" and epoch_steps is None and total is None:
         raise ValueError(
             "Invalid window: 'auto'. The data has no length and the run no max_steps; set the "
             "window to an integer >= 2."
         )
-    return auto_window_steps(total, epoch_steps), total
+    steps = window if isinstance(window, int) else auto_window_steps(total, epoch_steps)
+    if must_stop and total is not None and total < 2 * steps:
+        rank_zero_warn(
+            f"PopRiskEarlyStopping: the run has {total} steps, fewer than two windows of {steps}: "
+            "it can never stop early. Set a smaller window."
+        )
+    return steps

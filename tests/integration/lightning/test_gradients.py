@@ -165,9 +165,10 @@ class TestLossScaling:
     def test_a_window_without_finite_steps_is_no_window(self, tmp_path):
         plugin = scaler_on_cpu(init_scale=2.0**127, backoff_factor=0.999)
         stop = PopRiskEarlyStopping(window=4, action="monitor")
-        toy.trainer(tmp_path, [stop], max_epochs=1, plugins=[plugin]).fit(
-            toy.Classifier(), toy.loader()
-        )
+        trainer = toy.trainer(tmp_path, [stop], max_epochs=1, plugins=[plugin])
+        with pytest.warns(UserWarning, match="step 4 had fewer than two steps") as warned:
+            trainer.fit(toy.Classifier(), toy.loader())
+        assert len([w for w in warned if "had fewer than" in str(w.message)]) == 1  # of 2 windows
         rule = stop.state_dict()["rule"]
         assert (rule["windows"], rule["lr_sum"]) == (0, 0.0)
         assert stop.metrics()["poprisk/signal_ratio"] == -1

@@ -183,6 +183,15 @@ class TestMonitor:
         assert changes == [5, 9, 13]  # sampled at steps 1, 5, 9, 13
         assert seen[0][0] == 1.0  # all open at the first step
 
+    def test_reads_the_device_only_for_a_new_sample(self, tmp_path, monkeypatch):
+        reads = []
+        gate_stats = PopRiskAdamW.gate_stats
+        monkeypatch.setattr(
+            PopRiskAdamW, "gate_stats", lambda *args: reads.append(1) or gate_stats(*args)
+        )
+        fit(tmp_path, toy.Classifier(toy.gated), [PopRiskMonitor(4)], max_epochs=2)
+        assert len(reads) == 4
+
     def test_values_are_the_optimizers(self, tmp_path):
         _, trainer = fit(tmp_path, toy.Classifier(toy.gated), [PopRiskMonitor(1)], max_epochs=2)
         stats = trainer.optimizers[0].gate_stats()

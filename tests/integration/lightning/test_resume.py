@@ -124,7 +124,8 @@ def test_a_second_fit_starts_afresh(tmp_path):
     stop = PopRiskEarlyStopping(window=8)
     fit(tmp_path, stop, toy.adamw)
     first = stop.state_dict()
-    fit(tmp_path, stop, toy.adamw)
+    _, trainer = fit(tmp_path, stop, toy.adamw)
+    assert trainer.global_step == stop.stopped_step == 64
     toy.assert_same(stop.state_dict(), first)
 
 

@@ -1,10 +1,12 @@
 """The stop on real fits: where it fires, where it does not, what it says and logs."""
 
+import csv
 import logging
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from poprisk_integrations import PopRiskAdamW
@@ -93,6 +95,20 @@ def test_logs_finite_numbers_from_the_first_step(tmp_path):
     assert history.rows[-1]["poprisk/predicted_stop_step"] == stop.stopped_step
     assert history.rows[stop.onset_step]["poprisk/predicted_stop_step"] == stop.stopped_step
     assert torch.tensor([list(r.values()) for r in history.rows]).isfinite().all()
+
+
+def test_every_line_of_a_logger_has_the_present_values(tmp_path):
+    stop = PopRiskEarlyStopping(window=8)
+    logger = CSVLogger(tmp_path)
+    toy.trainer(tmp_path, [stop], logger=logger, log_every_n_steps=3).fit(
+        toy.Classifier(), toy.loader()
+    )
+    with open(tmp_path / "lightning_logs/version_0/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [*range(2, 64, 3), 63]  # and at the stop
+    onsets = [float(row["poprisk/onset_step"]) for row in rows]
+    assert onsets == [32.0 if int(row["step"]) >= 31 else -1.0 for row in rows]
+    assert all(row["poprisk/signal_ratio"] for row in rows)
 
 
 def test_other_callbacks_can_monitor_it(tmp_path):

@@ -207,6 +207,12 @@ def test_manual_optimization_is_refused(tmp_path, optimizers):
         trainer.fit(Manual(), toy.loader())
 
 
+def test_lbfgs_is_refused(tmp_path):
+    model = toy.Classifier(torch.optim.LBFGS)
+    with pytest.raises(MisconfigurationException, match="one gradient per step, found LBFGS"):
+        toy.trainer(tmp_path, [PopRiskEarlyStopping(window=8)]).fit(model, toy.loader())
+
+
 class DerivedDDP(DDPStrategy):
     pass
 
