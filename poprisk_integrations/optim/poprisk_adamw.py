@@ -194,11 +194,12 @@ class PopRiskAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Options newer than a pickle take the constructor's defaults.
-        self.defaults = {**_constructor_defaults(), **getattr(self, "defaults", {})}
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+        # Options newer than a pickle take the constructor's defaults. Only our own: torch keeps
+        # other names in `defaults`, which groups never had.
+        for name, value in _constructor_defaults().items():
+            self.defaults.setdefault(name, value)
+            for group in self.param_groups:
+                group.setdefault(name, self.defaults[name])
 
     def init_state(self) -> None:
         """Create all states (zeros, step 0) without a step, e.g. as a checkpoint template."""

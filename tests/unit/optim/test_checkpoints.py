@@ -191,6 +191,13 @@ def test_empty_state_round_trip():
     assert optimizer.param_groups[0]["gate"] == "snr"
 
 
+def test_group_keys_survive_a_round_trip():
+    optimizer = PopRiskAdamW(make_params())
+    before = set(optimizer.param_groups[0])
+    optimizer.load_state_dict(through_disk(optimizer.state_dict()))
+    assert set(optimizer.param_groups[0]) == before
+
+
 def test_init_state_makes_a_template_without_a_step():
     params = make_params()
     optimizer = PopRiskAdamW(params)
