@@ -16,7 +16,9 @@ class StoppingConfig:
             crosses at half the best time (quadratic loss, gradient flow), hence 2.
         threshold: F below this is the onset, > 0.
         arm_threshold: F must exceed this once before an onset counts, >= threshold. A run that
-            starts at pure noise has learned nothing that it could forget.
+            starts at pure noise has learned nothing that it could forget. Fine-tuning of language
+            models starts little above 1 (1.1 with windows of one epoch in `poprisk demo`), so the
+            bar is low.
         rearm_threshold: F above this after the onset ...
         rearm_windows: ... for this many consecutive windows forgets the onset.
         min_steps: No stop before this many optimizer steps.
@@ -27,7 +29,7 @@ class StoppingConfig:
 
     kappa: float = 2.0
     threshold: float = 1.0
-    arm_threshold: float = 1.5
+    arm_threshold: float = 1.05
     rearm_threshold: float = 1.3
     rearm_windows: int = 2
     min_steps: int = 0

@@ -75,7 +75,7 @@ class PopRiskEarlyStopping(Callback):
         window: Optimizer steps per window, >= 2, or "auto": one epoch, a third of an epoch for
             runs of under eight, a twentieth of the run if the length of an epoch is unknown; at
             least 8 (`diagnostics.auto_window_steps`).
-        threshold: F below this is the onset, > 0. An onset counts once F has exceeded 1.5 times
+        threshold: F below this is the onset, > 0. An onset counts once F has exceeded 1.05 times
             this; two windows in a row above 1.3 times this take it back.
         min_steps: No stop before this many optimizer steps.
         action: "stop", or "monitor" to log and change nothing.

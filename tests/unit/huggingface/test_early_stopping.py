@@ -43,7 +43,7 @@ def test_monitor_refuses_bad_periods(value):
 def test_arm_and_rearm_scale_with_the_threshold():
     """Else a threshold above 1.3 would be refused by arguments that the user cannot set."""
     config = PopRiskEarlyStoppingCallback(threshold=2.0)._config
-    assert (config.threshold, config.rearm_threshold, config.arm_threshold) == (2.0, 2.6, 3.0)
+    assert (config.threshold, config.rearm_threshold, config.arm_threshold) == (2.0, 2.6, 2.1)
 
 
 def test_state_is_json_and_rebuilds_the_callback():
