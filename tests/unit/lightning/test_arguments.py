@@ -43,7 +43,7 @@ def test_early_stopping_defaults():
 
 def test_thresholds_for_arming_scale_with_the_threshold():
     config = PopRiskEarlyStopping(threshold=2.0)._config
-    assert (config.arm_threshold, config.rearm_threshold) == (3.0, 2.6)
+    assert (config.arm_threshold, config.rearm_threshold) == (2.1, 2.6)
 
 
 def test_state_keys_tell_rules_apart():
