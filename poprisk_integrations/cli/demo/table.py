@@ -27,7 +27,7 @@ def print_results(
         default_lr: Its rows are marked.
         sentences: The findings.
     """
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("lr", "optimizer", "stop"):
         table.add_column(name, no_wrap=True)
     for name in ("steps", "accuracy", "swapped\nfitted", "clean\nfitted", "drift"):
