@@ -43,6 +43,7 @@ def run_all(
     pool = ProcessPoolExecutor(
         _WORKERS, mp_context=context, initializer=_start_worker, initargs=(make_task, steps)
     )
+    finished = False
     try:
         futures = [
             pool.submit(_run, optimizer, rate, seed, os.path.join(scratch, f"run{index}"))
@@ -54,11 +55,14 @@ def run_all(
             for future in done:
                 future.result()  # an error ends the job at once
             on_progress(steps.value)
+        finished = True
         return [future.result() for future in futures]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in multiprocessing.active_children():
-            worker.terminate()  # idle by now, or not wanted after an error or Ctrl-C
+        workers = multiprocessing.active_children()
+        pool.shutdown(wait=finished, cancel_futures=True)
+        if not finished:  # an error or Ctrl-C: nobody wants the runs that are under way
+            for worker in workers:
+                worker.terminate()
 
 
 def _start_worker(make_task: Callable[[], DPOTask], steps: Any) -> None:

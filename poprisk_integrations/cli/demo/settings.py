@@ -46,11 +46,11 @@ class DemoSettings:
     block_tokens: int = 512
     prompt_tokens: int = 12
     continuation_tokens: int = 32
-    sft_steps: int = 350
+    sft_steps: int = 300
     sft_batch_size: int = 32
     sft_learning_rate: float = 2e-3
     train_pairs: int = 640
-    heldout_pairs: int = 500
+    heldout_pairs: int = 400
     swapped_share: float = 0.3
     fit_sample: int = 120
     beta: float = 0.1
