@@ -80,7 +80,7 @@ def verdicts(rows: list[dict]) -> list[str]:
     by_arm = {(r["optimizer"], r["seed"], r["learning_rate"]): r for r in rows}
     gated = {k[1:]: r for k, r in by_arm.items() if k[0] == "PopRiskAdamW"}
     spares = all(
-        float(r["swapped_fitted"]) < float(by_arm["AdamW", *k]["swapped_fitted"])
+        float(r["swapped_fitted"]) < float(by_arm[("AdamW", *k)]["swapped_fitted"])
         and float(r["clean_fitted"]) >= 0.95
         for k, r in gated.items()
     )
