@@ -25,16 +25,18 @@ RULES = {
 SNRS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)
 
 
-def measure(options: dict, snr: float, coordinates: int, seed: int) -> list[dict[str, float]]:
-    """Gate statistics over 20 sampled steps after 300 steps of burn-in (Gaussian gradients)."""
+def measure(
+    options: dict, snr: float, coordinates: int, burn_in: int, seed: int
+) -> list[dict[str, float]]:
+    """Gate statistics over 20 sampled steps, 20 apart, after the burn-in (Gaussian gradients)."""
     generator = torch.Generator().manual_seed(seed)
     param = torch.nn.Parameter(torch.zeros(coordinates))
     optimizer = PopRiskAdamW([param], lr=1e-3, collect_stats_every=1, **options)
     rows = []
-    for step in range(700):
+    for step in range(burn_in + 400):
         param.grad = snr + torch.randn(coordinates, generator=generator)
         optimizer.step()
-        if step >= 300 and step % 20 == 0:
+        if step >= burn_in and step % 20 == 0:
             rows.append({k: float(v) for k, v in optimizer.gate_stats().items()})
     return rows
 
@@ -45,10 +47,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--quick", action="store_true", help="fewer coordinates, for tests")
     args = parser.parse_args()
+    coordinates, burn_in, snrs = (500, 20, SNRS[::4]) if args.quick else (20_000, 300, SNRS)
     rows = []
     for name, options in RULES.items():
-        for snr in SNRS:
-            samples = measure(options, snr, 500 if args.quick else 20_000, seed=0)
+        for snr in snrs:
+            samples = measure(options, snr, coordinates, burn_in, seed=0)
             mean = {k: sum(s[k] for s in samples) / len(samples) for k in samples[0]}
             rows.append(
                 {

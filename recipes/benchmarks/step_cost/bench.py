@@ -88,16 +88,14 @@ def draw(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    names = [r["arm"] for r in rows][::-1]
     medians = [r["ratio_median"] for r in rows][::-1]
+    names = [f"{r['arm']}: {r['ratio_median']:.2f}" for r in rows][::-1]
     spread = [
         [m - r["ratio_p10"] for m, r in zip(medians, rows[::-1], strict=True)],
         [r["ratio_p90"] - m for m, r in zip(medians, rows[::-1], strict=True)],
     ]
     colors = ["#c0504d" if n.startswith("ours") else "#7f7f7f" for n in names]
     axis.barh(names, medians, xerr=spread, color=colors, ecolor="#333333", capsize=2)
-    for y, m in enumerate(medians):
-        axis.text(0.03, y, f"{m:.2f}", va="center", color="white", fontsize=9)
     axis.axvline(1.0, color="black", lw=0.8, ls=":")
     axis.set_xlabel("step time / step time of torch AdamW for-loop, same round (median, 10-90 %)")
     figure.savefig(path, dpi=130)
