@@ -13,7 +13,7 @@ from poprisk_integrations.core.noise import update_dev_sq_
 from poprisk_integrations.distributed import sum_over_shards
 from poprisk_integrations.optim._gate_stats import parameter_sums
 from poprisk_integrations.optim._options import GroupOptions
-from poprisk_integrations.optim._single_tensor import norm_restoring_scale, write_back_
+from poprisk_integrations.optim._single_tensor import norm_restoring_scale
 from poprisk_integrations.optim._work import GroupWork
 
 __all__: list[str] = []
@@ -31,14 +31,14 @@ def _capturable_poprisk_adamw(
         keep: 0-dim float32, 1 if all gradients of the step are finite, else 0.
     """
     for i, target in enumerate(work.params):
-        exp_avg, exp_avg_sq = work.exp_avgs[i], work.exp_avg_sqs[i]
-        exp_dev_sq, step, dev_step = work.exp_dev_sqs[i], work.steps[i], work.dev_steps[i]
+        # low-precision parameters and states are updated in float32 and rounded once, at the end
+        exp_avg, exp_avg_sq = work.exp_avgs[i].read(), work.exp_avg_sqs[i].read()
+        exp_dev_sq, step, dev_step = work.exp_dev_sqs[i].read(), work.steps[i], work.dev_steps[i]
         dtype = exp_avg.dtype
         # 1 - beta^t loses three digits in float32; 0-dim doubles do not promote the tensors
         precise = torch.float32 if target.device.type == "mps" else torch.float64
         kept = keep.to(device=target.device, dtype=precise)
         one = torch.ones_like(kept)
-        # bfloat16 parameters are updated in float32 and rounded once, at the end
         param = target.to(dtype)
         # zeros instead of a non-finite gradient, so that 0 * grad is 0
         grad = torch.where(kept > 0, work.grads[i].to(dtype), 0.0)
@@ -106,5 +106,4 @@ def _capturable_poprisk_adamw(
 
         # apply
         param.sub_(update.mul_(kept * options.lr / bias_correction1))
-        if param is not target:
-            write_back_(target, param, work, i, options)
+        work.write_back(i, param, (exp_avg, exp_avg_sq, exp_dev_sq), options, kept)

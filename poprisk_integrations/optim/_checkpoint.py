@@ -8,15 +8,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from poprisk_integrations.optim._options import check_group, state_dtype_of
+from poprisk_integrations.optim._moments import (
+    MOMENTS,
+    moment_format,
+    moment_of,
+    new_moment,
+    state_keys,
+)
+from poprisk_integrations.optim._options import check_group
 
-__all__ = ["adopt_group_options", "check_foreign_state", "restore_state_dtypes"]
+__all__ = ["adopt_group_options", "check_foreign_state", "restore_states"]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-TENSORS = (*MOMENTS, "exp_dev_sq")
 COUNTS = ("step", "dev_step")
-# How a step is computed belongs to the process, not to the trajectory.
-IMPLEMENTATION = ("foreach", "fused", "capturable", "collect_stats_every")
+# How a step is computed, and how states are stored, belongs to the process, not to the trajectory.
+IMPLEMENTATION = ("foreach", "fused", "capturable", "collect_stats_every", "state_dtype")
 
 
 def check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
@@ -28,27 +33,49 @@ def check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]
     saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
     params = chain.from_iterable(g["params"] for g in groups)
     owner = dict(zip(saved_ids, params))  # noqa: B905 - torch reports unequal lengths itself
-    for index, state in state_dict["state"].items():
-        if index not in owner or not state:
-            continue
-        missing = [key for key in ("step", *MOMENTS) if key not in state]
-        if missing:
-            raise ValueError(
-                f"Not a PopRiskAdamW or AdamW checkpoint: parameter {index} has the state keys "
-                f"{sorted(state)}, without {missing}."
-            )
-        for key in TENSORS:
-            value = state.get(key)
-            if value is not None and tuple(value.shape) != tuple(owner[index].shape):
-                raise ValueError(
-                    f"Checkpoint does not fit: {key} of parameter {index} has the shape "
-                    f"{tuple(value.shape)}, the parameter {tuple(owner[index].shape)}."
-                )
     for group in state_dict["param_groups"]:
         if group.get("amsgrad"):
             raise ValueError(
                 "Invalid amsgrad in the checkpoint: True. PopRiskAdamW has no amsgrad."
             )
+    for index, state in state_dict["state"].items():
+        if index in owner and state:
+            _check_parameter_state(index, state, owner[index])
+
+
+def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> None:
+    kinds = {key: _saved_kind(state, key) for key in MOMENTS}
+    missing = [key for key in MOMENTS[:2] if kinds[key] is None]
+    if "step" not in state:
+        missing.insert(0, "step")
+    if missing:
+        raise ValueError(
+            f"Not a PopRiskAdamW or AdamW checkpoint: parameter {index} has the state keys "
+            f"{sorted(state)}, without {missing}."
+        )
+    known = {name for key, kind in kinds.items() if kind for name in state_keys(key, kind)}
+    extra = sorted(set(state) - known - set(COUNTS))
+    if extra:
+        raise ValueError(
+            f"Not a PopRiskAdamW or AdamW checkpoint: parameter {index} has the unknown state "
+            f"keys {extra}."
+        )
+    for key, kind in kinds.items():
+        if kind is None:
+            continue
+        name = state_keys(key, kind)[0]
+        if tuple(state[name].shape) != tuple(param.shape):
+            raise ValueError(
+                f"Checkpoint does not fit: {name} of parameter {index} has the shape "
+                f"{tuple(state[name].shape)}, the parameter {tuple(param.shape)}. A state saved "
+                "from plain shards (FSDP1, ZeRO) fits only the same number of ranks."
+            )
+
+
+def _saved_kind(state: dict[str, Any], key: str) -> str | None:
+    if key in state:
+        return "float32"
+    return "8bit" if all(name in state for name in state_keys(key, "8bit")) else None
 
 
 def adopt_group_options(
@@ -71,7 +98,7 @@ def adopt_group_options(
         check_group(group)
 
 
-def restore_state_dtypes(
+def restore_states(
     optimizer: Optimizer,
     state_dict: dict[str, Any],
     on_device: Callable[[Tensor, dict[str, Any]], bool],
@@ -79,8 +106,9 @@ def restore_state_dtypes(
     """Undo torch's cast of every state to the parameter's dtype.
 
     `Optimizer.load_state_dict` casts all floating-point states but `step` to the dtype of the
-    parameter, which rounds the float32 states of a bfloat16 parameter and turns counts above
-    256 into other numbers.
+    parameter, which rounds the float32 states of a bfloat16 parameter, turns codes into values
+    and counts above 256 into other numbers. States saved in another format than the group's
+    `state_dtype` are converted.
 
     Args:
         optimizer: Freshly loaded.
@@ -92,21 +120,30 @@ def restore_state_dtypes(
             saved, state = state_dict["state"].get(index), optimizer.state.get(param)
             if not saved or not state:
                 continue
-            for key in [key for key in state if key not in TENSORS + COUNTS]:
-                del state[key]
-            for key in TENSORS:
-                if key in saved:
-                    state[key] = _like_state(saved[key], state[key], param)
+            state.clear()
             device = param.device if on_device(param, group) else torch.device("cpu")
             for key in COUNTS:
                 if key in saved:
                     count = torch.as_tensor(saved[key], dtype=torch.float32)
                     state[key] = count.detach().clone().reshape(()).to(device)
+            for key in MOMENTS:
+                kind = moment_format(param, key, group["state_dtype"])
+                state.update(_restored(saved, key, kind, param))
 
 
-def _like_state(saved: Tensor, loaded: Tensor, param: Tensor) -> Tensor:
-    dtype = state_dtype_of(param)
-    if loaded.dtype == dtype and saved.dtype == dtype:
-        return loaded
-    # A copy, as torch makes by casting: the caller's dictionary must not be trained on.
-    return saved.detach().to(device=param.device, dtype=dtype, copy=True)
+def _restored(
+    saved: dict[str, Any], key: str, kind: str | torch.dtype, param: Tensor
+) -> dict[str, Tensor]:
+    saved_kind = _saved_kind(saved, key)
+    if saved_kind is None:
+        return {}
+    # Copies, as torch makes by casting: the caller's dictionary must not be trained on.
+    taken = {
+        name: saved[name].detach().to(device=param.device, copy=True)
+        for name in state_keys(key, saved_kind)
+    }
+    fresh = new_moment(param, key, kind)
+    if all(name in taken and taken[name].dtype == fresh[name].dtype for name in fresh):
+        return taken
+    moment_of(fresh, key).write(moment_of(taken, key).read(), None)
+    return fresh

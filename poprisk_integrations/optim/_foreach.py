@@ -9,7 +9,7 @@ from torch import Tensor
 from poprisk_integrations.distributed import sum_over_shards
 from poprisk_integrations.optim._gate_stats import parameter_sums, ungated_sums
 from poprisk_integrations.optim._options import GroupOptions, StepScalars, step_scalars
-from poprisk_integrations.optim._single_tensor import norm_restoring_scale, write_back_
+from poprisk_integrations.optim._single_tensor import norm_restoring_scale
 from poprisk_integrations.optim._work import GroupWork
 
 __all__: list[str] = []
@@ -28,9 +28,11 @@ def _multi_tensor_poprisk_adamw(
 def _step_one_dtype(
     work: GroupWork, options: GroupOptions, lr: float, sums: list[Tensor] | None
 ) -> None:
-    dtype = work.exp_avgs[0].dtype
-    # bfloat16 parameters are updated in float32 and rounded once, at the end
-    low_precision = work.params[0].dtype != dtype
+    # low-precision parameters and states are updated in float32 and rounded once, at the end
+    exp_avgs = [m.read() for m in work.exp_avgs]
+    exp_avg_sqs = [m.read() for m in work.exp_avg_sqs]
+    exp_dev_sqs = [m.read() for m in work.exp_dev_sqs]
+    dtype = exp_avgs[0].dtype
     params = [p.to(dtype) for p in work.params]
     grads = [g.to(dtype) for g in work.grads]
     if options.maximize:
@@ -44,30 +46,33 @@ def _step_one_dtype(
 
     # update noise variance, before the mean moves
     if options.gated:
-        _update_noise(work, grads, scalars, options.rho)
+        _update_noise(work, grads, exp_avgs, exp_dev_sqs, scalars, options.rho)
 
     # decay the first and second moment running average coefficient
-    torch._foreach_lerp_(work.exp_avgs, grads, 1 - options.beta1)
-    torch._foreach_mul_(work.exp_avg_sqs, options.beta2)
-    torch._foreach_addcmul_(work.exp_avg_sqs, grads, grads, 1 - options.beta2)
-    denoms = list(torch._foreach_sqrt(work.exp_avg_sqs))
+    torch._foreach_lerp_(exp_avgs, grads, 1 - options.beta1)
+    torch._foreach_mul_(exp_avg_sqs, options.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - options.beta2)
+    denoms = list(torch._foreach_sqrt(exp_avg_sqs))
     torch._foreach_div_(denoms, [s.bias_correction2_sqrt for s in scalars])
     torch._foreach_add_(denoms, options.eps)
 
     # gate
     active = [i for i, s in enumerate(scalars) if s.gate_is_active]
-    updates = list(work.exp_avgs)
+    updates = list(exp_avgs)
     gates: dict[int, Tensor] = {}
     if active:
-        gated, mean_sqs, noises = _gates(work, [scalars[i] for i in active], active, options)
+        means = [exp_avgs[i] for i in active]
+        noises = [exp_dev_sqs[i] for i in active]
+        gated, mean_sqs, noises = _gates(means, noises, [scalars[i] for i in active], options)
         gates = dict(zip(active, gated, strict=True))
-        moved = list(torch._foreach_mul([work.exp_avgs[i] for i in active], gated))
+        moved = list(torch._foreach_mul(means, gated))
         if options.preserve_norm:
-            _restore_norms(work, active, moved, denoms)
+            owners = [work.owners[i] for i in active]
+            _restore_norms(means, moved, [denoms[i] for i in active], owners)
         for i, update in zip(active, moved, strict=True):
             updates[i] = update
     if sums is not None:
-        directions = torch._foreach_div(work.exp_avgs, denoms)
+        directions = torch._foreach_div(exp_avgs, denoms)
         for i, direction in enumerate(directions):
             if i in gates:
                 k = active.index(i)
@@ -88,13 +93,17 @@ def _step_one_dtype(
     # apply
     step_sizes = [-(lr / s.bias_correction1) for s in scalars]
     torch._foreach_addcdiv_(params, updates, denoms, step_sizes)
-    if low_precision:
-        for i, (target, param) in enumerate(zip(work.params, params, strict=True)):
-            write_back_(target, param, work, i, options)
+    for i, param in enumerate(params):
+        work.write_back(i, param, (exp_avgs[i], exp_avg_sqs[i], exp_dev_sqs[i]), options)
 
 
 def _update_noise(
-    work: GroupWork, grads: TensorList, scalars: list[StepScalars], rho: float
+    work: GroupWork,
+    grads: TensorList,
+    exp_avgs: TensorList,
+    exp_dev_sqs: TensorList,
+    scalars: list[StepScalars],
+    rho: float,
 ) -> None:
     known = [i for i, s in enumerate(scalars) if s.mean_scale is not None]
     if not known:
@@ -102,24 +111,23 @@ def _update_noise(
     for i in known:
         work.dev_steps[i] += 1
     scales = [scalars[i].mean_scale or 1.0 for i in known]
-    means = [work.exp_avgs[i] for i in known]
+    means = [exp_avgs[i] for i in known]
     if any(scale != 1.0 for scale in scales):
         means = list(torch._foreach_mul(means, scales))
     deviations = torch._foreach_sub([grads[i] for i in known], means)
-    exp_dev_sqs = [work.exp_dev_sqs[i] for i in known]
-    torch._foreach_mul_(exp_dev_sqs, rho)
-    torch._foreach_addcmul_(exp_dev_sqs, deviations, deviations, 1 - rho)
+    moving = [exp_dev_sqs[i] for i in known]
+    torch._foreach_mul_(moving, rho)
+    torch._foreach_addcmul_(moving, deviations, deviations, 1 - rho)
 
 
 def _gates(
-    work: GroupWork, scalars: list[StepScalars], active: list[int], options: GroupOptions
+    means: TensorList, noises: TensorList, scalars: list[StepScalars], options: GroupOptions
 ) -> tuple[TensorList, TensorList, TensorList]:
-    """q, m^2 and s of the parameters in `active`; see `core.gate.gate_factor`."""
-    means = [work.exp_avgs[i] for i in active]
+    """q, m^2 and s of the parameters whose gate is active; see `core.gate.gate_factor`."""
     mean_sqs = list(torch._foreach_mul(means, means))
     noises = [
-        mean_sqs[k] if s.noise_is_signal else work.exp_dev_sqs[i]
-        for k, (i, s) in enumerate(zip(active, scalars, strict=True))
+        mean_sq if s.noise_is_signal else noise
+        for mean_sq, noise, s in zip(mean_sqs, noises, scalars, strict=True)
     ]
     scales = [s.noise_scale for s in scalars]
     bounds = list(torch._foreach_mul(noises, [options.alpha * scale for scale in scales]))
@@ -150,19 +158,18 @@ def _gates(
 
 
 def _restore_norms(
-    work: GroupWork, active: list[int], moved: TensorList, denoms: TensorList
+    means: TensorList, moved: TensorList, denoms: TensorList, owners: TensorList
 ) -> None:
     """Scale each gated update to the norm of its ungated one, one reduction for all."""
-    chosen = [denoms[i] for i in active]
-    ungated = torch._foreach_div([work.exp_avgs[i] for i in active], chosen)
-    gated = torch._foreach_div(moved, chosen)
+    ungated = torch._foreach_div(means, denoms)
+    gated = torch._foreach_div(moved, denoms)
     squares = torch.stack(
         [
             torch.stack([u.square().sum() for u in ungated]),
             torch.stack([g.square().sum() for g in gated]),
         ]
     )
-    total = sum_over_shards(squares, [work.owners[i] for i in active])
+    total = sum_over_shards(squares, owners)
     scales = norm_restoring_scale(total[0], total[1])
     for update, scale in zip(moved, scales, strict=True):
         update *= scale

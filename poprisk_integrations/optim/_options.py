@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from poprisk_integrations.core.alpha import resolve_alpha
 from poprisk_integrations.core.gate import GATES, default_lambda_pop
 from poprisk_integrations.core.noise import noise_is_ready
+from poprisk_integrations.optim._moments import MOMENTS, STATE_FORMATS
 
 __all__ = ["GroupOptions", "StepScalars", "check_group", "resolve_group", "step_scalars"]
 
@@ -37,6 +37,7 @@ class GroupOptions:
     centered: bool
     maximize: bool
     stochastic_rounding: bool
+    rounding_seed: int
 
     @property
     def gated(self) -> bool:
@@ -130,6 +131,7 @@ def resolve_group(group: dict[str, Any]) -> GroupOptions:
         centered=group["noise_mean"] == "bias_corrected",
         maximize=group["maximize"],
         stochastic_rounding=group["stochastic_rounding"],
+        rounding_seed=group["rounding_seed"],
     )
 
 
@@ -162,10 +164,12 @@ def check_group(group: dict[str, Any]) -> None:
     lambda_pop = group["lambda_pop"]
     if lambda_pop is not None and not _in_range(lambda_pop, 0.0, math.inf, right_open=True):
         raise ValueError(f"Invalid lambda_pop: {lambda_pop}. Must be a number >= 0, or None.")
-    for name in ("gate_warmup", "collect_stats_every"):
+    for name in ("gate_warmup", "collect_stats_every", "rounding_seed"):
         value = group[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= 0.")
+    if group["rounding_seed"] >= 1 << 31:
+        raise ValueError(f"Invalid rounding_seed: {group['rounding_seed']}. Must be below 2^31.")
     for name in ("batch_size", "dataset_size"):
         value = group[name]
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -175,13 +179,15 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {group[name]!r}. Must be True or False.")
     if group["foreach"] not in (None, True, False):
         raise ValueError(f"Invalid foreach: {group['foreach']!r}. Must be None, True or False.")
-    if group["fused"]:
-        raise ValueError("Invalid fused: True. Must be None or False: no fused kernel exists yet.")
-    if group["state_dtype"] is not None:
+    if group["fused"] not in (None, True, False):
+        raise ValueError(f"Invalid fused: {group['fused']!r}. Must be None, True or False.")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("Invalid foreach and fused: both True. At most one of them may be.")
+    if group["differentiable"]:
         raise ValueError(
-            f"Invalid state_dtype: {group['state_dtype']!r}. Must be None (float32 states): "
-            "low-precision states do not exist yet."
+            "Invalid differentiable: True. Must be False: a step is not differentiated through."
         )
+    _check_state_dtype(group["state_dtype"])
     resolve_group(group)
 
 
@@ -196,14 +202,18 @@ def _check_lr(lr: Any) -> None:
         raise ValueError(f"Invalid learning rate: {lr}. Must be a number >= 0.")
 
 
+def _check_state_dtype(value: Any) -> None:
+    chosen = value if isinstance(value, dict) else {"exp_avg": value}
+    allowed = (None, *STATE_FORMATS)
+    if all(k in MOMENTS and v in allowed for k, v in chosen.items()):
+        return
+    raise ValueError(
+        f"Invalid state_dtype: {value!r}. Must be one of {allowed} or a dict with keys from "
+        f"{MOMENTS}."
+    )
+
+
 def _in_range(value: Any, low: float, high: float, *, right_open: bool = False) -> bool:
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
         return False
     return low <= value < high if right_open else low <= value <= high
-
-
-def state_dtype_of(param: Tensor) -> torch.dtype:
-    """States are float32, whatever the parameter; float64 and complex parameters keep theirs."""
-    if param.dtype in (torch.float64, torch.complex64, torch.complex128):
-        return param.dtype
-    return torch.float32

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 from counter-based randomness."""
+"""Counter-based randomness for stochastic rounding: the same on replicas and after a resume."""
 
 import math
 
@@ -7,48 +7,108 @@ from torch import Tensor
 
 from poprisk_integrations.distributed import is_dtensor
 
-__all__ = ["stochastic_round_"]
+__all__ = ["global_index", "hash32", "round_to_bfloat16_", "rounding_key", "uniform16"]
 
-_MASK32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive seeds over the word
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+STREAMS = ("param", "exp_dev_sq", "exp_avg", "exp_avg_sq")
 
 
-def stochastic_round_(
-    target: Tensor, source: Tensor, owner: Tensor, position: int, step: Tensor
-) -> None:
-    """Write `source` to the bfloat16 tensor `target`, rounded up with the probability of the rest.
+def hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer hash of low bias (Wellons, "lowbias32") in int32 lanes.
 
-    Unbiased: E[target] = source, while rounding to nearest loses every update below half an ulp
-    (2^-9 of the value). The draw is a hash of (position, step, GLOBAL element index), not a
-    generator's: replicas under DDP and HSDP get the same bits, shards get those of the whole
-    tensor, and a resumed run repeats them.
+    Products wrap and right shifts are made logical by masks, so the bits are those of the
+    unsigned original; int32 vectorises where int64 does not.
 
     Args:
-        target: bfloat16, local shard.
-        source: float32, same shape, finite.
-        owner: The parameter whose shard this is; its layout gives the global index.
-        position: Position of the parameter over all groups.
-        step: 0-dim count of the parameter's steps.
+        x: int32, any shape.
+
+    Returns:
+        int32, same shape.
     """
-    index = _global_index(owner, target)
-    seed = (step.to(device=target.device, dtype=torch.int64) * _GOLDEN + position) & _MASK32
-    draw = _hash32(index ^ _hash32(seed)) & 0xFFFF
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _MULTIPLIERS[0]
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (_MULTIPLIERS[1] - (1 << 32))
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def rounding_key(step: Tensor, position: int, seed: int) -> Tensor:
+    """One word per (seed, step, parameter), on the device of `step`.
+
+    Args:
+        step: 0-dim count of the parameter's steps.
+        position: Position of the parameter over all groups.
+        seed: The group's `rounding_seed`.
+
+    Returns:
+        0-dim int32.
+    """
+    word = (step.to(torch.int64) * _GOLDEN + position).to(torch.int32)  # the low 32 bits
+    return hash32(word ^ seed) if seed else hash32(word)
+
+
+def uniform16(index: Tensor, key: Tensor, stream: str) -> Tensor:
+    """16 random bits per element.
+
+    Two streams share a hash, one takes its lower and one its upper half, so a bfloat16
+    parameter with bfloat16 states costs two hashes instead of four.
+
+    Args:
+        index: int32 low bits of the GLOBAL row-major element index.
+        key: 0-dim int32 from `rounding_key`.
+        stream: One of `STREAMS`.
+
+    Returns:
+        int32 in [0, 65535], same shape as `index`.
+    """
+    number = STREAMS.index(stream)
+    word = hash32(index ^ (key if number < 2 else hash32(key ^ 1)))
+    return word & 0xFFFF if number % 2 == 0 else (word >> 16) & 0xFFFF
+
+
+def round_to_bfloat16_(target: Tensor, source: Tensor, draw: Tensor | None) -> None:
+    """Write float32 values to a bfloat16 tensor, rounded up with the probability of the rest.
+
+    Unbiased: E[target] = source, while rounding to nearest loses every update below half an ulp
+    (2^-9 of the value).
+
+    Args:
+        target: bfloat16, changed in place.
+        source: float32, same shape, finite.
+        draw: int32 in [0, 65535], same shape; None rounds to nearest.
+    """
+    if draw is None:
+        target.copy_(source)
+        return
     bits = source.contiguous().view(torch.int32)
-    rounded = (bits + draw.to(torch.int32)) & -65536  # keep the upper 16 bits
-    target.copy_(rounded.view(torch.float32))
+    target.copy_(((bits + draw) & -65536).view(torch.float32))  # keep the upper 16 bits
 
 
-def _hash32(x: Tensor) -> Tensor:
-    """A 32-bit integer hash of low bias (Wellons, "lowbias32"), in int64 lanes."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
-    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK32
-    return x ^ (x >> 16)
+def global_index(owner: Tensor, local: Tensor) -> Tensor:
+    """Row-major index of each element of a shard within the whole parameter, low 32 bits.
 
+    A draw that depends on it, and on no generator, gives replicas under DDP and HSDP the same
+    bits and shards those of the whole tensor.
 
-def _global_index(owner: Tensor, local: Tensor) -> Tensor:
-    """Row-major index of each element of the shard within the whole parameter, low 32 bits."""
+    Args:
+        owner: The parameter whose shard this is; its layout gives the offset.
+        local: The shard.
+
+    Returns:
+        int32, shape of `local`.
+    """
     if not is_dtensor(owner):
-        return torch.arange(local.numel(), device=local.device).view(local.shape)
+        index = torch.arange(local.numel(), device=local.device).view(local.shape)
+        return index.to(torch.int32)
+    index = torch.zeros((), dtype=torch.int64, device=local.device)
+    for dim, offset in enumerate(shard_offsets(owner)):
+        stride = math.prod(owner.shape[dim + 1 :])
+        along = (torch.arange(local.shape[dim], device=local.device) + offset) * stride
+        index = index.unsqueeze(-1) + along
+    return index.reshape(local.shape).to(torch.int32)
+
+
+def shard_offsets(owner: Tensor) -> tuple[int, ...]:
+    """Global index of a DTensor shard's first element along each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offsets = compute_local_shape_and_global_offset(
@@ -56,9 +116,4 @@ def _global_index(owner: Tensor, local: Tensor) -> Tensor:
         owner.device_mesh,  # type: ignore[attr-defined]
         owner.placements,  # type: ignore[attr-defined]
     )
-    index = torch.zeros((), dtype=torch.int64, device=local.device)
-    for dim, offset in enumerate(offsets):
-        stride = math.prod(owner.shape[dim + 1 :])
-        along = (torch.arange(local.shape[dim], device=local.device) + offset) * stride
-        index = index.unsqueeze(-1) + along
-    return index.view(local.shape) & _MASK32
+    return tuple(offsets)

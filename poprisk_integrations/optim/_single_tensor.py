@@ -8,7 +8,6 @@ from poprisk_integrations.core.noise import update_dev_sq_
 from poprisk_integrations.distributed import sum_over_shards
 from poprisk_integrations.optim._gate_stats import parameter_sums, ungated_sums
 from poprisk_integrations.optim._options import GroupOptions, step_scalars
-from poprisk_integrations.optim._rounding import stochastic_round_
 from poprisk_integrations.optim._work import GroupWork
 
 __all__ = ["norm_restoring_scale"]
@@ -26,9 +25,9 @@ def _single_tensor_poprisk_adamw(
     """
     lr = float(options.lr)
     for i, target in enumerate(work.params):
-        exp_avg, exp_avg_sq = work.exp_avgs[i], work.exp_avg_sqs[i]
-        exp_dev_sq = work.exp_dev_sqs[i]
-        # bfloat16 parameters are updated in float32 and rounded once, at the end
+        # low-precision parameters and states are updated in float32 and rounded once, at the end
+        exp_avg, exp_avg_sq = work.exp_avgs[i].read(), work.exp_avg_sqs[i].read()
+        exp_dev_sq = work.exp_dev_sqs[i].read()
         param = target.to(exp_avg.dtype)
         grad = work.grads[i].to(exp_avg.dtype)
         if options.maximize:
@@ -88,19 +87,7 @@ def _single_tensor_poprisk_adamw(
 
         # apply
         param.addcdiv_(update, denom, value=-(lr / scalars.bias_correction1))
-        if param is not target:
-            write_back_(target, param, work, i, options)
-
-
-def write_back_(
-    target: Tensor, param: Tensor, work: GroupWork, index: int, options: GroupOptions
-) -> None:
-    """Round an updated float32 copy into its low-precision parameter."""
-    if target.dtype == torch.bfloat16 and options.stochastic_rounding:
-        owner, position = work.owners[index], work.positions[index]
-        stochastic_round_(target, param, owner, position, work.steps[index])
-    else:
-        target.copy_(param)
+        work.write_back(i, param, (exp_avg, exp_avg_sq, exp_dev_sq), options)
 
 
 def norm_restoring_scale(ungated_sq: Tensor, gated_sq: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from poprisk_integrations.optim._capturable import _capturable_poprisk_adamw
 from poprisk_integrations.optim._checkpoint import (
     adopt_group_options,
     check_foreign_state,
-    restore_state_dtypes,
+    restore_states,
 )
 from poprisk_integrations.optim._finite import all_finite
 from poprisk_integrations.optim._foreach import _multi_tensor_poprisk_adamw
 from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
-from poprisk_integrations.optim._options import check_group, resolve_group, state_dtype_of
+from poprisk_integrations.optim._moments import MOMENTS, moment_format, new_moment, state_keys
+from poprisk_integrations.optim._options import check_group, resolve_group
 from poprisk_integrations.optim._single_tensor import _single_tensor_poprisk_adamw
 from poprisk_integrations.optim._work import GroupWork
 
@@ -68,12 +69,18 @@ class PopRiskAdamW(Optimizer):
             device.
         fused: Reserved; only None or False.
         capturable: Keep step counts on the device, as accelerators always do.
-        state_dtype: Reserved; only None: float32 states (float64 for float64 parameters).
+        state_dtype: None for float32 states whatever the parameter (float64 and complex parameters
+            keep their own dtype), "bfloat16" (stochastically rounded), "8bit" (experimental: codes
+            in row blocks of 64 with float32 scales, for matrices of at least 4096 elements), or a
+            dict from "exp_avg", "exp_avg_sq", "exp_dev_sq" to one of these.
+        differentiable: Only False.
         gate_decay: Gate the weight decay too.
         gate_eps: Constant in the gate's denominator, on the scale of squared gradients.
         noise_mean: "bias_corrected" or "raw": the mean that deviations are taken from. "raw" is
             the published rule.
         stochastic_rounding: Round bfloat16 parameters stochastically (unbiased, reproducible).
+            Low-precision states always are.
+        rounding_seed: Seed of all stochastic rounding.
         collect_stats_every: Sample `gate_stats()` on every k-th step; 0 for never.
 
     Raises:
@@ -112,11 +119,13 @@ class PopRiskAdamW(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
-        state_dtype: str | None = None,
+        state_dtype: str | dict[str, str] | None = None,
+        differentiable: bool = False,
         gate_decay: bool = False,
         gate_eps: float = 0.0,
         noise_mean: str = "bias_corrected",
         stochastic_rounding: bool = True,
+        rounding_seed: int = 0,
         collect_stats_every: int = 0,
     ) -> None:
         defaults = {
@@ -139,10 +148,12 @@ class PopRiskAdamW(Optimizer):
             "fused": fused,
             "capturable": capturable,
             "state_dtype": state_dtype,
+            "differentiable": differentiable,
             "gate_decay": gate_decay,
             "gate_eps": gate_eps,
             "noise_mean": noise_mean,
             "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
             "collect_stats_every": collect_stats_every,
         }
         check_group(defaults)
@@ -333,7 +344,7 @@ class PopRiskAdamW(Optimizer):
 
         def restore(_: Optimizer) -> None:
             adopt_group_options(self.param_groups, before, final["param_groups"])
-            restore_state_dtypes(self, final, _needs_device_step)
+            restore_states(self, final, _needs_device_step)
 
         # The first post hook, so that a user's hooks already see the restored states.
         pre = self.register_load_state_dict_pre_hook(capture)
@@ -367,11 +378,10 @@ class PopRiskAdamW(Optimizer):
         for key in ("step", "dev_step"):
             if key not in state:
                 state[key] = torch.zeros((), dtype=torch.float32, device=device)
-        for key in ("exp_avg", "exp_avg_sq", "exp_dev_sq"):
-            if key not in state:
-                state[key] = torch.zeros_like(
-                    param, dtype=state_dtype_of(param), memory_format=torch.preserve_format
-                )
+        for key in MOMENTS:
+            if key not in state and state_keys(key, "8bit")[0] not in state:
+                kind = moment_format(param, key, group["state_dtype"])
+                state.update(new_moment(param, key, kind))
         return state
 
     # Sampling is not part of the trajectory: it is not checkpointed, and copies start anew.

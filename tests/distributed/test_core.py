@@ -124,7 +124,12 @@ def rounding_rank(rank, world_size):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from poprisk_integrations.optim._rounding import stochastic_round_
+    from poprisk_integrations.optim._rounding import (
+        global_index,
+        round_to_bfloat16_,
+        rounding_key,
+        uniform16,
+    )
 
     mesh = init_device_mesh("cpu", (world_size,))
     source = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
@@ -135,7 +140,9 @@ def rounding_rank(rank, world_size):
         if dim is not None:
             owner = distribute_tensor(owner, mesh, [Shard(dim)])
             piece = local_tensor(distribute_tensor(source, mesh, [Shard(dim)]))
-        stochastic_round_(local_tensor(owner), piece, owner, 3, torch.tensor(4.0))
+        key = rounding_key(torch.tensor(4.0), 3, 0)
+        draw = uniform16(global_index(owner, piece), key, "param")
+        round_to_bfloat16_(local_tensor(owner), piece, draw)
         results.append(full(owner))
     return results
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
-from poprisk_integrations.optim._rounding import _hash32, stochastic_round_
+from poprisk_integrations.optim._rounding import (
+    global_index,
+    hash32,
+    round_to_bfloat16_,
+    rounding_key,
+    uniform16,
+)
 
 PATHS = {
     "single_tensor": {"foreach": False},
@@ -15,7 +21,9 @@ PATHS = {
 
 def rounded(source, step=1, position=0):
     target = torch.empty_like(source, dtype=torch.bfloat16)
-    stochastic_round_(target, source, target, position, torch.tensor(float(step)))
+    key = rounding_key(torch.tensor(float(step)), position, 0)
+    draw = uniform16(global_index(target, target), key, "param")
+    round_to_bfloat16_(target, source, draw)
     return target
 
 
@@ -53,7 +61,8 @@ def test_hash_is_the_published_one():
         return x ^ (x >> 16)
 
     values = [0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1]
-    assert _hash32(torch.tensor(values)).tolist() == [reference(v) for v in values]
+    words = hash32(torch.tensor(values).to(torch.int32))
+    assert [word % 2**32 for word in words.tolist()] == [reference(v) for v in values]
 
 
 @pytest.mark.parametrize("path", PATHS)
