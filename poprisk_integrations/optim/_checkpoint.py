@@ -16,7 +16,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 TENSORS = (*MOMENTS, "exp_dev_sq")
 COUNTS = ("step", "dev_step")
 # How a step is computed belongs to the process, not to the trajectory.
-IMPLEMENTATION = ("foreach", "fused", "capturable", "collect_stats_every")
+IMPLEMENTATION = ("foreach", "fused", "capturable", "collect_stats_every", "noise_source")
 
 
 def check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:

@@ -45,6 +45,8 @@ class PopRiskOptimizer(Callback):
         gate_decay: Gate the weight decay too.
         gate_eps: Constant in the gate's denominator, on the scale of squared gradients.
         noise_mean: "bias_corrected" or "raw" (the published rule).
+        noise_source: "temporal", "microbatch" (needs accumulate_grad_batches >= 2) or "ranks"
+            (needs DDP).
         stochastic_rounding: Round bfloat16 parameters stochastically.
         collect_stats_every: Sample gate statistics on every k-th step; 0 for never. The callback
             PopRiskMonitor sets it.
@@ -75,6 +77,7 @@ class PopRiskOptimizer(Callback):
         gate_decay: bool = False,
         gate_eps: float = 0.0,
         noise_mean: Literal["bias_corrected", "raw"] = "bias_corrected",
+        noise_source: Literal["temporal", "microbatch", "ranks"] = "temporal",
         stochastic_rounding: bool = True,
         collect_stats_every: int = 0,
     ) -> None:
@@ -93,6 +96,7 @@ class PopRiskOptimizer(Callback):
             "gate_decay": gate_decay,
             "gate_eps": gate_eps,
             "noise_mean": noise_mean,
+            "noise_source": noise_source,
             "stochastic_rounding": stochastic_rounding,
             "collect_stats_every": collect_stats_every,
         }
