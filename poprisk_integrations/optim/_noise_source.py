@@ -22,9 +22,10 @@ from poprisk_integrations.optim._work import GroupWork
 __all__ = ["NoiseSource", "uses_pieces"]
 
 PROBES = 16  # coordinates per parameter that tell how the sum was rescaled
-# Share of the gradient's square that its pieces may leave unexplained. Accumulating 64 pieces in
-# bfloat16 leaves about 1e-4; another rank's gradient or one clipped by value leaves most of it.
-MISFIT = 0.1
+# Share of the gradient's square that its pieces may leave unexplained. Rounding of bfloat16
+# gradients leaves about 1e-4 (64 pieces); clipping by value leaves most of it.
+MISFIT = 0.01
+UNEQUAL = 1e-6  # the same for replicas, which are equal bit for bit
 _NOT_SHOWN = "has a gradient that no backward pass has shown"
 
 
@@ -225,13 +226,15 @@ class NoiseSource:
         flat.append(torch.full((1,), float(passes), device=device))  # no copy from the host
         flat = sum_over_ranks(flat)
         squares = dict(zip((id(r.param) for r in records), flat[:count], strict=True))
-        scale, misfit = _fit(records, flat[count:-1], device, default=1.0 / world)
+        seen = torch.cat([p.to(device) for p in flat[count:-1]])
+        total = torch.cat([_grad_probe(r).to(seen) for r in records])
+        scale = gradient_scale(total, seen, default=1.0 / world)
         pieces: dict[str, float | Tensor] = {
             "microbatch": float(passes) if world == 1 else flat[-1].reshape(()),
             "ranks": float(world),
         }
         if is_first:
-            self._verify(records, misfit)
+            self._verify(records, total, scale * seen)
         sizes = torch.stack([s.sum().to(device) for s in flat[:count]])
         counts_now = keep.to(device) * sizes.isfinite().all() * scale.isfinite()
         for work, group in zip(works, groups, strict=True):
@@ -246,22 +249,34 @@ class NoiseSource:
                 variance = sum_variance(sum_sq, work.grads[i], _on(pieces[source], sum_sq), factor)
                 _take(work, i, variance, counts_now.to(sum_sq.device), group)
 
-    def _verify(self, records: list[_Record], misfit: Tensor) -> None:
-        """Once per parameter, with a host read: do the pieces make up the gradient?"""
-        passes = [torch.full_like(misfit, float(r.passes)) for r in records]
-        (total,) = sum_over_ranks([torch.stack([misfit, *passes])])
-        unexplained, *seen = total.tolist()
+    def _verify(self, records: list[_Record], total: Tensor, explained: Tensor) -> None:
+        """Once per parameter, with a host read: do the pieces make up the gradient?
+
+        Args:
+            records: The same parameters on all ranks.
+            total: Some coordinates of the gradient.
+            explained: c times the sum of the pieces there.
+        """
+        passes = torch.stack([total.new_full((), float(r.passes)) for r in records])
+        mean, all_passes = sum_over_ranks([total / world_size(), passes])
+        errors = [_share(total - mean, mean), _share(mean - explained, mean)]
+        host = torch.cat([torch.stack(errors), all_passes]).tolist()
+        source, (unequal, unexplained, *seen) = records[0].source, host
         for record, count in zip(records, seen, strict=True):
             grad = record.param.grad
             if not record.is_verified and not count and grad is not None and bool(grad.any()):
                 raise RuntimeError(_unseen(record, _NOT_SHOWN))
+        if unequal > UNEQUAL:
+            raise RuntimeError(
+                f"noise_source={source!r} needs gradients that are averaged over ranks, as DDP "
+                "does, but this rank's differ from the mean. Use noise_source='temporal' otherwise."
+            )
         if unexplained > MISFIT:
             raise RuntimeError(
-                f"noise_source={records[0].source!r}: the pieces seen in backward passes do not "
-                f"add up to the gradients of this step ({unexplained:.0%} of the square is "
-                "unexplained). Gradients must be averaged over ranks and may only be rescaled by "
-                "one factor: no clipping by value, no gradients from elsewhere, and zeroed after "
-                "each step. Use noise_source='temporal' otherwise."
+                f"noise_source={source!r}: the pieces seen in backward passes do not add up to the "
+                f"gradients of this step ({unexplained:.0%} of the square is unexplained). "
+                "Gradients may only be rescaled by one factor: no clipping by value, no gradients "
+                "from elsewhere, and zeroed after each step. Use noise_source='temporal' otherwise."
             )
         if math.isfinite(unexplained) and any(seen):
             for record in records:
@@ -281,20 +296,12 @@ def _take(
     dev_step += counts.to(dev_step)
 
 
-def _fit(
-    records: list[_Record], probes: list[Tensor], device: torch.device, default: float
-) -> tuple[Tensor, Tensor]:
-    """Factor c between the sum of the pieces and the gradient, and the share it cannot explain."""
-    grads = [
-        torch.zeros_like(p) if r.param.grad is None else _probe(_real(r.param.grad)).to(p)
-        for r, p in zip(records, probes, strict=True)
-    ]
-    total, seen = (torch.cat([t.to(device) for t in ts]) for ts in (grads, probes))
-    scale = gradient_scale(total, seen, default)
-    largest = total.abs().amax()
+def _share(error: Tensor, whole: Tensor) -> Tensor:
+    """|error|^2 / |whole|^2, 0 where both are zero."""
+    largest = whole.abs().amax()
     unit = torch.where(largest == 0, 1.0, largest)
-    rest = ((total - scale * seen) / unit).square().sum()
-    return scale, rest / (total / unit).square().sum().clamp(min=torch.finfo(rest.dtype).tiny)
+    tiny = torch.finfo(whole.dtype).tiny
+    return (error / unit).square().sum() / (whole / unit).square().sum().clamp(min=tiny)
 
 
 def _check_same_layout(records: list[_Record]) -> None:
@@ -361,6 +368,11 @@ def _probe(tensor: Tensor) -> Tensor:
     while rows.dim() > 1:
         rows = rows.select(1, 0)
     return rows
+
+
+def _grad_probe(record: _Record) -> Tensor:
+    grad = record.param.grad
+    return _probe(_real(record.param)) * 0.0 if grad is None else _probe(_real(grad))
 
 
 def _real(tensor: Tensor) -> Tensor:
