@@ -70,7 +70,11 @@ class NoiseSource:
 
         s_t = rho * s_{t-1} + (1 - rho) * Var(g_t) * 2 / (1 + beta1)
 
-    with Var of `core.noise.sum_variance`. One per optimizer, never copied or saved: hooks belong
+    with Var of `core.noise.sum_variance`: the variance of the batch MEAN gradient, unbiased. With N
+    pieces s_hat has (N-1)(1+rho)/(1-rho) degrees of freedom, so a pure-noise coordinate passes
+    with the tail of Student's t: 5.1 % instead of 5 % for N=2 and rho=0.99, 6.5 % for rho=0.9.
+
+    One per optimizer, never copied or saved: hooks belong
     to the parameters of this process. Hooks go when the source does.
 
     What happens to the gradient between the last backward pass and the step (division by the
