@@ -74,8 +74,8 @@ class NoiseSource:
     pieces s_hat has (N-1)(1+rho)/(1-rho) degrees of freedom, so a pure-noise coordinate passes
     with the tail of Student's t: 5.1 % instead of 5 % for N=2 and rho=0.99, 6.5 % for rho=0.9.
 
-    One per optimizer, never copied or saved: hooks belong
-    to the parameters of this process. Hooks go when the source does.
+    One per optimizer, never copied or saved: hooks belong to the parameters of this process, and
+    go when the source does.
 
     What happens to the gradient between the last backward pass and the step (division by the
     number of ranks, unscaling of the loss, clipping by norm) is found from a few coordinates of
@@ -222,6 +222,9 @@ class NoiseSource:
         is_first = not all(r.is_verified for r in records)
         if is_first and world > 1:
             _check_same_layout(records)
+        for record in records:
+            if record.param.grad is None:
+                record.clear()  # left of a step that never came; this one has nothing for it
         count = len(records)
         device = _real(records[0].param).device
         passes = max((r.passes for r in records if r.source == "microbatch"), default=0)

@@ -235,6 +235,21 @@ def test_all_zero_probes_leave_the_scale_at_one():
     torch.testing.assert_close(optimizer.state[param]["exp_dev_sq"], expected)
 
 
+def test_the_scale_is_seen_where_the_first_rows_are_zero():
+    """Padding tokens come first in many vocabularies: coordinates are spread over the rows."""
+    param = nn.Parameter(torch.zeros(1000, 3))
+    optimizer = PopRiskAdamW([param], **SETTINGS)
+    rows = [[torch.randn(1000, 3)] for _ in range(3)]
+    for (row,) in rows:
+        row[:60] = 0.0
+        backward([param], [row])
+    factor = 1e-3 / float(nn.utils.clip_grad_norm_([param], max_norm=1e-3))
+    optimizer.step()
+    twin = VarianceTwin([param.shape])
+    twin.step([[factor * row.double()] for (row,) in rows])
+    assert_close(noise(optimizer, [param]), twin.s, 1e-4)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_skipped_step_leaves_no_trace(path, bad):
@@ -509,6 +524,17 @@ def test_checkpoints_bring_no_source():
         backward(others, row)
     back.step()
     assert back.state[others[0]]["dev_step"].item() == 3
+
+
+def test_a_gate_that_comes_with_the_checkpoint_is_measured():
+    gated, ungated = make_params(), make_params()
+    saved = PopRiskAdamW(gated, **SETTINGS).state_dict()
+    optimizer = PopRiskAdamW(ungated, **SETTINGS, gate="none")
+    optimizer.load_state_dict(saved)
+    for row in gradients(3):
+        backward(ungated, row)
+    optimizer.step()
+    assert optimizer.state[ungated[0]]["dev_step"].item() == 1
 
 
 def test_parameters_unfrozen_later_start_one_step_later():
