@@ -152,7 +152,6 @@ class PopRiskAdamW(Optimizer):
             "fused": fused,
             "capturable": capturable,
             "state_dtype": state_dtype,
-            "differentiable": differentiable,
             "gate_decay": gate_decay,
             "gate_eps": gate_eps,
             "noise_mean": noise_mean,
@@ -161,7 +160,7 @@ class PopRiskAdamW(Optimizer):
             "rounding_seed": rounding_seed,
             "collect_stats_every": collect_stats_every,
         }
-        check_group(defaults)
+        check_group({**defaults, "differentiable": differentiable})
         super().__init__(params, defaults)
 
     @classmethod
@@ -446,4 +445,6 @@ def _problem_with(params: list[Tensor]) -> str | None:
 
 def _constructor_defaults() -> dict[str, Any]:
     parameters = signature(PopRiskAdamW.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+    options = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+    del options["differentiable"]  # checked, not kept
+    return options
