@@ -67,7 +67,7 @@ def our_arms() -> dict[str, Arm]:
 
 
 def torch_arms() -> dict[str, Arm]:
-    """torch's own."""
+    """Torch's own."""
     adamw = torch.optim.AdamW
     return {
         BASE: Arm(lambda p: adamw(p, fused=True), bytes=28),
