@@ -34,7 +34,12 @@ class Results:
                 for module in self._modules
                 for job in module.JOBS.get(world_size, ())
             ]
-            self._done[world_size] = spawn_gloo(world_size, run_jobs, names, self._folder)
+            try:
+                self._done[world_size] = spawn_gloo(world_size, run_jobs, names, self._folder)
+            except Exception as error:  # once is enough: every test of these jobs shows it
+                self._done[world_size] = error
+        if isinstance(self._done[world_size], Exception):
+            raise self._done[world_size]
         return [ranks[f"{job.__module__}:{job.__name__}"] for ranks in self._done[world_size]]
 
     @property
