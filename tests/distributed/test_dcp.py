@@ -248,6 +248,9 @@ def test_saved_by_four_ranks_and_continued_by_others(results, state_dtype, reade
     resumed = run[f"{readers} {template}"]
     if template == "init_state":
         assert set(resumed["steps_of_template"]) == {0.0}
+    if state_dtype is not None:  # the case is not empty
+        stored = {"bfloat16": torch.bfloat16, "8bit": torch.uint8}[state_dtype]
+        assert any(value.dtype == stored for value in run["saved"].values())
     assert resumed["loaded"].keys() == run["saved"].keys()
     for key, value in run["saved"].items():
         assert resumed["loaded"][key].dtype == value.dtype, key

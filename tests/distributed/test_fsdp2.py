@@ -24,6 +24,9 @@ pytestmark = pytest.mark.distributed
 PATHS = {"single_tensor": {}, "foreach": {"foreach": True}, "capturable": {"capturable": True}}
 
 
+ROUNDED = {**PATHS, "bfloat16 states": {"state_dtype": "bfloat16"}}
+
+
 def mesh_of(world_size):
     """One dimension on 2 ranks; replicas of shards (HSDP) on 4."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -65,7 +68,7 @@ def rounded(rank, world_size, folder):
     from torch.distributed.tensor import distribute_tensor
 
     runs, mesh = {}, mesh_of(world_size)
-    for path, options in PATHS.items():
+    for path, options in ROUNDED.items():
         model = shard_with_fsdp2(make_model(torch.bfloat16), mesh)
         optimizer = default_optimizer(model, **options)
         train_on_given_gradients(
@@ -185,7 +188,7 @@ def test_equals_one_process(results, world_size):
 @WORLDS
 def test_bfloat16_rounds_to_the_same_bits_as_one_process(results, world_size):
     for rank in results(world_size, rounded):
-        for path, options in PATHS.items():
+        for path, options in ROUNDED.items():
             model = make_model(torch.bfloat16)
             optimizer = default_optimizer(model, **options)
             train_on_given_gradients(model, optimizer)

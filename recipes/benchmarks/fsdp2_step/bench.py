@@ -6,6 +6,7 @@ Usage: python recipes/benchmarks/fsdp2_step/bench.py [--out DIR] [--quick]
 import argparse
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -63,7 +64,7 @@ def measure(rank: int, folder: str, quick: bool) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     torch.manual_seed(0)
     order = random.Random(0)  # the same on all ranks: a sharded step is a collective
-    ratios: dict[tuple[str, str], list[float]] = {}
+    ratios: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for case, large in CASES.items():
         optimizers = {}
         for name, make in ARMS.items():
@@ -74,12 +75,13 @@ def measure(rank: int, folder: str, quick: bool) -> None:
             times = {}
             for key in order.sample(list(optimizers), len(optimizers)):
                 dist.barrier()
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 optimizers[key].step()
-                times[key] = time.perf_counter() - start
+                times[key] = time.perf_counter() - start, time.process_time() - start_cpu
             if round_ >= WARM_UP:
                 for name in ARMS:
-                    ratio = times[name, "sharded"] / times[name, "plain"]
+                    pair = zip(times[name, "sharded"], times[name, "plain"], strict=True)
+                    ratio = tuple(sharded / plain for sharded, plain in pair)
                     ratios.setdefault((case, name), []).append(ratio)
     if rank == 0:
         torch.save(ratios, Path(folder, "ratios.pt"))
@@ -97,8 +99,8 @@ def main() -> None:
         torch.multiprocessing.spawn(measure, (folder, args.quick), nprocs=RANKS)
         ratios = torch.load(Path(folder, "ratios.pt"))
     rows = []
-    for (case, name), values in ratios.items():
-        values = sorted(values)
+    for (case, name), pairs in ratios.items():
+        values = sorted(wall for wall, _ in pairs)
         rows.append(
             {
                 "case": case,
@@ -106,6 +108,7 @@ def main() -> None:
                 "ratio_median": round(values[len(values) // 2], 3),
                 "ratio_p10": round(values[len(values) // 10], 3),
                 "ratio_p90": round(values[-1 - len(values) // 10], 3),
+                "cpu_ratio_median": round(statistics.median(cpu for _, cpu in pairs), 3),
                 "rounds": len(values),
                 "ranks": RANKS,
                 "threads": 1,
