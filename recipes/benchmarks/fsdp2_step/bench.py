@@ -138,7 +138,8 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.barh(names, medians, xerr=spread, color=colors, ecolor="#333333", capsize=2)
         axis.axvline(1.0, color="black", lw=0.8, ls=":")
         for y, row in enumerate(chosen):
-            axis.text(0.03, y, f"{row['ratio_median']:.2f}", color="white", va="center")
+            axis.text(row["ratio_p90"], y, f"  {row['ratio_median']:.2f}", va="center")
+        axis.set_xlim(right=1.2 * max(r["ratio_p90"] for r in chosen))
         axis.set_title(case, fontsize=10)
     axes[1].axvline(1.15, color="black", lw=0.8, ls="--")
     axes[1].text(1.17, -0.45, "1.15", fontsize=8)
