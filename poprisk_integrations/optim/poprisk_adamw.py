@@ -393,6 +393,11 @@ class PopRiskAdamW(Optimizer):
         state = cast("dict[str, Tensor]", self.state[param])
         # Key by key: a loaded AdamW state has all but the noise.
         device = local_tensor(param).device if needs_device_step(param, group) else "cpu"
+        if "step" in state and "dev_step" not in state:
+            # Set by others past load_state_dict: DeepSpeed's universal checkpoint gives ONE step
+            # tensor, wherever it lies, to all parameters, and each of them would count on it.
+            step = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
+            state["step"] = step.detach().clone().reshape(())
         for key in ("step", "dev_step"):
             if key not in state:
                 state[key] = torch.zeros((), dtype=torch.float32, device=device)
