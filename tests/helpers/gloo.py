@@ -1,9 +1,9 @@
 """Run a function in several gloo processes and collect what each returns."""
 
-import os
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -22,9 +22,7 @@ def _worker(rank, world_size, fn, args, folder):
 def spawn_gloo(world_size, fn, *args):
     """Results of `fn(rank, world_size, *args)` by rank; `fn` must live in a module."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
             mp.spawn(_worker, (world_size, fn, args, folder), nprocs=world_size)
-        finally:
-            del os.environ["OMP_NUM_THREADS"]
         return [torch.load(Path(folder, f"rank{r}.pt")) for r in range(world_size)]
