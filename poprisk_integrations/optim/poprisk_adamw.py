@@ -21,6 +21,7 @@ from poprisk_integrations.optim._foreach import _multi_tensor_poprisk_adamw
 from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
 from poprisk_integrations.optim._moments import MOMENTS, moment_format, new_moment, state_keys
 from poprisk_integrations.optim._options import check_group, resolve_group
+from poprisk_integrations.optim._params import check_gradients, check_params
 from poprisk_integrations.optim._single_tensor import _single_tensor_poprisk_adamw
 from poprisk_integrations.optim._work import GroupWork
 
@@ -191,17 +192,16 @@ class PopRiskAdamW(Optimizer):
         """Add a group; its options are checked before anything changes.
 
         Raises:
-            ValueError: If an option has a value that it cannot have.
+            ValueError: If an option has a value that it cannot have, or a parameter a dtype or
+                device.
         """
         check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if param.dtype == torch.float16:
-                self.param_groups.pop()
-                raise ValueError(
-                    "Invalid parameter dtype: torch.float16. Small updates round to nothing in "
-                    "it: use float32 parameters with autocast, or bfloat16."
-                )
+        try:
+            check_params(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -246,6 +246,7 @@ class PopRiskAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_gradients(self.param_groups)
         works = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
         keep = all_finite(works)
         if keep is None:
@@ -333,7 +334,8 @@ class PopRiskAdamW(Optimizer):
             state_dict: As returned by `state_dict()`.
 
         Raises:
-            ValueError: If it is another optimizer's state, or its shapes do not fit.
+            ValueError: If it is another optimizer's state, its shapes do not fit or an option has a
+                value that it cannot have. Nothing is loaded then.
         """
         before = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
         final: dict[str, Any] = {}
@@ -362,11 +364,6 @@ class PopRiskAdamW(Optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            if grad.is_sparse:
-                raise RuntimeError(
-                    "PopRiskAdamW does not support sparse gradients: a row's noise cannot be "
-                    "told from its absence. Use sparse=False for embeddings."
-                )
             state = self._init_param_state(param, group)
             work.append(param, grad, position + offset, state)
         return work
