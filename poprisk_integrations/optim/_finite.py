@@ -8,7 +8,7 @@ from torch import Tensor
 from poprisk_integrations.distributed import local_tensor, max_over_shards
 from poprisk_integrations.optim._work import GroupWork
 
-__all__ = ["all_finite"]
+__all__ = ["agreed_keep", "all_finite"]
 
 
 def all_finite(works: Sequence[GroupWork]) -> Tensor | None:
@@ -38,4 +38,18 @@ def all_finite(works: Sequence[GroupWork]) -> Tensor | None:
         norms = torch.stack(torch._foreach_norm(grads))
         squares = (4 * norms.to(torch.promote_types(dtype, torch.float32))).square()
         bad = torch.maximum(bad, (~torch.isfinite(squares).all()).float().to(bad.device))
+    return 1.0 - max_over_shards(bad, owners)
+
+
+def agreed_keep(works: Sequence[GroupWork], found_inf: Tensor) -> Tensor | None:
+    """`all_finite` where GradScaler has looked at the gradients already.
+
+    Args:
+        works: The gathered groups.
+        found_inf: 0-dim or 1-element, > 0 if this rank found a non-finite gradient.
+    """
+    owners = [p for work in works for p in work.owners]
+    if not owners:
+        return None
+    bad = (local_tensor(found_inf).reshape(()) > 0).float()
     return 1.0 - max_over_shards(bad, owners)

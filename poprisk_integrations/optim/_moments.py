@@ -34,15 +34,25 @@ class Moment(Protocol):
         """
 
     @property
+    def kind(self) -> str:
+        """One of `STATE_FORMATS`; "float32" stands for any dtype that `read` gives as it is."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored: the values, or codes and scales."""
+
+    @property
     def is_exact(self) -> bool:
         """Whether `read` gives the state itself, so that in-place work is enough."""
 
 
 class _Exact:
+    kind = "float32"
     is_exact = True
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = _real(local_tensor(tensor))
+        self.tensors = (self.tensor,)
 
     def read(self) -> Tensor:
         return self.tensor
@@ -53,10 +63,12 @@ class _Exact:
 
 
 class _Rounded:
+    kind = "bfloat16"
     is_exact = False
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = local_tensor(tensor)
+        self.tensors = (self.tensor,)
 
     def read(self) -> Tensor:
         return self.tensor.float()
@@ -66,11 +78,12 @@ class _Rounded:
 
 
 class _Coded:
+    kind = "8bit"
     is_exact = False
 
     def __init__(self, key: str, codes: Tensor, scale: Tensor) -> None:
         self.key = key
-        self.codes, self.scale = local_tensor(codes), local_tensor(scale)
+        self.codes, self.scale = self.tensors = local_tensor(codes), local_tensor(scale)
 
     def read(self) -> Tensor:
         flat = self.codes.view(self.codes.shape[0], self._row())

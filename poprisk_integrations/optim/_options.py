@@ -37,6 +37,7 @@ class GroupOptions:
     preserve_norm: bool
     centered: bool
     maximize: bool
+    capturable: bool
     stochastic_rounding: bool
     rounding_seed: int
 
@@ -131,6 +132,7 @@ def resolve_group(group: dict[str, Any]) -> GroupOptions:
         preserve_norm=group["preserve_norm"],
         centered=group["noise_mean"] == "bias_corrected",
         maximize=group["maximize"],
+        capturable=group["capturable"],
         stochastic_rounding=group["stochastic_rounding"],
         rounding_seed=group["rounding_seed"],
     )

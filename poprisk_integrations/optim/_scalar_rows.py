@@ -92,6 +92,7 @@ def device_rows(
     dev_steps: Sequence[Tensor],
     keep: Tensor,
     grad_scale: Tensor | None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Rows where only the device knows the step counts, and advance of these counts.
 
@@ -101,9 +102,10 @@ def device_rows(
         dev_steps: 0-dim counts of the deviations, changed in place.
         keep: 0-dim float32, 0 if the step must leave no trace.
         grad_scale: 0-dim loss scale that the gradients still carry, or None.
+        dtype: Of the rows: the dtype that the update is computed in.
 
     Returns:
-        float32 tensor (parameters, columns), and the new step counts, float32 (parameters,).
+        Tensor (parameters, columns) on the device, and the new step counts, float32 (parameters,).
     """
     # 1 - beta^t loses three digits in float32
     device = steps[0].device
@@ -153,4 +155,4 @@ def device_rows(
     ]
     torch._foreach_add_(list(steps), kept.to(steps[0].dtype))
     torch._foreach_add_(list(dev_steps), list(moves.to(dev_steps[0].dtype).unbind()))
-    return torch.stack(columns, dim=1).float(), count.float()
+    return torch.stack(columns, dim=1).to(dtype), count.float()

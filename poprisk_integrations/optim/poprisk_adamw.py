@@ -10,19 +10,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import Self
 
 from poprisk_integrations.distributed import local_tensor
-from poprisk_integrations.optim._capturable import _capturable_poprisk_adamw
 from poprisk_integrations.optim._checkpoint import (
     adopt_group_options,
     check_foreign_state,
     restore_states,
 )
-from poprisk_integrations.optim._finite import all_finite
-from poprisk_integrations.optim._foreach import _multi_tensor_poprisk_adamw
+from poprisk_integrations.optim._finite import agreed_keep, all_finite
 from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
 from poprisk_integrations.optim._moments import MOMENTS, moment_format, new_moment, state_keys
 from poprisk_integrations.optim._options import check_group, resolve_group
 from poprisk_integrations.optim._params import check_gradients, check_params
-from poprisk_integrations.optim._single_tensor import _single_tensor_poprisk_adamw
+from poprisk_integrations.optim._paths import needs_device_step, path_of, step_group
 from poprisk_integrations.optim._work import GroupWork
 
 __all__ = ["PopRiskAdamW"]
@@ -65,10 +63,11 @@ class PopRiskAdamW(Optimizer):
         batch_size: Global batch size b, for alpha="finite".
         dataset_size: Number of training examples n, for alpha="finite".
         maximize: Maximise the objective.
-        foreach: True for horizontally fused kernels, False for one tensor at a time, None for
-            what is faster: one at a time on CPU. Accelerators have one path, with scalars on the
-            device.
-        fused: Reserved; only None or False.
+        foreach: True for horizontally fused kernels (on CPU slower than one tensor at a time).
+        fused: True for one pass over memory per step: compiled by torch.compile on CPU (seconds,
+            once; needs a C++ compiler, else a warning and the eager path). None, with
+            `foreach=None`, takes the fastest path that works: fused from a million elements on;
+            see `path`. False never fuses.
         capturable: Keep step counts on the device, as accelerators always do.
         state_dtype: None for float32 states whatever the parameter (float64 and complex parameters
             keep their own dtype), "bfloat16" (stochastically rounded), "8bit" (experimental: codes
@@ -221,12 +220,22 @@ class PopRiskAdamW(Optimizer):
 
     @property
     def path(self) -> str:
-        """Which implementation `step()` runs: "single_tensor", "foreach" or "capturable".
+        """Which implementation `step()` runs.
 
-        Groups on different paths are joined by "+".
+        "fused_triton", "fused_compiled", "capturable" (eager, scalars on the device), "foreach" or
+        "single_tensor" (eager, scalars on the host). Groups on different paths are joined by "+".
         """
-        paths = {_path_of(group) for group in self.param_groups if group["params"]}
+        paths = {path_of(group) for group in self.param_groups if group["params"]}
         return "+".join(sorted(paths))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step` unscales for GradScaler: as in torch, only where fused was asked for.
+
+        Lightning refuses gradient clipping with it.
+        """
+        groups = [g for g in self.param_groups if g["params"]]
+        return bool(groups) and all(g["fused"] and path_of(g).startswith("fused") for g in groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -248,7 +257,10 @@ class PopRiskAdamW(Optimizer):
                 loss = closure()
         check_gradients(self.param_groups)
         works = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
-        keep = all_finite(works)
+        # GradScaler hands these over where `_step_supports_amp_scaling`.
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
+        keep = all_finite(works) if found_inf is None else agreed_keep(works, found_inf)
         if keep is None:
             return loss
         counters = self._counters()
@@ -256,18 +268,11 @@ class PopRiskAdamW(Optimizer):
         for index, (work, group) in enumerate(zip(works, self.param_groups, strict=True)):
             if not work.params:
                 continue
-            options = resolve_group(group)
-            path = _path_of(group)
             # `keep` is on the CPU here unless one model is split over CPU and accelerator.
-            if path != "capturable" and not keep:
+            if not needs_device_step(work.params[0], group) and not keep:
                 continue
             sums: list[Tensor] | None = [] if self._is_sampled(index, group) else None
-            if path == "capturable":
-                _capturable_poprisk_adamw(work, options, sums, keep)
-            elif path == "foreach":
-                _multi_tensor_poprisk_adamw(work, options, sums)
-            else:
-                _single_tensor_poprisk_adamw(work, options, sums)
+            step_group(path_of(group), work, resolve_group(group), sums, keep, grad_scale)
             if sums:
                 self._samples()[index] = torch.stack([s.to(sums[0]) for s in sums]).sum(0)
         return loss
@@ -346,7 +351,7 @@ class PopRiskAdamW(Optimizer):
 
         def restore(_: Optimizer) -> None:
             adopt_group_options(self.param_groups, before, final["param_groups"])
-            restore_states(self, final, _needs_device_step)
+            restore_states(self, final, needs_device_step)
 
         # The first post hook, so that a user's hooks already see the restored states.
         pre = self.register_load_state_dict_pre_hook(capture)
@@ -371,7 +376,7 @@ class PopRiskAdamW(Optimizer):
     def _init_param_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[param])
         # Key by key: a loaded AdamW state has all but the noise.
-        device = local_tensor(param).device if _needs_device_step(param, group) else "cpu"
+        device = local_tensor(param).device if needs_device_step(param, group) else "cpu"
         for key in ("step", "dev_step"):
             if key not in state:
                 state[key] = torch.zeros((), dtype=torch.float32, device=device)
@@ -395,16 +400,6 @@ class PopRiskAdamW(Optimizer):
         offered = self._counters().setdefault("offered", {})
         offered[index] = offered.get(index, 0) + 1
         return bool((offered[index] - 1) % every == 0)
-
-
-def _path_of(group: dict[str, Any]) -> str:
-    if any(_needs_device_step(p, group) for p in group["params"]):
-        return "capturable"
-    return "foreach" if group["foreach"] else "single_tensor"
-
-
-def _needs_device_step(param: Tensor, group: dict[str, Any]) -> bool:
-    return group["capturable"] or param.device.type != "cpu"
 
 
 def _constructor_defaults() -> dict[str, Any]:

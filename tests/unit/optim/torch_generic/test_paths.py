@@ -1,5 +1,7 @@
 """Every implementation against the single-tensor one: options, dtypes, devices, groups."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -175,7 +177,7 @@ def test_complex_descent_in_the_plane(impl):
         optimizer.step()
         distances.append(loss.item())
     assert distances[-1] < 0.5 * distances[0]
-    assert all(b < a for a, b in zip(distances, distances[1:], strict=False))
+    assert all(b < a for a, b in pairwise(distances))
 
 
 @pytest.mark.parametrize("impl", EAGER)

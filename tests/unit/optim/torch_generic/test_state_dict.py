@@ -193,7 +193,7 @@ def test_load_by_keyword():
 @pytest.mark.parametrize("source_cls", [PopRiskAdamW, torch.optim.AdamW])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_through_the_distributed_checkpoint_helpers(source_cls, dtype, flat):
-    """Pitfalls 1, 2, 3 and 8 in one: names for indices, by keyword, from AdamW or from ourselves."""
+    """Pitfalls 1, 2, 3 and 8 in one: names for indices, by keyword, from both."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
