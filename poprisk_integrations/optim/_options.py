@@ -219,4 +219,4 @@ def _check_state_dtype(value: Any) -> None:
 def _in_range(value: Any, low: float, high: float, *, right_open: bool = False) -> bool:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return bool(low <= value < high if right_open else low <= value <= high)
+    return low <= float(value) < high if right_open else low <= float(value) <= high
