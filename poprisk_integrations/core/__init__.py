@@ -7,7 +7,14 @@ from poprisk_integrations.core.alpha import (
     resolve_alpha,
 )
 from poprisk_integrations.core.gate import default_lambda_pop, gate_factor, open_mask
-from poprisk_integrations.core.noise import ema_mean_variance, noise_is_ready, update_dev_sq_
+from poprisk_integrations.core.noise import (
+    deviation_scale,
+    ema_mean_variance,
+    gradient_scale,
+    noise_is_ready,
+    sum_variance,
+    update_dev_sq_,
+)
 from poprisk_integrations.core.risk import (
     lagged_risk_decrease,
     population_risk_decrease,
@@ -33,9 +40,11 @@ __all__ = [
     "calibrated_alpha",
     "chi2_quantile_1dof",
     "default_lambda_pop",
+    "deviation_scale",
     "ema_mean_variance",
     "finite_alpha",
     "gate_factor",
+    "gradient_scale",
     "lagged_risk_decrease",
     "noise_is_ready",
     "open_mask",
@@ -45,6 +54,7 @@ __all__ = [
     "risk_decrease_from_sums",
     "risk_decrease_variance",
     "risk_decrease_weighted",
+    "sum_variance",
     "update_dev_sq_",
     "window_signal_ratio",
 ]

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-__all__ = ["ema_mean_variance", "noise_is_ready", "update_dev_sq_"]
+__all__ = [
+    "deviation_scale",
+    "ema_mean_variance",
+    "gradient_scale",
+    "noise_is_ready",
+    "sum_variance",
+    "update_dev_sq_",
+]
 
 
 def update_dev_sq_(
@@ -76,3 +83,71 @@ def ema_mean_variance(beta1: float, step: int) -> float:
     """
     decayed = beta1**step
     return (1 - beta1) / (1 + beta1) * (1 + decayed) / (1 - decayed)
+
+
+def deviation_scale(beta1: float) -> float:
+    """Mean squared deviation from Adam's mean, in units of the gradient's variance.
+
+        E[(g_t - m_hat_{t-1})^2] = Var(g) * (1 + c_{t-1})  ->  Var(g) * 2 / (1 + beta1)
+
+    for i.i.d. g, with c of `ema_mean_variance`. A variance measured otherwise is multiplied by
+    it, so that a calibrated alpha means the same for every noise source.
+
+    Args:
+        beta1: Decay of the mean, in [0, 1).
+
+    Example:
+        >>> round(deviation_scale(0.9), 4), round(1 + ema_mean_variance(0.9, 10_000), 4)
+        (1.0526, 1.0526)
+    """
+    return 2.0 / (1.0 + beta1)
+
+
+def sum_variance(
+    sum_sq: Tensor, total: Tensor, pieces: float | Tensor, scale: float | Tensor = 1.0
+) -> Tensor:
+    """Unbiased variance of a SUM of independent pieces, elementwise, from their squares.
+
+        Var(g) = N/(N-1) * (c^2 * sum_k y_k^2 - g^2 / N),   g = c * sum_k y_k
+
+    With N micro-batches or ranks whose contributions add up to the gradient of the batch MEAN,
+    it is the variance of that mean. Unbiased for pieces of equal expectation; pieces of unequal
+    weight w_k (sum 1) add N/(N-1) * sum_k (w_k - 1/N)^2 * E[g]^2. Its relative standard
+    deviation is sqrt(2/(N-1)) for Gaussian pieces. Rounding below zero is cut off.
+
+    Args:
+        sum_sq: sum_k y_k^2, at least float32.
+        total: g, same shape.
+        pieces: N >= 2.
+        scale: c, what happened to the sum after the pieces were seen (unscaling, clipping).
+
+    Example:
+        >>> y = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
+        >>> sum_variance(y.square().sum(0), y.sum(0), 2)  # twice the unbiased variance of 1, 3
+        tensor([4., 0.])
+    """
+    spread = sum_sq * scale**2 - total.to(sum_sq.dtype).square() / pieces
+    return spread.clamp_(min=0).mul_(pieces / (pieces - 1))
+
+
+def gradient_scale(total: Tensor, seen: Tensor, default: float) -> Tensor:
+    """Factor c that fits `total = c * seen` best; `default` where `seen` is all zero.
+
+        c = <total, seen> / <seen, seen>
+
+    Args:
+        total: Some coordinates of the gradient that reached the optimizer, 1-d.
+        seen: The same coordinates of the sum of its pieces.
+        default: For want of any non-zero coordinate.
+
+    Returns:
+        0-dim, non-finite if the input is; nothing is read from the device.
+
+    Example:
+        >>> gradient_scale(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), 1.0)
+        tensor(0.2500)
+    """
+    # Relative to the largest coordinate: squares of tiny or loss-scaled gradients leave the range.
+    largest = seen.abs().amax()
+    unit = seen / torch.where(largest == 0, 1.0, largest)
+    return torch.where(largest == 0, default, (total @ unit) / (unit @ unit) / largest)

@@ -1,7 +1,7 @@
 """Trainer and TRL: optimizer names, and the stop without validation data.
 
-Importing this package registers the names `poprisk_adamw` and `poprisk_adamw_paper` for
-`TrainingArguments(optim=...)`.
+Importing this package registers the names `poprisk_adamw`, `poprisk_adamw_8bit` and
+`poprisk_adamw_paper` for `TrainingArguments(optim=...)`.
 """
 
 from poprisk_integrations._imports import require

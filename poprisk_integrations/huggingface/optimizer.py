@@ -14,8 +14,9 @@ from poprisk_integrations.optim import PopRiskAdamW, param_groups
 
 __all__ = ["NAMES", "GateSplitPopRiskAdamW", "optimizer_cls_and_kwargs"]
 
+_8BIT = "poprisk_adamw_8bit"
 _PAPER = "poprisk_adamw_paper"
-NAMES = ("poprisk_adamw", _PAPER)
+NAMES = ("poprisk_adamw", _8BIT, _PAPER)
 
 
 def optimizer_cls_and_kwargs(
@@ -30,7 +31,8 @@ def optimizer_cls_and_kwargs(
 
     Args:
         args: Training arguments. `args.optim_args` counts, whatever `args.optim` is;
-            `optim="poprisk_adamw_paper"` gives the published settings.
+            `optim="poprisk_adamw_paper"` gives the published settings, `"poprisk_adamw_8bit"`
+            8-bit states (experimental).
         model: Only for `no_gate`: the model that the Trainer gets.
         **optim_args: Options of PopRiskAdamW that win over `args.optim_args`, and `no_gate`
             ("embed|norm" or a list), which switches the gate off for parameters whose name
@@ -71,6 +73,8 @@ def build_optimizer_spec(
     options = parse_optim_args(args.optim_args, **overrides)
     if optimizer_name(args) == _PAPER:
         options = {**_published_options(), **options}
+    if optimizer_name(args) == _8BIT:
+        options = {"state_dtype": "8bit", **options}
     if options.get("alpha") == "finite":
         options = _with_sizes(options, args, num_examples)
     no_gate = options.pop("no_gate", None)

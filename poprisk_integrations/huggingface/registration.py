@@ -44,9 +44,9 @@ _LOADED_FROM = "poprisk_loaded_from"
 
 
 def register() -> None:
-    """Register `poprisk_adamw` and `poprisk_adamw_paper`; further calls change nothing.
+    """Register `poprisk_adamw`, `poprisk_adamw_8bit` and `poprisk_adamw_paper`, once.
 
-    Importing `poprisk_integrations.huggingface` calls it. It must happen before the command-line
+    Importing `poprisk_integrations.huggingface` calls it; further calls change nothing. It must happen before the command-line
     parser and the training arguments are built, and in each process that builds them or loads
     a pickle of them (`training_args.bin`).
 

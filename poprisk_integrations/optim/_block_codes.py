@@ -34,7 +34,7 @@ def encode_blocks(values: Tensor, key: str, draw: Tensor | None) -> tuple[Tensor
     scale = blocks.abs().amax(-1)
     # An empty or all-zero block: any divisor will do.
     relative = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    relative = relative.reshape(rows, -1)[:, :n]
+    relative = relative.flatten(1)[:, :n]  # not reshape(rows, -1): a shard may have no rows
     signed = key == "exp_avg"
     top, root = (127, relative.abs().sqrt()) if signed else (255, relative.clamp(min=0) ** 0.25)
     low = (root * top).floor().clamp(max=top - 1)

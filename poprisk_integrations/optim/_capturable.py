@@ -46,7 +46,7 @@ def _capturable_poprisk_adamw(
             grad = -grad
 
         # update noise variance, before the mean moves
-        if options.gated:
+        if options.gated and not options.from_pieces:
             correction = 1 - options.beta1 ** step.to(dtype)
             has_mean = correction > 0 if options.centered else torch.ones_like(kept) > 0
             counts = kept * has_mean
@@ -86,6 +86,7 @@ def _capturable_poprisk_adamw(
             if options.gate_blend != 1.0:
                 gate.mul_(options.gate_blend).add_(1 - options.gate_blend)
             first = max(options.gate_warmup, 1) if options.centered else options.gate_warmup + 1
+            first += options.from_pieces
             active = seen >= first
             gate = torch.where(active, gate, 1.0)
             noise = torch.where(active, noise, -1.0)  # ungated counts as open

@@ -21,7 +21,14 @@ __all__ = ["adopt_group_options", "check_foreign_state", "restore_states"]
 
 COUNTS = ("step", "dev_step")
 # How a step is computed, and how states are stored, belongs to the process, not to the trajectory.
-IMPLEMENTATION = ("foreach", "fused", "capturable", "collect_stats_every", "state_dtype")
+IMPLEMENTATION = (
+    "foreach",
+    "fused",
+    "capturable",
+    "collect_stats_every",
+    "noise_source",
+    "state_dtype",
+)
 
 
 def check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:

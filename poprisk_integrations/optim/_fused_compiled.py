@@ -28,10 +28,25 @@ _failures: list[str] = []
 
 def compiler_is_found() -> bool:
     """Whether torch.compile can be expected to work here; no compilation is started."""
-    if _failures or not hasattr(torch, "compile") or torch.compiler.is_compiling():
+    if _failures or torch.compiler.is_compiling():
         return False
+    return any(shutil.which(name) for name in _compilers())
+
+
+def warn_without_compiler() -> None:
+    """Say once in a process why `fused=True` has no effect."""
+    if not _failures:
+        _failures.append("no C++ compiler")
+        warnings.warn(
+            "PopRiskAdamW(fused=True) steps without compilation: none of the C++ compilers "
+            f"{_compilers()} was found. Install one, or name it in the environment variable CXX.",
+            stacklevel=2,
+        )
+
+
+def _compilers() -> list[str]:
     chosen = os.environ.get("CXX")
-    return any(shutil.which(name) for name in ([chosen] if chosen else ["g++", "clang++"]))
+    return [chosen] if chosen else ["g++", "clang++"]
 
 
 def compiled_poprisk_adamw(
@@ -157,7 +172,7 @@ def _flatten(work: GroupWork, index: int, options: GroupOptions) -> _Flat | None
         return None
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-    shape = (param.numel(),)
+    shape: tuple[int, ...] = (param.numel(),)
     if "8bit" in formats:
         shape = (param.shape[0], param[0].numel())
 

@@ -156,7 +156,7 @@ def _gate(
 
 
 def _load(tensors: tuple[Tensor, ...], name: str, kind: str, dtype: torch.dtype) -> Tensor:
-    return decode_blocks(*tensors, name) if kind == "8bit" else tensors[0].to(dtype)
+    return decode_blocks(tensors[0], tensors[1], name) if kind == "8bit" else tensors[0].to(dtype)
 
 
 def _store(

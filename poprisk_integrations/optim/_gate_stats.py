@@ -22,7 +22,7 @@ def parameter_sums(
     noise: Tensor,
     gate: Tensor,
     direction: Tensor,
-    alpha: float,
+    alpha: float | Tensor,
     lr: float | Tensor,
 ) -> Tensor:
     """The columns of one parameter at one step, no host sync.

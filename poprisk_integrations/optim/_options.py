@@ -15,6 +15,7 @@ from poprisk_integrations.optim._moments import MOMENTS, STATE_FORMATS
 __all__ = ["GroupOptions", "StepScalars", "check_group", "resolve_group", "step_scalars"]
 
 NOISE_MEANS = ("bias_corrected", "raw")
+NOISE_SOURCES = ("temporal", "microbatch", "ranks")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class GroupOptions:
     gate_decay: bool
     preserve_norm: bool
     centered: bool
+    from_pieces: bool
     maximize: bool
     capturable: bool
     stochastic_rounding: bool
@@ -53,7 +55,7 @@ class StepScalars:
 
     Attributes:
         mean_scale: m_hat_{t-1} = mean_scale * m_{t-1} (1 for the published rule); None while
-            there is no mean to deviate from.
+            there is no mean to deviate from, or where none is needed.
         bias_correction1: 1 - beta1^t.
         bias_correction2_sqrt: sqrt(1 - beta2^t).
         noise_scale: bias_correction1^2 / (1 - rho^k), k = deviations seen, this step's included:
@@ -75,12 +77,16 @@ def step_scalars(options: GroupOptions, step: float, dev_step: float) -> StepSca
     """Scalars of a step from its number and from the deviations seen before it."""
     previous = 1.0 - options.beta1 ** (step - 1)
     mean_scale: float | None = 1.0
-    if options.centered:
+    if options.from_pieces:
+        mean_scale = None  # s and its count are up to date: see `_noise_source.py`
+    elif options.centered:
         mean_scale = 1.0 / previous if previous > 0.0 else None
     seen = dev_step + (mean_scale is not None)
     bias_correction1 = 1.0 - options.beta1**step
     noise_is_signal = not options.centered and step == 1
-    is_ready = noise_is_ready(int(seen), options.gate_warmup, centered=options.centered)
+    # Pieces measure the noise from the first step on; the gate starts at the same step as without.
+    measured = int(seen) - options.from_pieces
+    is_ready = noise_is_ready(measured, options.gate_warmup, centered=options.centered)
     noise_scale = 1.0
     if is_ready and not noise_is_signal:
         noise_scale = bias_correction1**2 / (1.0 - options.rho**seen)
@@ -131,6 +137,7 @@ def resolve_group(group: dict[str, Any]) -> GroupOptions:
         gate_decay=group["gate_decay"],
         preserve_norm=group["preserve_norm"],
         centered=group["noise_mean"] == "bias_corrected",
+        from_pieces=group["noise_source"] != "temporal",
         maximize=group["maximize"],
         capturable=group["capturable"],
         stochastic_rounding=group["stochastic_rounding"],
@@ -157,9 +164,15 @@ def check_group(group: dict[str, Any]) -> None:
     for name in ("eps", "weight_decay", "gate_eps"):
         if not _in_range(group[name], 0.0, math.inf, right_open=True):
             raise ValueError(f"Invalid {name} value: {group[name]}. Must be a number >= 0.")
-    for name, allowed in (("gate", GATES), ("noise_mean", NOISE_MEANS)):
+    choices = (("gate", GATES), ("noise_mean", NOISE_MEANS), ("noise_source", NOISE_SOURCES))
+    for name, allowed in choices:
         if group[name] not in allowed:
             raise ValueError(f"Invalid {name}: {group[name]!r}. Must be one of {allowed}.")
+    if group["noise_source"] != "temporal" and group["noise_mean"] == "raw":
+        raise ValueError(
+            f"Invalid noise_source: {group['noise_source']!r}. Must be 'temporal' with "
+            "noise_mean='raw', the published rule."
+        )
     if not _in_range(group["rho"], 0.0, 1.0, right_open=True):
         raise ValueError(f"Invalid rho: {group['rho']}. Must be in [0, 1).")
     if not _in_range(group["gate_blend"], 0.0, 1.0):
@@ -191,6 +204,13 @@ def check_group(group: dict[str, Any]) -> None:
             "Invalid differentiable: True. Must be False: a step is not differentiated through."
         )
     _check_state_dtype(group["state_dtype"])
+    stored = group["state_dtype"]
+    stored = stored.get("exp_dev_sq") if isinstance(stored, dict) else stored
+    if group["noise_source"] != "temporal" and stored not in (None, "float32"):
+        raise ValueError(
+            f"Invalid state_dtype: {stored!r} for exp_dev_sq. Must be None or 'float32' with "
+            f"noise_source={group['noise_source']!r}."
+        )
     resolve_group(group)
 
 

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from poprisk_integrations.distributed import local_tensor
 from poprisk_integrations.optim._capturable import _capturable_poprisk_adamw
 from poprisk_integrations.optim._foreach import _multi_tensor_poprisk_adamw
-from poprisk_integrations.optim._fused_compiled import compiled_poprisk_adamw, compiler_is_found
+from poprisk_integrations.optim._fused_compiled import (
+    compiled_poprisk_adamw,
+    compiler_is_found,
+    warn_without_compiler,
+)
 from poprisk_integrations.optim._options import GroupOptions
 from poprisk_integrations.optim._single_tensor import _single_tensor_poprisk_adamw
 from poprisk_integrations.optim._work import GroupWork
@@ -41,6 +46,8 @@ def path_of(group: dict[str, Any]) -> str:
     pays = sum(local_tensor(p).numel() for p in params) >= AUTO_FUSED_NUMEL
     if (is_asked_for or pays) and compiler_is_found():
         return "fused_compiled"
+    if is_asked_for and not torch.compiler.is_compiling():
+        warn_without_compiler()
     return eager
 
 

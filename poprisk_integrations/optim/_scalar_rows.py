@@ -121,11 +121,13 @@ def device_rows(
         previous = 1 - options.beta1**before
         has_mean = previous > 0
         mean_scale = torch.where(has_mean, 1 / torch.where(has_mean, previous, one), zero)
-    moves = (kept * has_mean) if options.gated else zero
+    measures = options.gated and not options.from_pieces
+    moves = (kept * has_mean) if measures else zero
     count = (before + kept).clamp(min=1)
     seen = seen + moves
     bias_correction1 = 1 - options.beta1**count
     first = max(options.gate_warmup, 1) if options.centered else options.gate_warmup + 1
+    first += options.from_pieces
     active = (seen >= first) if options.gated else one < 0
     signal = (count == 1) if not options.centered else one < 0
     noise_scale = bias_correction1.square() / (1 - options.rho ** seen.clamp(min=1))

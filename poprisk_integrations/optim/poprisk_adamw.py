@@ -18,6 +18,7 @@ from poprisk_integrations.optim._checkpoint import (
 from poprisk_integrations.optim._finite import agreed_keep, all_finite
 from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
 from poprisk_integrations.optim._moments import MOMENTS, moment_format, new_moment, state_keys
+from poprisk_integrations.optim._noise_source import NoiseSource, uses_pieces
 from poprisk_integrations.optim._options import check_group, resolve_group
 from poprisk_integrations.optim._params import check_gradients, check_params
 from poprisk_integrations.optim._paths import needs_device_step, path_of, step_group
@@ -78,6 +79,9 @@ class PopRiskAdamW(Optimizer):
         gate_eps: Constant in the gate's denominator, on the scale of squared gradients.
         noise_mean: "bias_corrected" or "raw": the mean that deviations are taken from. "raw" is
             the published rule.
+        noise_source: What s is measured from. "temporal": deviations from the mean over steps.
+            "microbatch": the spread of the backward passes of each step (2 or more). "ranks": the
+            spread of the gradients of 2 or more DDP ranks. Same scale; see optim/README.md.
         stochastic_rounding: Round bfloat16 parameters stochastically (unbiased, reproducible).
             Low-precision states always are.
         rounding_seed: Seed of all stochastic rounding.
@@ -124,6 +128,7 @@ class PopRiskAdamW(Optimizer):
         gate_decay: bool = False,
         gate_eps: float = 0.0,
         noise_mean: str = "bias_corrected",
+        noise_source: str = "temporal",
         stochastic_rounding: bool = True,
         rounding_seed: int = 0,
         collect_stats_every: int = 0,
@@ -152,6 +157,7 @@ class PopRiskAdamW(Optimizer):
             "gate_decay": gate_decay,
             "gate_eps": gate_eps,
             "noise_mean": noise_mean,
+            "noise_source": noise_source,
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
             "collect_stats_every": collect_stats_every,
@@ -198,6 +204,7 @@ class PopRiskAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             check_params(self.param_groups[-1]["params"])
+            self._watch_pieces()
         except ValueError:
             self.param_groups.pop()
             raise
@@ -210,6 +217,8 @@ class PopRiskAdamW(Optimizer):
             self.defaults.setdefault(name, value)
             for group in self.param_groups:
                 group.setdefault(name, self.defaults[name])
+        if "defaults" in state:  # a copy or a pickle; `load_state_dict` brings none
+            self._watch_pieces()
 
     def init_state(self) -> None:
         """Create all states (zeros, step 0) without a step, e.g. as a checkpoint template."""
@@ -249,18 +258,21 @@ class PopRiskAdamW(Optimizer):
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: If a gradient is sparse.
+            RuntimeError: If a gradient is sparse, or a `noise_source` lacks its pieces.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
+        noise_source = self._watch_pieces(in_step=True)
         works = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
         # GradScaler hands these over where `_step_supports_amp_scaling`.
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
         keep = all_finite(works) if found_inf is None else agreed_keep(works, found_inf)
+        if noise_source is not None:
+            noise_source.update(works, self.param_groups, keep, grad_scale)
         if keep is None:
             return loss
         counters = self._counters()
@@ -352,6 +364,7 @@ class PopRiskAdamW(Optimizer):
         def restore(_: Optimizer) -> None:
             adopt_group_options(self.param_groups, before, final["param_groups"])
             restore_states(self, final, needs_device_step)
+            self._watch_pieces()
 
         # The first post hook, so that a user's hooks already see the restored states.
         pre = self.register_load_state_dict_pre_hook(capture)
@@ -385,6 +398,19 @@ class PopRiskAdamW(Optimizer):
                 kind = moment_format(param, key, group["state_dtype"])
                 state.update(new_moment(param, key, kind))
         return state
+
+    # Hooks belong to this process's parameters: never checkpointed, and copies set their own.
+    def _watch_pieces(self, *, in_step: bool = False) -> NoiseSource | None:
+        source = cast("NoiseSource | None", self.__dict__.get("_poprisk_noise_source"))
+        if source is None and not any(uses_pieces(group) for group in self.param_groups):
+            return None
+        if source is None:
+            source = self.__dict__["_poprisk_noise_source"] = NoiseSource()
+        if in_step:
+            source.check(self.param_groups, is_fresh=not self.state)
+        else:
+            source.watch(self.param_groups)
+        return source
 
     # Sampling is not part of the trajectory: it is not checkpointed, and copies start anew.
     def _counters(self) -> dict[str, Any]:

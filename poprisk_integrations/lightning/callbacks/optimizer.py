@@ -41,10 +41,12 @@ class PopRiskOptimizer(Callback):
         preserve_norm: Rescale each tensor's gated update to the norm of the ungated one.
         batch_size: Global batch size b, for alpha="finite".
         dataset_size: Number of training examples n, for alpha="finite".
-        state_dtype: Reserved; only None.
+        state_dtype: None (float32), "bfloat16", "8bit" (experimental), or a dict per state.
         gate_decay: Gate the weight decay too.
         gate_eps: Constant in the gate's denominator, on the scale of squared gradients.
         noise_mean: "bias_corrected" or "raw" (the published rule).
+        noise_source: "temporal", "microbatch" (needs accumulate_grad_batches >= 2) or "ranks"
+            (needs DDP).
         stochastic_rounding: Round bfloat16 parameters stochastically.
         collect_stats_every: Sample gate statistics on every k-th step; 0 for never. The callback
             PopRiskMonitor sets it.
@@ -71,10 +73,11 @@ class PopRiskOptimizer(Callback):
         preserve_norm: bool = False,
         batch_size: int | None = None,
         dataset_size: int | None = None,
-        state_dtype: str | None = None,
+        state_dtype: str | dict[str, str] | None = None,
         gate_decay: bool = False,
         gate_eps: float = 0.0,
         noise_mean: Literal["bias_corrected", "raw"] = "bias_corrected",
+        noise_source: Literal["temporal", "microbatch", "ranks"] = "temporal",
         stochastic_rounding: bool = True,
         collect_stats_every: int = 0,
     ) -> None:
@@ -93,6 +96,7 @@ class PopRiskOptimizer(Callback):
             "gate_decay": gate_decay,
             "gate_eps": gate_eps,
             "noise_mean": noise_mean,
+            "noise_source": noise_source,
             "stochastic_rounding": stochastic_rounding,
             "collect_stats_every": collect_stats_every,
         }

@@ -23,7 +23,11 @@ def _states_are_equal(one, other):
 
 @pytest.mark.parametrize(
     ("name", "optim_args"),
-    [("poprisk_adamw", "no_gate=embed,foreach=true"), ("poprisk_adamw_paper", None)],
+    [
+        ("poprisk_adamw", "no_gate=embed,foreach=true"),
+        ("poprisk_adamw_8bit", None),
+        ("poprisk_adamw_paper", None),
+    ],
 )
 def test_three_steps_save_and_resume(name, optim_args, tmp_path):
     options = {"optim": name, "optim_args": optim_args, "max_steps": 5}

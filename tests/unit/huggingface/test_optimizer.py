@@ -49,6 +49,14 @@ def test_public_seam_of_trainer_needs_no_name(tmp_path):
     ]
 
 
+def test_8bit_name_sets_the_format(tmp_path):
+    optimizer, _ = _create(arguments(tmp_path, optim="poprisk_adamw_8bit", optim_args="rho=0.9"))
+    assert optimizer.param_groups[0]["state_dtype"] == "8bit"
+    assert optimizer.param_groups[0]["rho"] == 0.9
+    chosen = arguments(tmp_path, optim="poprisk_adamw", optim_args="state_dtype=bfloat16")
+    assert _create(chosen)[0].param_groups[0]["state_dtype"] == "bfloat16"
+
+
 def test_paper_name_is_the_classmethod(tmp_path):
     optimizer, _ = _create(arguments(tmp_path, optim="poprisk_adamw_paper"))
     paper = PopRiskAdamW.paper([torch.nn.Parameter(torch.zeros(1))])

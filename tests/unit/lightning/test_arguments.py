@@ -75,7 +75,7 @@ def test_monitor_refuses(every_n_steps):
         ({"alpha": "finite"}, "batch_size"),
         ({"alpha": -1.0}, "Invalid alpha"),
         ({"gate_blend": 2.0}, "Invalid gate_blend"),
-        ({"state_dtype": "8bit"}, "Invalid state_dtype"),
+        ({"state_dtype": "4bit"}, "Invalid state_dtype"),
     ],
 )
 def test_optimizer_refuses_when_constructed(options, message):

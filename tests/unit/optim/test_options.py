@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
+from poprisk_integrations.optim._work import GroupWork
 from tests.helpers.optim_problem import feed, gradients, make_params
 
 
@@ -91,23 +92,26 @@ def test_path_is_the_single_tensor_one_on_cpu():
 
 
 def test_the_path_that_is_named_is_the_one_that_runs(monkeypatch):
-    from poprisk_integrations.optim import poprisk_adamw as module
+    from poprisk_integrations.optim import _paths as module
 
     calls = []
-    for name in ("_single_tensor", "_multi_tensor", "_capturable"):
-        original = getattr(module, f"{name}_poprisk_adamw")
-
-        def spy(*args, _name=name, _original=original):
-            calls.append(_name)
-            return _original(*args)
-
-        monkeypatch.setattr(module, f"{name}_poprisk_adamw", spy)
-    for options in ({}, {"foreach": True}, {"capturable": True}):
+    names = {
+        "single_tensor": "_single_tensor_poprisk_adamw",
+        "foreach": "_multi_tensor_poprisk_adamw",
+        "capturable": "_capturable_poprisk_adamw",
+        "fused_compiled": "compiled_poprisk_adamw",
+    }
+    monkeypatch.setattr(module, "compiler_is_found", lambda: True)
+    for path, name in names.items():
+        # what a fused path returns are the parameters that it leaves to others
+        monkeypatch.setattr(module, name, lambda *_, _path=path: calls.append(_path) or GroupWork())
+    for options in ({}, {"foreach": True}, {"capturable": True}, {"fused": True}):
         params = make_params()
         optimizer = PopRiskAdamW(params, **options)
         feed(params, gradients(1)[0])
         optimizer.step()
-    assert calls == ["_single_tensor", "_multi_tensor", "_capturable"]
+        assert calls.pop() == optimizer.path
+        assert not calls
 
 
 def test_named_parameters_are_kept():

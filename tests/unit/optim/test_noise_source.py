@@ -1,0 +1,595 @@
+"""noise_source="microbatch" on one process: the variance, rescaling, skips, copies and refusals."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm, t
+from torch import nn
+
+from poprisk_integrations import PopRiskAdamW
+from tests.helpers.optim_problem import feed, gradients, make_params
+
+PATHS = {
+    "single_tensor": {"foreach": False},
+    "foreach": {"foreach": True},
+    "capturable": {"capturable": True},
+}
+BETA1, RHO = 0.9, 0.95
+SETTINGS = {"lr": 1e-2, "betas": (BETA1, 0.999), "rho": RHO, "noise_source": "microbatch"}
+
+
+def backward(params, row, scale=1.0):
+    """One backward pass whose gradient is `scale * row`; None leaves a parameter out."""
+    loss = 0.0
+    for param, grad in zip(params, row, strict=True):
+        if grad is not None:
+            loss = loss + (param * grad).sum() * scale
+    loss.backward()
+
+
+def pieces(steps, count, dtype=torch.float32, seed=3):
+    """Steps of `count` rows of gradients; now and then a parameter misses a pass."""
+    return [
+        gradients(count, dtype, seed=seed + 100 * t, signal=0.5 * (t % 2)) for t in range(steps)
+    ]
+
+
+class VarianceTwin:
+    """s_t = rho s + (1 - rho) Var 2/(1+beta1), with Var from the definition in float64."""
+
+    def __init__(self, shapes):
+        self.s = [np.zeros(shape) for shape in shapes]
+
+    def step(self, rows):
+        count = len(rows)
+        for i, s in enumerate(self.s):
+            if all(row[i] is None for row in rows):
+                continue
+            y = np.stack(
+                [np.zeros(s.shape) if r[i] is None else r[i].double().numpy() for r in rows]
+            )
+            variance = count * y.var(axis=0, ddof=1)  # of the sum of `count` pieces
+            self.s[i] = RHO * s + (1 - RHO) * variance * 2 / (1 + BETA1)
+
+
+def noise(optimizer, params):
+    return [optimizer.state[p]["exp_dev_sq"] for p in params]
+
+
+def assert_close(actual, expected, rtol=2e-5):
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(
+            a.double(), torch.as_tensor(e).double(), rtol=rtol, atol=1e-6 * rtol
+        )
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("divide", [True, False], ids=["mean", "sum"])
+def test_equals_the_twin(path, dtype, divide):
+    """Whether or not the trainer divides by the number of passes: pieces are what it adds."""
+    params = make_params(dtype)
+    optimizer = PopRiskAdamW(params, **SETTINGS, **PATHS[path])
+    twin = VarianceTwin([p.shape for p in params])
+    for rows in pieces(steps=6, count=5, dtype=dtype):
+        factor = 0.2 if divide else 1.0
+        optimizer.zero_grad()
+        for row in rows:
+            backward(params, row, scale=factor)
+        optimizer.step()
+        twin.step([[None if g is None else factor * g for g in row] for row in rows])
+    assert_close(noise(optimizer, params), twin.s, 1e-12 if dtype == torch.float64 else 2e-5)
+    empty = next(p for p in params if not p.numel())
+    counts = {p: float(optimizer.state[p]["dev_step"]) for p in params}
+    assert {c for p, c in counts.items() if p is not empty} == {6.0}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_moments_are_those_of_the_temporal_source(path):
+    """Only s differs: gate and update see it through the same code."""
+    plain, measured = make_params(), make_params()
+    one = PopRiskAdamW(plain, lr=1e-2, **PATHS[path])
+    other = PopRiskAdamW(measured, **SETTINGS, **PATHS[path])
+    for rows in pieces(steps=4, count=3):
+        for params, optimizer in ((plain, one), (measured, other)):
+            optimizer.zero_grad()
+            for row in rows:
+                backward(params, row)
+            optimizer.step()
+    for a, b in zip(plain, measured, strict=True):
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(one.state[a][key], other.state[b][key])
+
+
+def test_paths_agree():
+    results = {}
+    for path, options in PATHS.items():
+        params = make_params()
+        optimizer = PopRiskAdamW(params, **SETTINGS, gate_warmup=2, preserve_norm=True, **options)
+        for rows in pieces(steps=8, count=3):
+            optimizer.zero_grad()
+            for row in rows:
+                backward(params, row)
+            optimizer.step()
+        results[path] = params
+    for path in ("foreach", "capturable"):
+        for a, b in zip(results[path], results["single_tensor"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_gate_starts_at_the_same_step_as_the_temporal_one(path, warmup):
+    for source in ("temporal", "microbatch"):
+        param = nn.Parameter(torch.zeros(50))
+        options = {**SETTINGS, "noise_source": source, "gate_warmup": warmup, "alpha": 1e6}
+        optimizer = PopRiskAdamW([param], **options, **PATHS[path], weight_decay=0.0)
+        moved = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            before = param.detach().clone()
+            for _ in range(2):
+                backward([param], [torch.randn(50)])
+            optimizer.step()
+            moved.append(not torch.equal(before, param))  # alpha=1e6: an active gate is closed
+        assert moved == [t <= max(warmup, 1) for t in range(1, 7)], source
+
+
+@pytest.mark.parametrize(("count", "rho"), [(16, 0.99), (2, 0.99), (2, 0.9)])
+def test_share_of_pure_noise_that_passes(count, rho):
+    """With many pieces it is `false_open_rate`; with few, s is noisy and a little more passes.
+
+    s averages (1+rho)/(1-rho) steps of N-1 degrees of freedom each, so m_hat / sqrt(s_hat) has
+    about the tails of Student's t: 5.1 % for two pieces at rho=0.99, 6.5 % at rho=0.9.
+    Sampling error: 4000 coordinates, m_hat of 150 steps as good as 8 independent ones: 0.12 %.
+    """
+    param = nn.Parameter(torch.zeros(4000))
+    options = {**SETTINGS, "lr": 0.0, "rho": rho, "gate": "hard", "collect_stats_every": 1}
+    optimizer = PopRiskAdamW([param], false_open_rate=0.05, **options)
+    generator = torch.Generator().manual_seed(5)
+    passed = []
+    for step in range(250):
+        optimizer.zero_grad()
+        for _ in range(count):
+            backward([param], [torch.randn(4000, generator=generator)])
+        optimizer.step()
+        if step >= 100:
+            passed.append(float(optimizer.gate_stats()["open_fraction"]))
+    freedom = (count - 1) * (1 + rho) / (1 - rho)
+    expected = 2 * t.sf(norm.isf(0.025), freedom)
+    assert np.mean(passed) == pytest.approx(expected, abs=0.0036)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_clipping_by_norm_rescales_the_noise_alike(dtype):
+    params = make_params(dtype)
+    optimizer = PopRiskAdamW(params, **SETTINGS)
+    twin = VarianceTwin([p.shape for p in params])
+    for rows in pieces(steps=4, count=4, dtype=dtype):
+        optimizer.zero_grad()
+        for row in rows:
+            backward(params, row)
+        length = nn.utils.clip_grad_norm_(params, max_norm=0.5)
+        assert length > 1
+        optimizer.step()
+        factor = 0.5 / float(length)
+        twin.step([[None if g is None else factor * g.double() for g in row] for row in rows])
+    # bfloat16 gradients are themselves rounded to 8 bits, once per accumulation and once clipped
+    assert_close(noise(optimizer, params), twin.s, 2e-5 if dtype == torch.float32 else 5e-2)
+
+
+def test_a_loss_scaler_is_unscaled_and_its_overflow_leaves_nothing():
+    """GradScaler does not call step() on overflow: the next step must not see those pieces."""
+    params = make_params()
+    optimizer = PopRiskAdamW(params, **SETTINGS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=1)
+    twin = VarianceTwin([p.shape for p in params])
+    for step, rows in enumerate(pieces(steps=5, count=3)):
+        optimizer.zero_grad(set_to_none=True)
+        if step == 2:
+            rows[1][0][0, 0] = float("inf")
+        for row in rows:
+            loss = sum((p * g).sum() for p, g in zip(params, row, strict=True) if g is not None)
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(params, max_norm=1e9)
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 2:
+            twin.step(rows)
+    assert optimizer.state[params[0]]["step"].item() == 4
+    assert_close(noise(optimizer, params), twin.s)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_scale_of_the_loss_only_scales_the_noise(scale):
+    found = []
+    for factor in (1.0, scale):
+        params = make_params(torch.float64)
+        optimizer = PopRiskAdamW(params, **SETTINGS)
+        rows = pieces(steps=1, count=3, dtype=torch.float64)[0]
+        for row in rows:
+            backward(params, row, scale=factor)
+        optimizer.step()
+        found.append([s / factor**2 for s in noise(optimizer, params)])
+    assert_close(found[1], found[0], 1e-9)
+
+
+def test_all_zero_probes_leave_the_scale_at_one():
+    """16 rows are looked at; the signal sits elsewhere."""
+    param = nn.Parameter(torch.zeros(64))
+    optimizer = PopRiskAdamW([param], **SETTINGS)
+    rows = [[torch.zeros(64)] for _ in range(2)]
+    rows[0][0][1], rows[1][0][1] = 1.0, 3.0
+    for row in rows:
+        backward([param], row)
+    optimizer.step()
+    expected = torch.zeros(64)
+    expected[1] = (1 - RHO) * 2 * 2.0 * 2 / (1 + BETA1)
+    torch.testing.assert_close(optimizer.state[param]["exp_dev_sq"], expected)
+
+
+def test_the_scale_is_seen_where_the_first_rows_are_zero():
+    """Padding tokens come first in many vocabularies: coordinates are spread over the rows."""
+    param = nn.Parameter(torch.zeros(1000, 3))
+    optimizer = PopRiskAdamW([param], **SETTINGS)
+    rows = [[torch.randn(1000, 3)] for _ in range(3)]
+    for (row,) in rows:
+        row[:60] = 0.0
+        backward([param], [row])
+    factor = 1e-3 / float(nn.utils.clip_grad_norm_([param], max_norm=1e-3))
+    optimizer.step()
+    twin = VarianceTwin([param.shape])
+    twin.step([[factor * row.double()] for (row,) in rows])
+    assert_close(noise(optimizer, [param]), twin.s, 1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_skipped_step_leaves_no_trace(path, bad):
+    def run(poisoned):
+        params = make_params()
+        optimizer = PopRiskAdamW(params, **SETTINGS, **PATHS[path])
+        for step, rows in enumerate(pieces(steps=4, count=3)):
+            for attempt in ("bad", "good") if step in poisoned else ("good",):
+                optimizer.zero_grad(set_to_none=False)  # nothing but the reset can forget pieces
+                for row in rows:
+                    backward(params, row)
+                if attempt == "bad":
+                    params[0].grad[1, 2] = bad
+                optimizer.step()
+        return [*params, *noise(optimizer, params)], optimizer
+
+    clean, _ = run(())
+    skipped, optimizer = run((0, 2))
+    assert all(torch.equal(a, b) for a, b in zip(clean, skipped, strict=True))
+    assert optimizer.skipped_nonfinite == 2
+
+
+def test_a_stale_overflow_does_not_reach_s():
+    """A trainer that keeps zeroed gradients after an overflow leaves infinite pieces behind."""
+    param = nn.Parameter(torch.zeros(40))
+    optimizer = PopRiskAdamW([param], **SETTINGS)
+    for step in range(3):
+        if param.grad is not None:
+            param.grad.zero_()
+        for _ in range(2):
+            backward([param], [torch.randn(40)])
+        if step == 1:  # the overflow, after which step() is not called
+            backward([param], [torch.full((40,), float("inf"))])
+            param.grad.zero_()
+            backward([param], [torch.randn(40)])
+        optimizer.step()
+    assert torch.isfinite(optimizer.state[param]["exp_dev_sq"]).all()
+    assert optimizer.state[param]["dev_step"].item() == 2
+
+
+def test_a_parameter_used_twice_in_a_pass_is_one_piece():
+    tied = nn.Parameter(torch.zeros(30))
+    twin = nn.Parameter(torch.zeros(30))
+    optimizer = PopRiskAdamW([tied], **SETTINGS)
+    reference = PopRiskAdamW([twin], **SETTINGS)
+    for _ in range(3):
+        a, b = torch.randn(30), torch.randn(30)
+        ((tied * a).sum() + (tied * b).sum()).backward()
+        backward([twin], [a + b])
+    optimizer.step()
+    reference.step()
+    assert_close(noise(optimizer, [tied]), noise(reference, [twin]))
+
+
+def test_complex_parameters_have_noise_per_component():
+    param = nn.Parameter(torch.zeros(20, dtype=torch.complex64))
+    parts = nn.Parameter(torch.zeros(20, 2))
+    optimizer = PopRiskAdamW([param, parts], **SETTINGS)
+    for _ in range(3):
+        y = torch.randn(20, 2)
+        (torch.view_as_real(param) * y).sum().backward()
+        (parts * y).sum().backward()
+    optimizer.step()
+    s = torch.view_as_real(optimizer.state[param]["exp_dev_sq"])
+    torch.testing.assert_close(s, optimizer.state[parts]["exp_dev_sq"])
+
+
+def test_channels_last_gradients():
+    model = nn.Conv2d(3, 20, 3).to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    results = []
+    for net, layout in ((model, torch.channels_last), (twin, torch.contiguous_format)):
+        optimizer = PopRiskAdamW(net.parameters(), **SETTINGS)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            x = torch.randn(2, 3, 6, 6, generator=generator).to(memory_format=layout)
+            net(x).square().mean().backward()
+        optimizer.step()
+        results.append(noise(optimizer, list(net.parameters())))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
+
+
+class TestShortSteps:
+    """The last step of an epoch may have one pass: no information, no error."""
+
+    def test_leave_s_alone(self):
+        params = [nn.Parameter(torch.zeros(9))]
+        optimizer = PopRiskAdamW(params, **SETTINGS)
+        for count in (3, 1, 3):
+            optimizer.zero_grad()
+            before = optimizer.state[params[0]].get("exp_dev_sq", torch.zeros(9)).clone()
+            for _ in range(count):
+                backward(params, [torch.randn(9)])
+            optimizer.step()
+            assert torch.equal(before, optimizer.state[params[0]]["exp_dev_sq"]) == (count == 1)
+        state = optimizer.state[params[0]]
+        assert (state["step"].item(), state["dev_step"].item()) == (3, 2)
+
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_are_refused_if_there_is_nothing_else(self, resumed):
+        params = [nn.Parameter(torch.zeros(9))]
+        optimizer = PopRiskAdamW(params, **SETTINGS)
+        if resumed:  # a checkpoint may lie right before the short step of its epoch
+            optimizer.init_state()
+            backward(params, [torch.randn(9)])
+            optimizer.step()
+        optimizer.zero_grad()
+        backward(params, [torch.randn(9)])
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(RuntimeError, match="at least 2 backward passes per step, found 1"):
+            optimizer.step()
+        assert str(optimizer.state_dict()) == str(before)
+
+
+class TestRefusals:
+    def test_bad_value(self):
+        with pytest.raises(ValueError, match=r"Invalid noise_source: 'batch'. Must be one of"):
+            PopRiskAdamW(make_params(), noise_source="batch")
+
+    @pytest.mark.parametrize("source", ["microbatch", "ranks"])
+    def test_published_rule(self, source):
+        with pytest.raises(ValueError, match="Must be 'temporal' with noise_mean='raw'"):
+            PopRiskAdamW.paper(make_params(), noise_source=source)
+
+    def test_ranks_on_one_process(self):
+        params = make_params()
+        optimizer = PopRiskAdamW(params, noise_source="ranks")
+        backward(params, gradients(2)[1])
+        with pytest.raises(RuntimeError, match=r"'ranks' needs at least 2 ranks .* found 1"):
+            optimizer.step()
+        assert not optimizer.state
+
+    def test_gradients_set_by_hand(self):
+        layer = nn.Linear(3, 2)
+        optimizer = PopRiskAdamW(layer.named_parameters(), **SETTINGS)
+        for p in layer.parameters():
+            p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match=r"'weight' .* no backward pass has shown"):
+            optimizer.step()
+        assert not optimizer.state
+
+    def test_one_gradient_set_by_hand(self):
+        layer = nn.Linear(3, 2)
+        optimizer = PopRiskAdamW(layer.named_parameters(), **SETTINGS)
+        for _ in range(2):
+            backward([layer.weight], [torch.randn(2, 3)])
+        layer.bias.grad = torch.ones(2)
+        with pytest.raises(RuntimeError, match=r"'bias' .* no backward pass has shown"):
+            optimizer.step()
+
+    def test_replaced_parameters(self):
+        params = make_params()
+        optimizer = PopRiskAdamW(params, **SETTINGS)
+        others = make_params()
+        optimizer.param_groups[0]["params"] = others
+        for row in gradients(3):
+            backward(others, row)
+        with pytest.raises(RuntimeError, match="no backward pass has shown"):
+            optimizer.step()
+
+    def test_clipping_by_value(self):
+        params = make_params()
+        optimizer = PopRiskAdamW(params, **SETTINGS)
+        for row in gradients(4):
+            backward(params, row)
+        nn.utils.clip_grad_value_(params, 0.1)
+        with pytest.raises(RuntimeError, match="no clipping by value"):
+            optimizer.step()
+
+    def test_group_stays_out_if_refused(self, monkeypatch):
+        from poprisk_integrations.optim import _noise_source
+
+        first, second = make_params()[:2]
+        optimizer = PopRiskAdamW([first], noise_source="temporal")
+        monkeypatch.setattr(_noise_source, "is_dtensor", lambda p: p is second)
+        with pytest.raises(ValueError, match="'microbatch' for parameter 0 of group 1, a DTensor"):
+            optimizer.add_param_group({"params": [second], "noise_source": "microbatch"})
+        assert len(optimizer.param_groups) == 1
+        assert not second._backward_hooks
+
+
+def test_templates_of_checkpoints_may_step_on_zero_gradients():
+    """torch.distributed.checkpoint materialises states by a step on zeros with lr=0."""
+    params = make_params()
+    optimizer = PopRiskAdamW(params, **SETTINGS)
+    optimizer.param_groups[0]["lr"] = 0.0
+    feed(params, [torch.zeros_like(p) for p in params])
+    optimizer.step()
+    assert optimizer.state[params[0]]["dev_step"].item() == 0
+
+
+def test_ungated_groups_have_no_hooks():
+    params = make_params()
+    PopRiskAdamW(params, noise_source="microbatch", gate="none")
+    PopRiskAdamW(params, noise_source="microbatch", gate_blend=0.0)
+    PopRiskAdamW(params)
+    assert not any(p._backward_hooks for p in params)
+
+
+def test_gate_none_is_adamw_with_one_pass():
+    mine, theirs = make_params(), make_params()
+    ours = PopRiskAdamW(mine, lr=1e-2, gate="none", noise_source="microbatch")
+    adamw = torch.optim.AdamW(theirs, lr=1e-2)
+    for row in gradients(5):
+        for params, optimizer in ((mine, ours), (theirs, adamw)):
+            feed(params, row)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_hooks_go_with_the_optimizer():
+    params = make_params()
+    optimizer = PopRiskAdamW(params, **SETTINGS)
+    assert [bool(p._backward_hooks) for p in params] == [bool(p.numel()) for p in params]
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    assert not any(p._backward_hooks for p in params)
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
+def test_copies_measure_for_themselves(copier):
+    params = make_params()
+    optimizer = PopRiskAdamW(params, **SETTINGS)
+    history = pieces(steps=6, count=3)
+
+    def run(owned, opt, steps):
+        for rows in steps:
+            opt.zero_grad()
+            for row in rows:
+                backward(owned, row)
+            opt.step()
+
+    run(params, optimizer, history[:3])
+    if copier == "deepcopy":
+        twin = copy.deepcopy(optimizer)
+    else:
+        twin = pickle.load(io.BytesIO(pickle.dumps(optimizer)))
+    clones = twin.param_groups[0]["params"]
+    run(params, optimizer, history[3:])
+    run(clones, twin, history[3:])
+    assert all(torch.equal(a, b) for a, b in zip(params, clones, strict=True))
+    for a, b in zip(noise(optimizer, params), noise(twin, clones), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpoints_bring_no_source():
+    """How the noise is measured depends on how the run is started, as `foreach` does."""
+    params = make_params()
+    optimizer = PopRiskAdamW(params, **SETTINGS)
+    history = pieces(steps=2, count=3)
+    for row in history[0]:
+        backward(params, row)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert set(saved["state"][0]) == {"step", "dev_step", "exp_avg", "exp_avg_sq", "exp_dev_sq"}
+
+    others = make_params()
+    temporal = PopRiskAdamW(others, lr=1e-2)
+    temporal.load_state_dict(saved)
+    assert temporal.param_groups[0]["noise_source"] == "temporal"
+    assert not any(p._backward_hooks for p in others)
+    feed(others, history[1][1])
+    temporal.step()
+
+    back = PopRiskAdamW(others, **SETTINGS)
+    back.load_state_dict(temporal.state_dict())
+    back.zero_grad()
+    for row in history[1]:
+        backward(others, row)
+    back.step()
+    assert back.state[others[0]]["dev_step"].item() == 3
+
+
+def test_a_gate_that_comes_with_the_checkpoint_is_measured():
+    gated, ungated = make_params(), make_params()
+    saved = PopRiskAdamW(gated, **SETTINGS).state_dict()
+    optimizer = PopRiskAdamW(ungated, **SETTINGS, gate="none")
+    optimizer.load_state_dict(saved)
+    for row in gradients(3):
+        backward(ungated, row)
+    optimizer.step()
+    assert optimizer.state[ungated[0]]["dev_step"].item() == 1
+
+
+def test_parameters_unfrozen_later_start_one_step_later():
+    first, second = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5))
+    second.requires_grad_(False)
+    optimizer = PopRiskAdamW([first, second], **SETTINGS)
+    for step in range(4):
+        optimizer.zero_grad()
+        second.requires_grad_(step >= 1)
+        for _ in range(2):
+            loss = (first * torch.randn(5)).sum() + (second * torch.randn(5)).sum()
+            loss.backward()
+        optimizer.step()
+    counts = [optimizer.state[p]["dev_step"].item() for p in (first, second)]
+    assert counts == [4, 2]
+    assert optimizer.state[second]["step"].item() == 3
+
+
+def test_conversion_of_the_module_keeps_the_hooks():
+    layer = nn.Linear(4, 3)
+    optimizer = PopRiskAdamW(layer.parameters(), **SETTINGS)
+    layer.double()
+    for _ in range(2):
+        layer(torch.randn(5, 4, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+    assert optimizer.state[layer.weight]["exp_dev_sq"].dtype == torch.float64
+    assert (optimizer.state[layer.weight]["exp_dev_sq"] > 0).all()
+
+
+def test_no_host_sync_after_the_first_step():
+    """The same code on the meta device: reading a number of a meta tensor raises."""
+    from poprisk_integrations.optim._noise_source import NoiseSource
+
+    params = [nn.Parameter(torch.empty(4, 3, device="meta"))]
+    optimizer = PopRiskAdamW(params, **SETTINGS, preserve_norm=True)
+    source = optimizer.__dict__["_poprisk_noise_source"]
+    assert isinstance(source, NoiseSource)
+    backward(params, [torch.empty(4, 3, device="meta")])
+    backward(params, [torch.empty(4, 3, device="meta")])
+    with pytest.raises(RuntimeError, match="meta"):
+        optimizer.step()  # the one check of a run
+    for record in source._records.values():
+        record.is_verified = True
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(params, [torch.empty(4, 3, device="meta")])
+        backward(params, [torch.empty(4, 3, device="meta")])
+        optimizer.step()
+
+
+def test_gradients_are_not_written():
+    params = make_params()
+    optimizer = PopRiskAdamW(params, **SETTINGS)
+    for row in gradients(3, seed=7):
+        backward(params, row)
+    before = [p.grad.clone() for p in params]
+    optimizer.step()
+    assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))
