@@ -25,6 +25,7 @@ with warnings.catch_warnings():
 
 __all__ = [
     "EAGER",
+    "EVERY",
     "IMPLEMENTATIONS",
     "INFO",
     "OptimizerErrorEnum",
@@ -42,6 +43,7 @@ IMPLEMENTATIONS = {
     "capturable": {"capturable": True, "fused": False},
     "fused": {"fused": True},
 }
+EVERY = list(IMPLEMENTATIONS)
 EAGER = [name for name in IMPLEMENTATIONS if name != "fused"]
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
-from tests.unit.optim.torch_generic.optimizer_info import EAGER, flags, inputs, snapshot, unchanged
-
-EVERY = [*EAGER, "fused"]
+from tests.unit.optim.torch_generic.optimizer_info import EVERY, flags, inputs, snapshot, unchanged
 
 
 def run(impl, scaled, steps=6, overflow=(), **kwargs):

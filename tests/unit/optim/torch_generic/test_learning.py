@@ -10,7 +10,7 @@ from poprisk_integrations import PopRiskAdamW
 from tests.helpers.optim_problem import feed, gradients, make_params, max_ulp, train
 from tests.unit.optim.torch_generic.optimizer_info import (
     EAGER,
-    IMPLEMENTATIONS,
+    EVERY,
     INFO,
     flags,
     inputs,
@@ -91,12 +91,12 @@ def test_plateau_reduces_the_rate():
     assert optimizer.param_groups[0]["lr"] == 0.025
 
 
-@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("impl", EVERY)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 def test_tensor_lr_is_the_same_as_a_number_and_stays_the_users_tensor(impl, shape):
     def run(lr):
         params = make_params()
-        optimizer = PopRiskAdamW(params, lr=lr, **IMPLEMENTATIONS[impl])
+        optimizer = PopRiskAdamW(params, lr=lr, **flags(impl))
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
         for row in gradients(8):
             feed(params, row)
@@ -114,14 +114,14 @@ def test_tensor_lr_is_the_same_as_a_number_and_stays_the_users_tensor(impl, shap
         PopRiskAdamW(make_params(), lr=-lr)
 
 
-@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("impl", EVERY)
 def test_groups_have_their_own_lr_decay_and_betas(impl):
     """Two groups of one optimizer are two optimizers."""
     choices = [{"lr": 0.02, "weight_decay": 0.3}, {"lr": 0.005, "betas": (0.5, 0.9)}]
     first, second = make_params(), make_params(seed=3)
     optimizer = PopRiskAdamW(
         [{"params": p, **c} for p, c in zip((first, second), choices, strict=True)],
-        **IMPLEMENTATIONS[impl],
+        **flags(impl),
     )
     history = gradients(12)
     for row in history:
@@ -130,7 +130,7 @@ def test_groups_have_their_own_lr_decay_and_betas(impl):
         optimizer.step()
     for params, choice, seed in zip((first, second), choices, (0, 3), strict=True):
         alone, _ = train(
-            lambda p, choice=choice: PopRiskAdamW(p, **choice, **IMPLEMENTATIONS[impl]),
+            lambda p, choice=choice: PopRiskAdamW(p, **choice, **flags(impl)),
             history=history,
             params=make_params(seed=seed),
         )
@@ -149,11 +149,11 @@ def test_maximize_is_minimizing_with_negated_gradients(impl, kwargs):
     assert max_ulp(up, down) == 0.0
 
 
-@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("impl", EVERY)
 def test_a_group_added_in_the_middle_starts_its_own_count(impl):
     """The late parameters move as if they were alone; the early ones as if they stayed alone."""
     early, late = make_params(), make_params(seed=3)
-    optimizer = PopRiskAdamW(early, lr=1e-2, **IMPLEMENTATIONS[impl])
+    optimizer = PopRiskAdamW(early, lr=1e-2, **flags(impl))
     history = gradients(12)
     for step, row in enumerate(history):
         if step == 5:
@@ -164,7 +164,7 @@ def test_a_group_added_in_the_middle_starts_its_own_count(impl):
 
     def alone(seed, history, **kwargs):
         return train(
-            lambda p: PopRiskAdamW(p, lr=1e-2, **kwargs, **IMPLEMENTATIONS[impl]),
+            lambda p: PopRiskAdamW(p, lr=1e-2, **kwargs, **flags(impl)),
             history=history,
             params=make_params(seed=seed),
         )[0]
@@ -173,11 +173,11 @@ def test_a_group_added_in_the_middle_starts_its_own_count(impl):
     assert max_ulp(late, alone(3, history[5:], weight_decay=0.2)) == 0.0
 
 
-@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("impl", EVERY)
 def test_frozen_parameters_rest_and_resume_where_they_were(impl):
     """Pitfall 20: counts are the parameter's own, not the optimizer's."""
     params = make_params()
-    optimizer = PopRiskAdamW(params, lr=1e-2, **IMPLEMENTATIONS[impl])
+    optimizer = PopRiskAdamW(params, lr=1e-2, **flags(impl))
     history = gradients(15)
     for step, row in enumerate(history):
         frozen = 4 <= step < 9
@@ -193,7 +193,7 @@ def test_frozen_parameters_rest_and_resume_where_they_were(impl):
                 assert torch.equal(optimizer.state[params[0]][key], value), key
     seen = [[row[0]] for row in history[:4] + history[9:]]
     alone, _ = train(
-        lambda p: PopRiskAdamW(p, lr=1e-2, **IMPLEMENTATIONS[impl]),
+        lambda p: PopRiskAdamW(p, lr=1e-2, **flags(impl)),
         history=seen,
         params=make_params()[:1],
     )
@@ -202,10 +202,10 @@ def test_frozen_parameters_rest_and_resume_where_they_were(impl):
     assert optimizer.state[params[2]]["step"].item() == 15
 
 
-@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("impl", EVERY)
 def test_closure_runs_once_with_gradients_enabled_and_gives_its_loss(impl):
     weight, bias, loss_of = regression()
-    optimizer = PopRiskAdamW([weight, bias], **IMPLEMENTATIONS[impl])
+    optimizer = PopRiskAdamW([weight, bias], **flags(impl))
     calls = []
 
     def closure():

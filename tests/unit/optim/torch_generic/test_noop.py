@@ -7,6 +7,7 @@ from poprisk_integrations import PopRiskAdamW
 from tests.helpers.optim_problem import feed, gradients, make_params
 from tests.unit.optim.torch_generic.optimizer_info import (
     EAGER,
+    EVERY,
     IMPLEMENTATIONS,
     flags,
     inputs,
@@ -110,11 +111,11 @@ def test_low_precision_states_of_zero_gradients_stay_zero(impl, dtype, state_dty
     assert not torch.equal(param, start)
 
 
-@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("impl", EVERY)
 def test_a_step_needs_no_autograd_and_records_none(impl):
     """`differentiable` is refused; what a step leaves behind belongs to no graph."""
     params = make_params()
-    optimizer = PopRiskAdamW(params, **IMPLEMENTATIONS[impl])
+    optimizer = PopRiskAdamW(params, **flags(impl))
     with torch.enable_grad():
         for row in gradients(3):
             feed(params, row)
@@ -124,4 +125,15 @@ def test_a_step_needs_no_autograd_and_records_none(impl):
         assert param.grad_fn is None
         for value in optimizer.state[param].values():
             assert not value.requires_grad
-        assert param._version > 0  # in-place work is seen by autograd's checks
+
+
+@pytest.mark.parametrize("impl", EVERY)
+def test_a_backward_pass_through_parameters_that_have_moved_is_refused(impl):
+    """Autograd compares versions: work in place that it is not told of gives wrong gradients."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = PopRiskAdamW([param], **flags(impl))
+    loss = param.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

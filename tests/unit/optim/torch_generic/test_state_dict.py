@@ -11,6 +11,7 @@ from poprisk_integrations import PopRiskAdamW
 from tests.helpers.optim_problem import feed, gradients, make_params, max_ulp, train
 from tests.unit.optim.torch_generic.optimizer_info import (
     EAGER,
+    EVERY,
     IMPLEMENTATIONS,
     INFO,
     flags,
@@ -107,19 +108,19 @@ def test_names_of_parameters_need_not_be_on_both_sides(names):
     assert max_ulp(advance(target, history[4:]), advance(source, history[4:])) == 0.0
 
 
-@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("impl", EVERY)
 @pytest.mark.parametrize(
     "count", [3, 3.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(3.0).double()], ids=repr
 )
 def test_counts_may_be_numbers_or_of_another_shape(impl, count):
     """Pitfall 18: what is kept is 0-dim float32, so that padding and sharding leave it alone."""
-    _, source = train(lambda p: PopRiskAdamW(p, lr=1e-2, **IMPLEMENTATIONS[impl]), steps=3)
+    _, source = train(lambda p: PopRiskAdamW(p, lr=1e-2, **flags(impl)), steps=3)
     saved = copy.deepcopy(source.state_dict())
     for index, state in saved["state"].items():
         if state["step"].item() == 3:
             saved["state"][index]["step"] = count
     clones = make_params()
-    optimizer = PopRiskAdamW(clones, **IMPLEMENTATIONS[impl])
+    optimizer = PopRiskAdamW(clones, **flags(impl))
     optimizer.load_state_dict(saved)
     step = optimizer.state[clones[0]]["step"]
     assert (step.shape, step.dtype, step.item()) == ((), torch.float32, 3.0)
@@ -128,10 +129,10 @@ def test_counts_may_be_numbers_or_of_another_shape(impl, count):
 
 
 @pytest.mark.parametrize("key", ["step", "dev_step", "exp_avg", "exp_avg_sq", "exp_dev_sq"])
-@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("impl", EVERY)
 def test_each_state_is_created_where_it_alone_is_missing(impl, key):
     """Pitfall 3: tools that filter states leave some keys and drop others."""
-    params, optimizer = train(lambda p: PopRiskAdamW(p, **IMPLEMENTATIONS[impl]), steps=3)
+    params, optimizer = train(lambda p: PopRiskAdamW(p, **flags(impl)), steps=3)
     for param in params:
         del optimizer.state[param][key]
     advance(optimizer, gradients(3))
