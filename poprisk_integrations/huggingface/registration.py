@@ -46,9 +46,9 @@ _LOADED_FROM = "poprisk_loaded_from"
 def register() -> None:
     """Register `poprisk_adamw`, `poprisk_adamw_8bit` and `poprisk_adamw_paper`, once.
 
-    Importing `poprisk_integrations.huggingface` calls it; further calls change nothing. It must happen before the command-line
-    parser and the training arguments are built, and in each process that builds them or loads
-    a pickle of them (`training_args.bin`).
+    Importing `poprisk_integrations.huggingface` calls it; further calls change nothing. It
+    must happen before the command-line parser and the training arguments are built, and in each
+    process that builds them or loads a pickle of them (`training_args.bin`).
 
     Raises:
         RuntimeError: If one of the names belongs to someone else.

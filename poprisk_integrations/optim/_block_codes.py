@@ -29,7 +29,7 @@ def encode_blocks(values: Tensor, key: str, draw: Tensor | None) -> tuple[Tensor
     Returns:
         Codes, uint8, shape (rows, n), and scales, float32, shape (rows, ceil(n / BLOCK)).
     """
-    rows, n = values.shape
+    n = values.shape[1]
     blocks = _blocks(values)
     scale = blocks.abs().amax(-1)
     # An empty or all-zero block: any divisor will do.

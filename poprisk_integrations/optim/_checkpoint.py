@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from poprisk_integrations.distributed import is_dtensor
 from poprisk_integrations.optim._moments import (
     MOMENTS,
     moment_format,
@@ -84,6 +85,19 @@ def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> 
                 f"{tuple(state[name].shape)}, the parameter {tuple(param.shape)}. A state saved "
                 "from plain shards (FSDP1, ZeRO) fits only the same number of ranks."
             )
+        for name in state_keys(key, kind):
+            if _layout(state[name]) != _layout(param):
+                raise ValueError(
+                    f"Checkpoint does not fit: {name} of parameter {index} is laid out as "
+                    f"{_layout(state[name])}, the parameter as {_layout(param)}. Load it with "
+                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+                )
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...] | str:
+    if not is_dtensor(tensor):
+        return "one plain tensor"
+    return tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
 
     for name in COUNTS:
         value = state.get(name, 0)

@@ -199,7 +199,7 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid fused: {group['fused']!r}. Must be None, True or False.")
     if group["foreach"] and group["fused"]:
         raise ValueError("Invalid foreach and fused: both True. At most one of them may be.")
-    if group["differentiable"]:
+    if group.get("differentiable"):
         raise ValueError(
             "Invalid differentiable: True. Must be False: a step is not differentiated through."
         )

@@ -122,5 +122,6 @@ class GroupWork:
 
 
 def _local_real(tensor: Tensor) -> Tensor:
-    tensor = local_tensor(tensor.detach())
+    # Unwrap first: the detach of a DTensor is dispatched in Python, that of its shard is not.
+    tensor = local_tensor(tensor).detach()
     return torch.view_as_real(tensor) if torch.is_complex(tensor) else tensor

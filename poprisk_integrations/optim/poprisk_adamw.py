@@ -153,7 +153,6 @@ class PopRiskAdamW(Optimizer):
             "fused": fused,
             "capturable": capturable,
             "state_dtype": state_dtype,
-            "differentiable": differentiable,
             "gate_decay": gate_decay,
             "gate_eps": gate_eps,
             "noise_mean": noise_mean,
@@ -162,7 +161,7 @@ class PopRiskAdamW(Optimizer):
             "rounding_seed": rounding_seed,
             "collect_stats_every": collect_stats_every,
         }
-        check_group(defaults)
+        check_group({**defaults, "differentiable": differentiable})
         super().__init__(params, defaults)
 
     @classmethod
@@ -390,6 +389,11 @@ class PopRiskAdamW(Optimizer):
         state = cast("dict[str, Tensor]", self.state[param])
         # Key by key: a loaded AdamW state has all but the noise.
         device = local_tensor(param).device if needs_device_step(param, group) else "cpu"
+        if "step" in state and "dev_step" not in state:
+            # Set by others past load_state_dict: DeepSpeed's universal checkpoint gives ONE step
+            # tensor, wherever it lies, to all parameters, and each of them would count on it.
+            step = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
+            state["step"] = step.detach().clone().reshape(())
         for key in ("step", "dev_step"):
             if key not in state:
                 state[key] = torch.zeros((), dtype=torch.float32, device=device)
@@ -430,4 +434,6 @@ class PopRiskAdamW(Optimizer):
 
 def _constructor_defaults() -> dict[str, Any]:
     parameters = signature(PopRiskAdamW.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+    options = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+    del options["differentiable"]  # checked, not kept
+    return options

@@ -16,7 +16,13 @@ def header(table):
 
 
 def test_all_were_found():
-    assert FOLDERS == ["noisy_dpo_demo", "open_fraction", "step_cost", "stop_digits"]
+    assert FOLDERS == [
+        "fsdp2_step",
+        "noisy_dpo_demo",
+        "open_fraction",
+        "optimizer_step",
+        "stop_digits",
+    ]
 
 
 @pytest.mark.parametrize(

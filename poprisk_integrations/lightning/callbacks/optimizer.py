@@ -48,6 +48,7 @@ class PopRiskOptimizer(Callback):
         noise_source: "temporal", "microbatch" (needs accumulate_grad_batches >= 2) or "ranks"
             (needs DDP).
         stochastic_rounding: Round bfloat16 parameters stochastically.
+        rounding_seed: Seed of all stochastic rounding.
         collect_stats_every: Sample gate statistics on every k-th step; 0 for never. The callback
             PopRiskMonitor sets it.
 
@@ -79,6 +80,7 @@ class PopRiskOptimizer(Callback):
         noise_mean: Literal["bias_corrected", "raw"] = "bias_corrected",
         noise_source: Literal["temporal", "microbatch", "ranks"] = "temporal",
         stochastic_rounding: bool = True,
+        rounding_seed: int = 0,
         collect_stats_every: int = 0,
     ) -> None:
         self.options: dict[str, Any] = {
@@ -98,6 +100,7 @@ class PopRiskOptimizer(Callback):
             "noise_mean": noise_mean,
             "noise_source": noise_source,
             "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
             "collect_stats_every": collect_stats_every,
         }
         PopRiskAdamW([torch.zeros(1)], **self.options)  # refuses bad values now, not in fit
