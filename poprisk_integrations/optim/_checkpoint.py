@@ -92,13 +92,6 @@ def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> 
                     f"{_layout(state[name])}, the parameter as {_layout(param)}. Load it with "
                     "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
                 )
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...] | str:
-    if not is_dtensor(tensor):
-        return "one plain tensor"
-    return tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-
     for name in COUNTS:
         value = state.get(name, 0)
         is_count = isinstance(value, (int, float)) or (
@@ -109,6 +102,12 @@ def _layout(tensor: Tensor) -> tuple[Any, ...] | str:
                 f"Checkpoint does not fit: {name} of parameter {index} is {_kind_of(value)}, not "
                 "one number."
             )
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...] | str:
+    if not is_dtensor(tensor):
+        return "one plain tensor"
+    return tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
 
 
 def _kind_of(value: Any) -> str:

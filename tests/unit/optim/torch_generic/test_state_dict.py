@@ -158,7 +158,8 @@ def test_a_deep_copy_has_all_public_attributes(kwargs):
 
     assert public(twin) == public(optimizer)
     assert twin.path == optimizer.path
-    assert twin.defaults.keys() == optimizer.defaults.keys()
+    # torch itself adds a name of its own to the defaults of a copy
+    assert {name: twin.defaults[name] for name in optimizer.defaults} == optimizer.defaults
     assert unchanged(twin, snapshot(optimizer))
     history = gradients(4)
     assert max_ulp(advance(twin, history), advance(optimizer, history)) == 0.0
