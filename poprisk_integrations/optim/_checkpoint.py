@@ -49,6 +49,8 @@ def check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]
     for index, state in state_dict["state"].items():
         if index in owner and state:
             _check_parameter_state(index, state, owner[index])
+    for group, saved in zip(groups, state_dict["param_groups"]):  # noqa: B905 - as above
+        check_group({**saved, **_kept(group, saved)})
 
 
 def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> None:
@@ -72,6 +74,11 @@ def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> 
         if kind is None:
             continue
         name = state_keys(key, kind)[0]
+        if not isinstance(state[name], Tensor) or state[name].is_complex() != param.is_complex():
+            raise ValueError(
+                f"Checkpoint does not fit: {name} of parameter {index} is {_kind_of(state[name])}, "
+                f"the parameter {_kind_of(param)}."
+            )
         if tuple(state[name].shape) != tuple(param.shape):
             raise ValueError(
                 f"Checkpoint does not fit: {name} of parameter {index} has the shape "
@@ -85,12 +92,28 @@ def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> 
                     f"{_layout(state[name])}, the parameter as {_layout(param)}. Load it with "
                     "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
                 )
+    for name in COUNTS:
+        value = state.get(name, 0)
+        is_count = isinstance(value, (int, float)) or (
+            isinstance(value, Tensor) and value.numel() == 1
+        )
+        if not is_count:
+            raise ValueError(
+                f"Checkpoint does not fit: {name} of parameter {index} is {_kind_of(value)}, not "
+                "one number."
+            )
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...] | str:
     if not is_dtensor(tensor):
         return "one plain tensor"
     return tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return repr(value)
 
 
 def _saved_kind(state: dict[str, Any], key: str) -> str | None:
@@ -107,16 +130,14 @@ def adopt_group_options(
     Args:
         groups: The groups after loading, changed in place.
         before: Their options before.
-        saved: The checkpoint's groups.
-
-    Raises:
-        ValueError: If the checkpoint brought a value that cannot be.
+        saved: The checkpoint's groups, checked before.
     """
     for group, present, loaded in zip(groups, before, saved, strict=True):
-        for name, value in present.items():
-            if name in IMPLEMENTATION or name not in loaded:
-                group[name] = value
-        check_group(group)
+        group.update(_kept(present, loaded))
+
+
+def _kept(present: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in present.items() if n in IMPLEMENTATION or n not in loaded}
 
 
 def restore_states(

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from poprisk_integrations.distributed import is_dtensor
 from poprisk_integrations.optim._block_codes import BLOCK
@@ -101,6 +102,8 @@ def compiled_poprisk_adamw(
             key = rounding_key(step, chosen.positions[i], options.rounding_seed)
         row = singles[flat.math_dtype][i].clone()
         result = update(flat.param, flat.grad, flat.moments, row, key, flat.offset)
+        # `_reshaped` tensors count their own changes; autograd must see those of the parameter.
+        increment_version(chosen.params[i])
         if sums is not None and result is not None:
             result[STATISTICS.index("lr_numel")] = options.lr * flat.param.numel()
             sums.append(result)

@@ -1,6 +1,7 @@
 """Options of one parameter group: checked when the group is added, resolved at each step."""
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,6 +237,6 @@ def _check_state_dtype(value: Any) -> None:
 
 
 def _in_range(value: Any, low: float, high: float, *, right_open: bool = False) -> bool:
-    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return low <= value < high if right_open else low <= value <= high
+    return low <= float(value) < high if right_open else low <= float(value) <= high

@@ -20,6 +20,7 @@ from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
 from poprisk_integrations.optim._moments import MOMENTS, moment_format, new_moment, state_keys
 from poprisk_integrations.optim._noise_source import NoiseSource, uses_pieces
 from poprisk_integrations.optim._options import check_group, resolve_group
+from poprisk_integrations.optim._params import check_gradients, check_params
 from poprisk_integrations.optim._paths import needs_device_step, path_of, step_group
 from poprisk_integrations.optim._work import GroupWork
 
@@ -195,15 +196,13 @@ class PopRiskAdamW(Optimizer):
         """Add a group; its options are checked before anything changes.
 
         Raises:
-            ValueError: If an option has a value that it cannot have.
+            ValueError: If an option has a value that it cannot have, or a parameter a dtype or
+                device.
         """
         check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        problem = _problem_with(self.param_groups[-1]["params"])
-        if problem:
-            self.param_groups.pop()
-            raise ValueError(problem)
         try:
+            check_params(self.param_groups[-1]["params"])
             self._watch_pieces()
         except ValueError:
             self.param_groups.pop()
@@ -264,6 +263,7 @@ class PopRiskAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_gradients(self.param_groups)
         noise_source = self._watch_pieces(in_step=True)
         works = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
         # GradScaler hands these over where `_step_supports_amp_scaling`.
@@ -350,7 +350,8 @@ class PopRiskAdamW(Optimizer):
             state_dict: As returned by `state_dict()`.
 
         Raises:
-            ValueError: If it is another optimizer's state, or its shapes do not fit.
+            ValueError: If it is another optimizer's state, its shapes do not fit or an option has a
+                value that it cannot have. Nothing is loaded then.
         """
         before = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
         final: dict[str, Any] = {}
@@ -380,11 +381,6 @@ class PopRiskAdamW(Optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            if grad.is_sparse:
-                raise RuntimeError(
-                    "PopRiskAdamW does not support sparse gradients: a row's noise cannot be "
-                    "told from its absence. Use sparse=False for embeddings."
-                )
             state = self._init_param_state(param, group)
             work.append(param, grad, position + offset, state)
         return work
@@ -434,18 +430,6 @@ class PopRiskAdamW(Optimizer):
         offered = self._counters().setdefault("offered", {})
         offered[index] = offered.get(index, 0) + 1
         return bool((offered[index] - 1) % every == 0)
-
-
-def _problem_with(params: list[Tensor]) -> str | None:
-    if any(p.dtype == torch.float16 for p in params):
-        return (
-            "Invalid parameter dtype: torch.float16. Small updates round to nothing in it: use "
-            "float32 parameters with autocast, or bfloat16."
-        )
-    devices = sorted({str(p.device) for p in params})
-    if len(devices) > 1:
-        return f"Invalid parameter devices: {devices}. One group must be on one device."
-    return None
 
 
 def _constructor_defaults() -> dict[str, Any]:
