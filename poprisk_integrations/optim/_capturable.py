@@ -35,7 +35,7 @@ def _capturable_poprisk_adamw(
         exp_avg, exp_avg_sq = work.exp_avgs[i].read(), work.exp_avg_sqs[i].read()
         exp_dev_sq, step, dev_step = work.exp_dev_sqs[i].read(), work.steps[i], work.dev_steps[i]
         dtype = exp_avg.dtype
-        # 1 - beta^t loses three digits in float32; 0-dim doubles do not promote the tensors
+        # 1 - beta^t loses three digits in float32; 0-dim doubles do not promote tensors with dims
         precise = torch.float32 if target.device.type == "mps" else torch.float64
         kept = keep.to(device=target.device, dtype=precise)
         one = torch.ones_like(kept)

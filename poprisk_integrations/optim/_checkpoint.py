@@ -14,6 +14,7 @@ from poprisk_integrations.optim._moments import (
     moment_format,
     moment_of,
     new_moment,
+    scale_shape,
     state_keys,
 )
 from poprisk_integrations.optim._options import check_group
@@ -85,6 +86,14 @@ def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> 
                 f"{tuple(state[name].shape)}, the parameter {tuple(param.shape)}. A state saved "
                 "from plain shards (FSDP1, ZeRO) fits only the same number of ranks."
             )
+        if kind == "8bit":
+            name = state_keys(key, kind)[1]
+            found = getattr(state[name], "shape", None)
+            if found is None or tuple(found) != scale_shape(param):
+                raise ValueError(
+                    f"Checkpoint does not fit: {name} of parameter {index} is "
+                    f"{_kind_of(state[name])}, not of shape {scale_shape(param)}."
+                )
         for name in state_keys(key, kind):
             if _layout(state[name]) != _layout(param):
                 raise ValueError(

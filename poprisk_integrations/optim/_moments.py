@@ -136,6 +136,11 @@ def state_keys(key: str, kind: str | torch.dtype) -> tuple[str, ...]:
     return (f"{key}_codes", f"{key}_scale") if kind == "8bit" else (key,)
 
 
+def scale_shape(param: Tensor) -> tuple[int, int]:
+    """Shape of the scales of a parameter's codes: rows, and blocks within a row."""
+    return param.shape[0], -(-param.shape[1:].numel() // BLOCK)
+
+
 def new_moment(param: Tensor, key: str, kind: str | torch.dtype) -> dict[str, Tensor]:
     """Zeros of a moment, sharded as the parameter.
 
@@ -151,7 +156,7 @@ def new_moment(param: Tensor, key: str, kind: str | torch.dtype) -> dict[str, Te
         dtype = kind if isinstance(kind, torch.dtype) else getattr(torch, kind)
         return {key: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)}
     codes = torch.zeros_like(param, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    shape = (param.shape[0], -(-param.shape[1:].numel() // BLOCK))
+    shape = scale_shape(param)
     if not is_dtensor(param):
         scale = torch.zeros(shape, dtype=torch.float32, device=param.device)
     else:

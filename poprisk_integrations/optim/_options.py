@@ -160,7 +160,9 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid betas: {betas!r}. Must be two numbers in [0, 1).")
     for index, beta in enumerate(betas):
         if not _in_range(beta, 0.0, 1.0, right_open=True):
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}. Must be in [0, 1).")
+            raise ValueError(
+                f"Invalid beta parameter at index {index}: {beta}. Must be a float in [0, 1)."
+            )
     for name in ("eps", "weight_decay", "gate_eps"):
         if not _in_range(group[name], 0.0, math.inf, right_open=True):
             raise ValueError(f"Invalid {name} value: {group[name]}. Must be a number >= 0.")

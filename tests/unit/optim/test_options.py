@@ -18,7 +18,10 @@ from tests.helpers.optim_problem import feed, gradients, make_params
         ({"lr": -1.0}, "Invalid learning rate: -1.0. Must be a number >= 0"),
         ({"lr": float("nan")}, "Invalid learning rate: nan"),
         ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
-        ({"betas": (1.0, 0.999)}, r"Invalid beta parameter at index 0: 1.0. Must be in \[0, 1\)"),
+        (
+            {"betas": (1.0, 0.999)},
+            r"Invalid beta parameter at index 0: 1.0. Must be a float in \[0, 1\)",
+        ),
         ({"betas": (0.9,)}, "Invalid betas"),
         ({"eps": -1e-8}, "Invalid eps value: -1e-08"),
         ({"weight_decay": -1}, "Invalid weight_decay value: -1"),

@@ -196,6 +196,15 @@ def test_a_checkpoint_of_another_format_is_converted(old, new):
         assert float((a - b).detach().abs().max()) < 5e-3  # half a step of lr
 
 
+def test_scales_of_another_shape_are_refused():
+    params, saver = make(state_dtype="8bit", fused=False)
+    run(params, saver, 1)
+    broken = copied(saver.state_dict())
+    broken["state"][1]["exp_avg_scale"] = torch.zeros(3, 9)
+    with pytest.raises(ValueError, match=r"exp_avg_scale of parameter 1 .* not of shape \(70, 9\)"):
+        saver.load_state_dict(broken)
+
+
 def test_a_skipped_step_leaves_codes_as_they_are():
     for options in ({}, {"capturable": True}):
         params, optimizer = make(state_dtype="8bit", fused=False, **options)
