@@ -215,7 +215,7 @@ class _Plan:
 
 
 _PLANS: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
-_CAPTURED: list[_Plan] = []
+_CAPTURED: list[object] = []  # what graphs read lives as long as the process
 
 
 def _plan(device: torch.device, dtypes: tuple[torch.dtype, ...], launch: _Launch) -> _Plan:
@@ -282,6 +282,8 @@ def _positions(device: torch.device, positions: tuple[int, ...]) -> Tensor:
     _POSITIONS.move_to_end(key)
     if len(_POSITIONS) > _MAX_PLANS:
         _POSITIONS.popitem(last=False)
+    if _is_capturing(device):
+        _CAPTURED.append(known)
     return known
 
 

@@ -63,13 +63,15 @@ def _places(address, start, lane, TYPE: tl.constexpr, FAST: tl.constexpr):
 def _stored(x, draw, TYPE: tl.constexpr, ROUND: tl.constexpr):
     # x in the format it is kept in. ROUND: up with the probability of the rest, else to nearest.
     if TYPE == tl.float32:
-        return x
-    bits = x.to(tl.uint32, bitcast=True)
-    if not ROUND:
-        draw = 0x7FFF + ((bits >> 16) & 1)
-    # the sum would carry a NaN over to zero
-    bits = tl.where(x == x, (bits + draw) >> 16, 0x7FC0)
-    return bits.to(tl.uint16).to(TYPE, bitcast=True)
+        stored = x
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        if not ROUND:
+            draw = 0x7FFF + ((bits >> 16) & 1)
+        # the sum would carry a NaN over to zero
+        bits = tl.where(x == x, (bits + draw) >> 16, 0x7FC0)
+        stored = bits.to(tl.uint16).to(TYPE, bitcast=True)
+    return stored
 
 
 @triton.jit
@@ -155,7 +157,7 @@ def _update(
             if HAS_GATE_EPS:
                 total += tl.load(row + _GATE_EPS)
             gate = tl.div_rn(signal, tl.maximum(total, _TINY))
-        blend = tl.load(row + _BLEND)
+        blend = tl.broadcast_to(tl.load(row + _BLEND), [BLOCK])
         gate = gate * blend + (1.0 - blend)
         update = m * gate
 
