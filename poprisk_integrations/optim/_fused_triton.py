@@ -1,7 +1,8 @@
 """`fused=True` on CUDA, ROCm and XPU: one Triton launch per combination of dtypes.
 
 The same steps as `_capturable.py`, with the same scalars on the device, but each tensor is read
-and written once. Triton is imported on first use.
+and written once. Tensors whose address or size is odd share a second launch, where a thread moves
+one element at a time. Triton is imported on first use.
 """
 
 import contextlib
@@ -55,22 +56,13 @@ def triton_poprisk_adamw(
             grad_scale,
         )
         rows = rows.contiguous()
-        launches: dict[tuple[torch.dtype, ...], _Launch] = {}
-        for row, i in enumerate(indices):
-            tensors = _tensors(work, i)
-            if tensors[0].numel():
-                dtypes = tuple(tensor.dtype for tensor in tensors)
-                launch = launches.setdefault(dtypes, _Launch([], [], []))
-                launch.rows.append(row)
-                is_rounded = _is_rounded(tensors, options)
-                launch.offsets.append(_first_index(work.owners[i]) if is_rounded else 0)
-                launch.tensors.append(tensors)
+        launches = _launches(work, indices, options)
         if not launches:
             continue
         keys = _rounding_keys(counts, [work.positions[i] for i in indices], options.rounding_seed)
-        for dtypes, launch in launches.items():
-            plan = _plan(device, dtypes, launch)
-            partials = _run(plan, dtypes, rows, keys, options, collect=sums is not None)
+        for kind, launch in launches.items():
+            plan = _plan(device, kind, launch)
+            partials = _run(plan, kind, rows, keys, options, collect=sums is not None)
             if sums is not None:
                 sums.append(_statistics(plan.numel, partials, options.lr))
 
@@ -184,13 +176,49 @@ def _one(tensors: list[Tensor], grad: Tensor, counts: Sequence[Tensor]) -> Group
 _USABLE: dict[torch.device, bool] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What tensors of one launch have in common.
+
+    Attributes:
+        dtypes: Of parameters, gradients, m, v, s.
+        is_vector: Whether 16 bytes can be moved at once, by address and by size.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    is_vector: bool
+
+
 @dataclass(slots=True)
 class _Launch:
-    """Tensors of one combination of dtypes, as a step collects them."""
+    """Tensors of one launch, as a step collects them; addresses five by five."""
 
     rows: list[int]
+    numels: list[int]
     offsets: list[int]
-    tensors: list[tuple[Tensor, ...]]
+    addresses: list[int]
+
+
+def _launches(
+    work: GroupWork, indices: Sequence[int], options: GroupOptions
+) -> dict[_Kind, _Launch]:
+    from poprisk_integrations.optim._triton_kernel import VECTOR_NUMEL
+
+    launches: dict[_Kind, _Launch] = {}
+    for row, i in enumerate(indices):
+        tensors = _tensors(work, i)
+        numel = tensors[0].numel()
+        if numel == 0:
+            continue
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        is_vector = numel % VECTOR_NUMEL == 0 and all(a % 16 == 0 for a in addresses)
+        kind = _Kind(tuple(tensor.dtype for tensor in tensors), is_vector)
+        launch = launches.setdefault(kind, _Launch([], [], [], []))
+        launch.rows.append(row)
+        launch.numels.append(numel)
+        launch.offsets.append(_first_index(work.owners[i]) if _is_rounded(tensors, options) else 0)
+        launch.addresses += addresses
+    return launches
 
 
 @dataclass(slots=True)
@@ -218,7 +246,7 @@ _PLANS: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
 _CAPTURED: list[object] = []  # what graphs read lives as long as the process
 
 
-def _plan(device: torch.device, dtypes: tuple[torch.dtype, ...], launch: _Launch) -> _Plan:
+def _plan(device: torch.device, kind: _Kind, launch: _Launch) -> _Plan:
     """The tables of a launch: reused while sizes stay, addresses renewed where one has moved.
 
     Everything that a table says is compared, so that none is ever stale: the allocator moves
@@ -226,17 +254,16 @@ def _plan(device: torch.device, dtypes: tuple[torch.dtype, ...], launch: _Launch
     """
     from poprisk_integrations.optim._triton_kernel import BLOCK
 
-    numels = [tensors[0].numel() for tensors in launch.tensors]
-    addresses = [tensor.data_ptr() for tensors in launch.tensors for tensor in tensors]
-    key = (device, dtypes, tuple(numels), tuple(launch.rows), tuple(launch.offsets))
+    addresses = launch.addresses
+    key = (device, kind, tuple(launch.numels), tuple(launch.rows), tuple(launch.offsets))
     plan = _PLANS.get(key)
     if plan is None:
-        layout = list(zip(numels, launch.rows, launch.offsets, strict=True))
+        layout = list(zip(launch.numels, launch.rows, launch.offsets, strict=True))
         plan = _Plan(
             device=device,
-            numel=sum(numels),
+            numel=sum(launch.numels),
             layout=_upload(torch.tensor(layout, dtype=torch.int64), device),
-            blocks=_upload(_block_map(numels, BLOCK), device),
+            blocks=_upload(_block_map(launch.numels, BLOCK), device),
             addresses=addresses,
             table=_upload(torch.tensor(addresses, dtype=torch.int64), device),
         )
@@ -292,7 +319,7 @@ _POSITIONS: OrderedDict[tuple[torch.device, tuple[int, ...]], Tensor] = OrderedD
 
 def _run(
     plan: _Plan,
-    dtypes: tuple[torch.dtype, ...],
+    kind: _Kind,
     rows: Tensor,
     keys: Tensor,
     options: GroupOptions,
@@ -311,28 +338,27 @@ def _run(
             rows,
             keys,
             partials,
-            *(_triton_dtype(dtype) for dtype in dtypes),
-            **kernel_constants(options, dtypes[0], collect=collect),
-            num_warps=kernel.NUM_WARPS,
+            **kernel_constants(kind, options, collect=collect),
+            num_warps=4 if kind.is_vector else 8,  # registers: a mask per element takes many
             # a product and a sum round separately, as in the other paths
             enable_fp_fusion=False,
         )
     return partials
 
 
-def kernel_constants(
-    options: GroupOptions, param_dtype: torch.dtype, *, collect: bool
-) -> dict[str, Any]:
+def kernel_constants(kind: _Kind, options: GroupOptions, *, collect: bool) -> dict[str, Any]:
     """What the kernel is compiled for; few combinations occur in one run."""
     from poprisk_integrations.optim._triton_kernel import BLOCK
 
     return {
+        **dict(zip("PGMVS", map(_triton_dtype, kind.dtypes), strict=True)),
         "GATE": options.gate if options.gated else "none",
         "GATE_DECAY": options.gate_decay and options.gated,
         "HAS_GATE_EPS": options.gate_eps > 0,
         "MAXIMIZE": options.maximize,
-        "ROUND_PARAM": options.stochastic_rounding and param_dtype == torch.bfloat16,
+        "ROUND_PARAM": options.stochastic_rounding and kind.dtypes[0] == torch.bfloat16,
         "COLLECT": collect,
+        "VECTOR": kind.is_vector,
         "BLOCK": BLOCK,
     }
 

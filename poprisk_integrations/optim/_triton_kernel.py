@@ -8,10 +8,10 @@ import triton.language as tl
 
 from poprisk_integrations.optim._scalar_rows import COLUMNS
 
-__all__ = ["BLOCK", "NUM_WARPS", "PARTIALS", "poprisk_adamw_kernel"]
+__all__ = ["BLOCK", "PARTIALS", "VECTOR_NUMEL", "poprisk_adamw_kernel"]
 
-BLOCK = 1024  # elements of a program: 8 per thread, two 16-byte accesses per float32 tensor
-NUM_WARPS = 4
+BLOCK = 1024  # elements of a program; with 4 warps 8 per thread, 16 bytes of bfloat16
+VECTOR_NUMEL = 8  # 16 bytes of bfloat16
 PARTIALS = 5  # sums per program: open, gate, ungated_sq, gated_sq, closed_zero_grad
 
 # Kernels see globals only if they are constexpr.
@@ -35,6 +35,7 @@ _STEP_SIZE = tl.constexpr(COLUMNS.index("step_size"))
 _WEIGHT_DECAY = tl.constexpr(COLUMNS.index("weight_decay"))
 _PARAM_SCALE = tl.constexpr(COLUMNS.index("param_scale"))
 _PARTIALS = tl.constexpr(PARTIALS)
+_VECTOR_NUMEL = tl.constexpr(VECTOR_NUMEL)
 _TINY = tl.constexpr(2.0**-126)  # smallest normal float32
 
 
@@ -52,9 +53,9 @@ def _add(a, b):
 
 
 @triton.jit
-def _places(address, start, lane, TYPE: tl.constexpr, FAST: tl.constexpr):
-    pointer = address.to(tl.pointer_type(TYPE))
-    if FAST:
+def _places(address, start, lane, TYPE: tl.constexpr, VECTOR: tl.constexpr):
+    pointer = tl.load(address).to(tl.pointer_type(TYPE))
+    if VECTOR:
         pointer = tl.multiple_of(pointer, 16)
     return pointer + start + lane
 
@@ -75,18 +76,13 @@ def _stored(x, draw, TYPE: tl.constexpr, ROUND: tl.constexpr):
 
 
 @triton.jit
-def _update(
-    p_address,
-    g_address,
-    m_address,
-    v_address,
-    s_address,
-    start,
-    numel,
-    first,
-    row,
-    key,
-    partial,
+def poprisk_adamw_kernel(
+    table,
+    layout,
+    blocks,
+    rows,
+    keys,
+    partials,
     P: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
@@ -98,30 +94,59 @@ def _update(
     MAXIMIZE: tl.constexpr,
     ROUND_PARAM: tl.constexpr,
     COLLECT: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
-    FAST: tl.constexpr,
 ):
+    """One step on one block of one tensor per program, computed in float32.
+
+    Args:
+        table: int64 (tensors, 5), addresses of parameter, gradient, m, v, s.
+        layout: int64 (tensors, 3): number of elements, row in `rows` and `keys`, global index of
+            the first element.
+        blocks: int32 (programs, 2): tensor, and which block of it.
+        rows: float32 (parameters, columns), see `_scalar_rows`.
+        keys: int32 (parameters, 2): `rounding_key`, and its hash for the second pair of streams.
+        partials: float32 (programs, 5), sums of the statistics; not touched unless COLLECT.
+        P: Triton dtype of the parameters: float32 or bfloat16.
+        G: Of the gradients.
+        M: Of the first moments.
+        V: Of the second moments.
+        S: Of the noise variances.
+        GATE: "soft", "hard", "snr", or "none", which neither reads nor writes s.
+        GATE_DECAY: Whether weight decay is gated.
+        HAS_GATE_EPS: Whether the gate has an absolute constant.
+        MAXIMIZE: Whether gradients are negated.
+        ROUND_PARAM: Round bfloat16 parameters stochastically. bfloat16 states always are.
+        COLLECT: Whether statistics are summed.
+        VECTOR: Whether every address is a multiple of 16 bytes and every number of elements one of
+            `VECTOR_NUMEL`, so that no mask splits the 16 bytes that a thread moves at once.
+        BLOCK: Elements of a program.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(blocks + program * 2).to(tl.int64)
+    start = tl.load(blocks + program * 2 + 1).to(tl.int64) * BLOCK
+    numel = tl.load(layout + tensor * 3)
+    index = tl.load(layout + tensor * 3 + 1)
+    first = tl.load(layout + tensor * 3 + 2)
+    row = rows + index * _WIDTH
+    key = keys + index * 2
+    partial = partials + program * _PARTIALS
+
     lane = tl.arange(0, BLOCK)
-    p_places = _places(p_address, start, lane, P, FAST)
-    g_places = _places(g_address, start, lane, G, FAST)
-    m_places = _places(m_address, start, lane, M, FAST)
-    v_places = _places(v_address, start, lane, V, FAST)
-    s_places = _places(s_address, start, lane, S, FAST)
+    p_places = _places(table + tensor * 5, start, lane, P, VECTOR)
+    g_places = _places(table + tensor * 5 + 1, start, lane, G, VECTOR)
+    m_places = _places(table + tensor * 5 + 2, start, lane, M, VECTOR)
+    v_places = _places(table + tensor * 5 + 3, start, lane, V, VECTOR)
+    s_places = _places(table + tensor * 5 + 4, start, lane, S, VECTOR)
+    if VECTOR:
+        numel = tl.multiple_of(numel, _VECTOR_NUMEL)
     inside = start + lane < numel
-    if FAST:
-        p = tl.load(p_places).to(tl.float32)
-        g = tl.load(g_places).to(tl.float32)
-        m = tl.load(m_places).to(tl.float32)
-        v = tl.load(v_places).to(tl.float32)
-        if GATE != "none":
-            s = tl.load(s_places).to(tl.float32)
-    else:
-        p = tl.load(p_places, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(g_places, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(m_places, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(v_places, mask=inside, other=0.0).to(tl.float32)
-        if GATE != "none":
-            s = tl.load(s_places, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(p_places, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(g_places, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(m_places, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_places, mask=inside, other=0.0).to(tl.float32)
+    if GATE != "none":
+        s = tl.load(s_places, mask=inside, other=0.0).to(tl.float32)
 
     # zeros instead of a non-finite gradient, so that 0 * grad is 0
     keep = tl.broadcast_to(tl.load(row + _KEEP), [BLOCK]) > 0
@@ -181,9 +206,7 @@ def _update(
         other_word = _hash32(place ^ tl.load(key + 1).to(tl.uint32, bitcast=True))
 
     # a skipped step leaves no trace, whatever the states hold
-    mask = keep
-    if not FAST:
-        mask = inside & keep
+    mask = inside & keep
     tl.store(p_places, _stored(p, word & 0xFFFF, P, ROUND_PARAM), mask=mask)
     tl.store(m_places, _stored(m, other_word & 0xFFFF, M, ROUND_M), mask=mask)
     tl.store(v_places, _stored(v, other_word >> 16, V, ROUND_V), mask=mask)
@@ -206,118 +229,3 @@ def _update(
         tl.store(partial + 2, tl.reduce(ungated_sq, 0, _add))
         tl.store(partial + 3, tl.reduce(ungated_sq * gate * gate, 0, _add))
         tl.store(partial + 4, tl.reduce(tl.where(is_dead, 1.0, 0.0), 0, _add))
-
-
-@triton.jit
-def poprisk_adamw_kernel(
-    table,
-    layout,
-    blocks,
-    rows,
-    keys,
-    partials,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    V: tl.constexpr,
-    S: tl.constexpr,
-    GATE: tl.constexpr,
-    GATE_DECAY: tl.constexpr,
-    HAS_GATE_EPS: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    ROUND_PARAM: tl.constexpr,
-    COLLECT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One step on one block of one tensor per program, computed in float32.
-
-    Args:
-        table: int64 (tensors, 5), addresses of parameter, gradient, m, v, s.
-        layout: int64 (tensors, 3): number of elements, row in `rows` and `keys`, global index of
-            the first element.
-        blocks: int32 (programs, 2): tensor, and which block of it.
-        rows: float32 (parameters, columns), see `_scalar_rows`.
-        keys: int32 (parameters, 2): `rounding_key`, and its hash for the second pair of streams.
-        partials: float32 (programs, 5), sums of the statistics; not touched unless COLLECT.
-        P: Triton dtype of the parameters: float32 or bfloat16.
-        G: Of the gradients.
-        M: Of the first moments.
-        V: Of the second moments.
-        S: Of the noise variances.
-        GATE: "soft", "hard", "snr", or "none", which neither reads nor writes s.
-        GATE_DECAY: Whether weight decay is gated.
-        HAS_GATE_EPS: Whether the gate has an absolute constant.
-        MAXIMIZE: Whether gradients are negated.
-        ROUND_PARAM: Round bfloat16 parameters stochastically. bfloat16 states always are.
-        COLLECT: Whether statistics are summed.
-        BLOCK: Elements of a program.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(blocks + program * 2).to(tl.int64)
-    start = tl.load(blocks + program * 2 + 1).to(tl.int64) * BLOCK
-    numel = tl.load(layout + tensor * 3)
-    index = tl.load(layout + tensor * 3 + 1)
-    first = tl.load(layout + tensor * 3 + 2)
-    p = tl.load(table + tensor * 5)
-    g = tl.load(table + tensor * 5 + 1)
-    m = tl.load(table + tensor * 5 + 2)
-    v = tl.load(table + tensor * 5 + 3)
-    s = tl.load(table + tensor * 5 + 4)
-    row = rows + index * _WIDTH
-    key = keys + index * 2
-    partial = partials + program * _PARTIALS
-    # Whole blocks of aligned tensors need no mask, which lets a thread move 16 bytes at once.
-    if (start + BLOCK <= numel) & (((p | g | m | v | s) & 15) == 0):
-        _update(
-            p,
-            g,
-            m,
-            v,
-            s,
-            start,
-            numel,
-            first,
-            row,
-            key,
-            partial,
-            P,
-            G,
-            M,
-            V,
-            S,
-            GATE,
-            GATE_DECAY,
-            HAS_GATE_EPS,
-            MAXIMIZE,
-            ROUND_PARAM,
-            COLLECT,
-            BLOCK,
-            True,
-        )
-    else:
-        _update(
-            p,
-            g,
-            m,
-            v,
-            s,
-            start,
-            numel,
-            first,
-            row,
-            key,
-            partial,
-            P,
-            G,
-            M,
-            V,
-            S,
-            GATE,
-            GATE_DECAY,
-            HAS_GATE_EPS,
-            MAXIMIZE,
-            ROUND_PARAM,
-            COLLECT,
-            BLOCK,
-            False,
-        )

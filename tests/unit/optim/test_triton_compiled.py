@@ -31,7 +31,7 @@ def options_of(**options):
     )
 
 
-def compile_for(target, dtypes, tmp_path, monkeypatch, collect=False, **options):
+def compile_for(target, kind, tmp_path, monkeypatch, collect=False, **options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -39,8 +39,7 @@ def compile_for(target, dtypes, tmp_path, monkeypatch, collect=False, **options)
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: kernels are not compiled")
-    constants = dict(zip("PGMVS", map(fused._triton_dtype, dtypes), strict=True))
-    constants |= fused.kernel_constants(options_of(**options), dtypes[0], collect=collect)
+    constants = fused.kernel_constants(kind, options_of(**options), collect=collect)
     pointers = {"table": "*i64", "layout": "*i64", "blocks": "*i32"}
     pointers |= {"rows": "*fp32", "keys": "*i32", "partials": "*fp32"}
     source = ASTSource(
@@ -49,7 +48,7 @@ def compile_for(target, dtypes, tmp_path, monkeypatch, collect=False, **options)
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
     )
-    settings = {"num_warps": kernel.NUM_WARPS, "enable_fp_fusion": False}
+    settings = {"num_warps": 4 if kind.is_vector else 8, "enable_fp_fusion": False}
     with monkeypatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=settings)
@@ -67,15 +66,16 @@ def resources(cubin, tmp_path):
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target, dtypes, tmp_path, monkeypatch):
-    compiled = compile_for(target, dtypes, tmp_path, monkeypatch)
+    kind = fused._Kind(dtypes, is_vector=True)
+    compiled = compile_for(target, kind, tmp_path, monkeypatch)
     if target == "gfx942":
         assert re.search(r"vgpr_spill_count:\s*0\b", compiled.asm["amdgcn"])
         return
     ptx = compiled.asm["ptx"]
     registers, stack = resources(compiled.asm["cubin"], tmp_path)
     assert stack == 0
-    assert registers <= 128  # four programs of 128 threads per multiprocessor
-    # 16 bytes at once in whole blocks of aligned tensors; 8 elements per thread and tensor
+    assert registers <= 96  # five programs of 128 threads per multiprocessor
+    # 16 bytes at once; 8 elements per thread and tensor
     sizes = [8 * dtype.itemsize // 16 for dtype in dtypes]
     assert ptx.count("ld.global.v4") == sum(sizes)
     assert ptx.count("st.global.v4") == sum(sizes) - sizes[1]
@@ -85,6 +85,7 @@ def test_compiles(target, dtypes, tmp_path, monkeypatch):
     assert "fma.rn.f32" not in ptx
 
 
+@pytest.mark.parametrize("is_vector", [True, False])
 @pytest.mark.parametrize(
     "options",
     [
@@ -97,8 +98,10 @@ def test_compiles(target, dtypes, tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_every_variant_compiles(options, tmp_path, monkeypatch):
-    assert compile_for("sm_90", DTYPES["params-bfloat16"], tmp_path, monkeypatch, **options)
+def test_every_variant_compiles(options, is_vector, tmp_path, monkeypatch):
+    kind = fused._Kind(DTYPES["params-bfloat16"], is_vector)
+    compiled = compile_for("sm_90", kind, tmp_path, monkeypatch, **options)
+    assert resources(compiled.asm["cubin"], tmp_path)[1] == 0
 
 
 needs_cuda = pytest.mark.skipif(
