@@ -10,8 +10,8 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,15 +80,15 @@ def triton_supports(work: GroupWork, index: int, options: GroupOptions) -> bool:
         options: Resolved options.
     """
     owner = work.owners[index]
-    moments = (work.exp_avgs[index], work.exp_avg_sqs[index], work.exp_dev_sqs[index])
-    if owner.is_complex() or any(not hasattr(moment, "tensor") for moment in moments):
+    if owner.is_complex() or (options.preserve_norm and options.gated):
         return False
-    if options.preserve_norm and options.gated:
+    moments = (work.exp_avgs[index], work.exp_avg_sqs[index], work.exp_dev_sqs[index])
+    if not all(hasattr(moment, "tensor") for moment in moments):
         return False
     tensors = _tensors(work, index)
-    if any(tensor.dtype not in _DTYPES for tensor in tensors):
+    if not all(tensor.dtype in _DTYPES for tensor in tensors):
         return False
-    if all(tensor.is_contiguous() for tensor in tensors):
+    if all([tensor.is_contiguous() for tensor in tensors]):
         if not is_dtensor(owner) or not _is_rounded(tensors, options):
             return True
         return _keeps_order(owner, tensors[0])
@@ -176,8 +176,7 @@ def _one(tensors: list[Tensor], grad: Tensor, counts: Sequence[Tensor]) -> Group
 _USABLE: dict[torch.device, bool] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
+class _Kind(NamedTuple):
     """What tensors of one launch have in common.
 
     Attributes:
@@ -193,10 +192,11 @@ class _Kind:
 class _Launch:
     """Tensors of one launch, as a step collects them; addresses five by five."""
 
-    rows: list[int]
-    numels: list[int]
-    offsets: list[int]
-    addresses: list[int]
+    is_rounded: bool
+    rows: list[int] = field(default_factory=list)
+    numels: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
 
 
 def _launches(
@@ -204,19 +204,24 @@ def _launches(
 ) -> dict[_Kind, _Launch]:
     from poprisk_integrations.optim._triton_kernel import VECTOR_NUMEL
 
+    # One pass with few calls: with thousands of small tensors this loop is what a step costs.
     launches: dict[_Kind, _Launch] = {}
     for row, i in enumerate(indices):
-        tensors = _tensors(work, i)
-        numel = tensors[0].numel()
+        tensors = p, g, m, v, s = _tensors(work, i)
+        numel = p.numel()
         if numel == 0:
             continue
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        is_vector = numel % VECTOR_NUMEL == 0 and all(a % 16 == 0 for a in addresses)
-        kind = _Kind(tuple(tensor.dtype for tensor in tensors), is_vector)
-        launch = launches.setdefault(kind, _Launch([], [], [], []))
+        addresses = p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), s.data_ptr()
+        odd = numel % VECTOR_NUMEL
+        for address in addresses:
+            odd |= address % 16
+        kind = _Kind((p.dtype, g.dtype, m.dtype, v.dtype, s.dtype), not odd)
+        launch = launches.get(kind)
+        if launch is None:
+            launch = launches[kind] = _Launch(_is_rounded(tensors, options))
         launch.rows.append(row)
         launch.numels.append(numel)
-        launch.offsets.append(_first_index(work.owners[i]) if _is_rounded(tensors, options) else 0)
+        launch.offsets.append(_first_index(work.owners[i]) if launch.is_rounded else 0)
         launch.addresses += addresses
     return launches
 
@@ -374,12 +379,11 @@ def _statistics(numel: int, partials: Tensor, lr: float | Tensor) -> Tensor:
 
 
 def _tensors(work: GroupWork, index: int) -> tuple[Tensor, ...]:
-    moments: tuple[Any, ...] = (
-        work.exp_avgs[index],
-        work.exp_avg_sqs[index],
-        work.exp_dev_sqs[index],
-    )
-    return work.params[index], work.grads[index], *(moment.tensor for moment in moments)
+    """Parameter, gradient, m, v, s of one parameter whose states are plain tensors."""
+    m: Any = work.exp_avgs[index]
+    v: Any = work.exp_avg_sqs[index]
+    s: Any = work.exp_dev_sqs[index]
+    return work.params[index], work.grads[index], m.tensor, v.tensor, s.tensor
 
 
 def _by_device(work: GroupWork) -> dict[torch.device, list[int]]:
