@@ -31,16 +31,16 @@ def hash32(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def rounding_key(step: Tensor, position: int, seed: int) -> Tensor:
+def rounding_key(step: Tensor, position: int | Tensor, seed: int) -> Tensor:
     """One word per (seed, step, parameter), on the device of `step`.
 
     Args:
-        step: 0-dim count of the parameter's steps.
-        position: Position of the parameter over all groups.
+        step: Count of the parameter's steps: 0-dim, or one per parameter.
+        position: Position of the parameter over all groups; int64, shape of `step`, for several.
         seed: The group's `rounding_seed`.
 
     Returns:
-        0-dim int32.
+        int32, shape of `step`.
     """
     word = (step.to(torch.int64) * _GOLDEN + position).to(torch.int32)  # the low 32 bits
     return hash32(word ^ seed) if seed else hash32(word)

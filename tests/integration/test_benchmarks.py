@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
-FOLDERS = sorted(p.parent.name for p in BENCHMARKS.glob("*/bench.py"))
+NEEDS_GPU = ["optimizer_step_gpu"]
+FOLDERS = sorted({p.parent.name for p in BENCHMARKS.glob("*/bench.py")} - set(NEEDS_GPU))
 
 
 def header(table):
@@ -50,4 +51,19 @@ def test_results_are_committed_with_a_plot_and_a_rule(name):
     tables = list((BENCHMARKS / name / "results").glob("2*.csv"))
     assert tables
     assert all(table.with_suffix(".png").exists() for table in tables)
+    assert "Decision rule" in (BENCHMARKS / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", NEEDS_GPU)
+def test_without_a_device_it_says_so(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / name / "bench.py", "--quick", "--out", tmp_path],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "not run: no CUDA device"
+    assert not list(tmp_path.iterdir())
     assert "Decision rule" in (BENCHMARKS / name / "README.md").read_text()

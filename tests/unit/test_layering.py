@@ -58,7 +58,8 @@ def test_lower_layers_need_torch_only(layer):
     allowed = {*sys.stdlib_module_names, "torch", "typing_extensions", "poprisk_integrations"}
     for path in FILES:
         if layer_of(path) == layer:
-            assert {name.split(".")[0] for name in imported(path)} <= allowed, path
+            late = {"triton"} if "_triton" in path.stem else set()  # on the first fused step
+            assert {name.split(".")[0] for name in imported(path)} <= allowed | late, path
 
 
 def run(code):
