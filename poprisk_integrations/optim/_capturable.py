@@ -89,7 +89,8 @@ def _capturable_poprisk_adamw(
             first += options.from_pieces
             active = seen >= first
             gate = torch.where(active, gate, 1.0)
-            noise = torch.where(active, noise, -1.0)  # ungated counts as open
+            noise = torch.where(active, noise, -1.0)  # ungated counts as open, for alpha = 0 too
+            mean_sq = torch.where(active, mean_sq, 1.0)
         ratio = exp_avg / denom
         update = ratio * gate
         if options.preserve_norm and options.gated:

@@ -11,7 +11,7 @@ from poprisk_integrations.optim._work import GroupWork
 __all__ = ["agreed_keep", "all_finite"]
 
 
-def all_finite(works: Sequence[GroupWork]) -> Tensor | None:
+def all_finite(works: Sequence[GroupWork], checked: Sequence[bool]) -> Tensor | None:
     """1 if the step may count, 0 if it must be skipped; the same on all shards of a DTensor.
 
     One read of the gradients and no host sync. A gradient whose square overflows would leave an
@@ -19,19 +19,22 @@ def all_finite(works: Sequence[GroupWork]) -> Tensor | None:
 
     Args:
         works: The gathered groups.
+        checked: Which of them to look at.
 
     Returns:
         0-dim float32 on the first parameter's device, or None without any gradient.
     """
-    owners = [p for work in works for p in work.owners]
-    if not owners:
+    if not any(work.owners for work in works):
         return None
+    first = next(work.params[0] for work in works if work.params)
+    works = [work for work, is_checked in zip(works, checked, strict=True) if is_checked]
+    owners = [p for work in works for p in work.owners]
     batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for work in works:
         for grad in work.grads:
             if grad.numel():
                 batches.setdefault((grad.device, grad.dtype), []).append(grad)
-    bad = torch.zeros((), device=local_tensor(owners[0]).device)
+    bad = torch.zeros((), device=first.device)
     for (_, dtype), grads in batches.items():
         # The 2-norm: on CPU the maximum norm is an order of magnitude slower. A deviation from
         # the mean is at most about twice the largest gradient, and its square must be finite.

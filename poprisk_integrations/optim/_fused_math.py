@@ -127,7 +127,9 @@ def fused_update(
         if gate is None:
             gate, mean_sq = torch.ones_like(p), torch.ones_like(p)
             noise = torch.full_like(p, -1.0)
-        noise = torch.where(c["blend"] > 0, noise, -1.0)  # ungated counts as open
+        # ungated counts as open, for alpha = 0 too
+        noise = torch.where(c["blend"] > 0, noise, -1.0)
+        mean_sq = torch.where(c["blend"] > 0, mean_sq, 1.0)
         sums = parameter_sums(mean_sq, noise, gate, direction, c["boundary"], 0.0)
 
     _store(param, moments, (p, exp_avg, exp_avg_sq, exp_dev_sq), c["keep"], key, offset, plan)

@@ -60,6 +60,7 @@ def triton_poprisk_adamw(
         if not launches:
             continue
         keys = _rounding_keys(counts, [work.positions[i] for i in indices], options.rounding_seed)
+        torch.autograd.graph.increment_version([work.params[i] for i in indices])
         for kind, launch in launches.items():
             plan = _plan(device, kind, launch)
             partials = _run(plan, kind, rows, keys, options, collect=sums is not None)
@@ -146,6 +147,8 @@ def _probe(device: torch.device) -> str | None:
         preserve_norm=False,
         centered=True,
         maximize=False,
+        capturable=True,
+        from_pieces=False,
         stochastic_rounding=True,
         rounding_seed=0,
     )

@@ -15,6 +15,14 @@ from poprisk_integrations.optim._moments import MOMENTS, STATE_FORMATS
 __all__ = ["GroupOptions", "StepScalars", "check_group", "resolve_group", "step_scalars"]
 
 NOISE_MEANS = ("bias_corrected", "raw")
+FLAGS = (
+    "preserve_norm",
+    "gate_decay",
+    "maximize",
+    "stochastic_rounding",
+    "capturable",
+    "skip_nonfinite",
+)
 NOISE_SOURCES = ("temporal", "microbatch", "ranks")
 
 
@@ -192,7 +200,14 @@ def check_group(group: dict[str, Any]) -> None:
         value = group[name]
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= 1, or None.")
-    for name in ("preserve_norm", "gate_decay", "maximize", "stochastic_rounding", "capturable"):
+    for name in (
+        "preserve_norm",
+        "gate_decay",
+        "maximize",
+        "stochastic_rounding",
+        "capturable",
+        "skip_nonfinite",
+    ):
         if not isinstance(group[name], bool):
             raise ValueError(f"Invalid {name}: {group[name]!r}. Must be True or False.")
     if group["foreach"] not in (None, True, False):

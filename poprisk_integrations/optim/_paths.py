@@ -14,6 +14,11 @@ from poprisk_integrations.optim._fused_compiled import (
     compiler_is_found,
     warn_without_compiler,
 )
+from poprisk_integrations.optim._fused_triton import (
+    triton_is_usable,
+    triton_poprisk_adamw,
+    triton_supports,
+)
 from poprisk_integrations.optim._options import GroupOptions
 from poprisk_integrations.optim._single_tensor import _single_tensor_poprisk_adamw
 from poprisk_integrations.optim._work import GroupWork
@@ -40,9 +45,11 @@ def path_of(group: dict[str, Any]) -> str:
     # Norms of whole tensors, which one elementwise pass cannot know.
     if group["preserve_norm"] or group["foreach"] or group["fused"] is False or not params:
         return eager
-    if params[0].device.type != "cpu":
-        return eager
     is_asked_for = bool(group["fused"])
+    if params[0].device.type != "cpu":
+        if torch.compiler.is_compiling() or not triton_is_usable(params[0].device):
+            return eager
+        return "fused_triton"
     pays = sum(local_tensor(p).numel() for p in params) >= AUTO_FUSED_NUMEL
     if (is_asked_for or pays) and compiler_is_found():
         return "fused_compiled"
@@ -75,11 +82,14 @@ def step_group(
         grad_scale: 0-dim loss scale that the gradients still carry, or None.
     """
     on_device = work.params[0].device.type != "cpu" or options.capturable
-    if path.startswith("fused"):
+    if path == "fused_triton":
+        work = _step_by_triton(work, options, sums, keep, grad_scale)
+    elif path == "fused_compiled":
         if not on_device and grad_scale is not None:
             work.grads = _unscaled(work.grads, grad_scale)
             grad_scale = None
         work = compiled_poprisk_adamw(work, options, sums, keep if on_device else None, grad_scale)
+    if path.startswith("fused"):
         if not work.params:
             return
         path = "capturable" if on_device else "single_tensor"
@@ -91,6 +101,23 @@ def step_group(
         _multi_tensor_poprisk_adamw(work, options, sums)
     else:
         _single_tensor_poprisk_adamw(work, options, sums)
+
+
+def _step_by_triton(
+    work: GroupWork,
+    options: GroupOptions,
+    sums: list[Tensor] | None,
+    keep: Tensor,
+    grad_scale: Tensor | None,
+) -> GroupWork:
+    """The kernel's step; returns the parameters that it does not support."""
+    taken, left = GroupWork(), GroupWork()
+    for i in range(len(work.params)):
+        part = taken if triton_supports(work, i, options) else left
+        part.extend_from(work, i)
+    if taken.params:
+        triton_poprisk_adamw(taken, options, sums, keep, grad_scale)
+    return left
 
 
 def _unscaled(grads: list[Tensor], grad_scale: Tensor) -> list[Tensor]:

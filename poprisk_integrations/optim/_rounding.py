@@ -79,8 +79,9 @@ def round_to_bfloat16_(target: Tensor, source: Tensor, draw: Tensor | None) -> N
     if draw is None:
         target.copy_(source)
         return
-    bits = source.contiguous().view(torch.int32)
-    target.copy_(((bits + draw) & -65536).view(torch.float32))  # keep the upper 16 bits
+    source = source.contiguous()
+    rounded = ((source.view(torch.int32) + draw) & -65536).view(torch.float32)  # upper 16 bits
+    target.copy_(torch.where(source.isnan(), source, rounded))  # the sum carries some NaNs to zero
 
 
 def global_index(owner: Tensor, local: Tensor) -> Tensor:

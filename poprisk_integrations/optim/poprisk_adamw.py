@@ -85,6 +85,8 @@ class PopRiskAdamW(Optimizer):
         stochastic_rounding: Round bfloat16 parameters stochastically (unbiased, reproducible).
             Low-precision states always are.
         rounding_seed: Seed of all stochastic rounding.
+        skip_nonfinite: Skip steps with a non-finite gradient, for one more read of the gradients.
+            False leaves that to others, as AdamW does: NaN spreads.
         collect_stats_every: Sample `gate_stats()` on every k-th step; 0 for never.
 
     Raises:
@@ -131,6 +133,7 @@ class PopRiskAdamW(Optimizer):
         noise_source: str = "temporal",
         stochastic_rounding: bool = True,
         rounding_seed: int = 0,
+        skip_nonfinite: bool = True,
         collect_stats_every: int = 0,
     ) -> None:
         defaults = {
@@ -159,6 +162,7 @@ class PopRiskAdamW(Optimizer):
             "noise_source": noise_source,
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
+            "skip_nonfinite": skip_nonfinite,
             "collect_stats_every": collect_stats_every,
         }
         check_group({**defaults, "differentiable": differentiable})
@@ -269,7 +273,11 @@ class PopRiskAdamW(Optimizer):
         # GradScaler hands these over where `_step_supports_amp_scaling`.
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
-        keep = all_finite(works) if found_inf is None else agreed_keep(works, found_inf)
+        if found_inf is None:
+            checked = [group["skip_nonfinite"] for group in self.param_groups]
+            keep = all_finite(works, checked)
+        else:
+            keep = agreed_keep(works, found_inf)
         if noise_source is not None:
             noise_source.update(works, self.param_groups, keep, grad_scale)
         if keep is None:

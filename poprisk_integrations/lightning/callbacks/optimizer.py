@@ -49,6 +49,7 @@ class PopRiskOptimizer(Callback):
             (needs DDP).
         stochastic_rounding: Round bfloat16 parameters stochastically.
         rounding_seed: Seed of all stochastic rounding.
+        skip_nonfinite: Skip steps with a non-finite gradient.
         collect_stats_every: Sample gate statistics on every k-th step; 0 for never. The callback
             PopRiskMonitor sets it.
 
@@ -81,6 +82,7 @@ class PopRiskOptimizer(Callback):
         noise_source: Literal["temporal", "microbatch", "ranks"] = "temporal",
         stochastic_rounding: bool = True,
         rounding_seed: int = 0,
+        skip_nonfinite: bool = True,
         collect_stats_every: int = 0,
     ) -> None:
         self.options: dict[str, Any] = {
@@ -101,6 +103,7 @@ class PopRiskOptimizer(Callback):
             "noise_source": noise_source,
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
+            "skip_nonfinite": skip_nonfinite,
             "collect_stats_every": collect_stats_every,
         }
         PopRiskAdamW([torch.zeros(1)], **self.options)  # refuses bad values now, not in fit

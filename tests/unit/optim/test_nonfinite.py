@@ -103,3 +103,16 @@ def test_step_without_gradients_is_a_no_op():
     optimizer = PopRiskAdamW(params)
     optimizer.step()
     assert not optimizer.state
+
+
+def test_the_check_can_be_left_to_others():
+    """As AdamW: NaN spreads, and only there."""
+    params = make_params()
+    optimizer = PopRiskAdamW(params, skip_nonfinite=False)
+    row = gradients(2)[1]
+    row[0][0, 0] = torch.nan
+    feed(params, row)
+    optimizer.step()
+    assert optimizer.skipped_nonfinite == 0
+    assert params[0].isnan().nonzero().tolist() == [[0, 0]]
+    assert not params[1].isnan().any()

@@ -98,3 +98,11 @@ def test_paths_round_alike():
     for path in ("foreach", "capturable"):
         # Another order of operations may move a value across a rounding threshold now and then.
         assert float((base != final(path)).float().mean()) < 0.02, path
+
+
+def test_nan_stays_nan():
+    """Also the pattern of all ones, which the sum would carry over to zero."""
+    source = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+    target = torch.zeros(3, dtype=torch.bfloat16)
+    round_to_bfloat16_(target, source, torch.full((3,), 65535, dtype=torch.int32))
+    assert target.isnan().all()
