@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ __all__ = ["compiled_poprisk_adamw", "compiler_is_found"]
 
 Update = Callable[..., Tensor | None]
 _failures: list[str] = []
+
+PARALLEL_NUMEL = 1 << 15
 
 
 def compiler_is_found() -> bool:
@@ -85,7 +88,10 @@ def compiled_poprisk_adamw(
                 on_device=keep is not None,
                 collects=sums is not None,
             )
-            update = _compiled(plan, flat.param.dtype, flat.grad.dtype, flat.param.device.type)
+            dtypes = flat.param.dtype, flat.grad.dtype
+            update = _compiled(
+                plan, *dtypes, flat.param.device.type, is_parallel=_is_parallel(flat.param)
+            )
         if flat is None or update is None:
             left.extend_from(work, i)
         else:
@@ -94,13 +100,10 @@ def compiled_poprisk_adamw(
     if not calls:
         return left
     rows = _rows(chosen, options, keep, grad_scale)
-    singles = {dtype: rows.to(dtype) for dtype in {flat.math_dtype for flat, _ in calls}}
+    keys = _rounding_keys(chosen, options) if any(flat.rounds for flat, _ in calls) else None
     for i, (flat, update) in enumerate(calls):
-        key = _no_key(flat.param.device)
-        if flat.rounds:
-            step = chosen.steps[i].to(flat.param.device)
-            key = rounding_key(step, chosen.positions[i], options.rounding_seed)
-        row = singles[flat.math_dtype][i].clone()
+        key = _no_key(flat.param.device) if keys is None else keys[i].clone()
+        row = rows[i].to(flat.math_dtype, copy=True)  # no view, see `_reshaped`
         result = update(flat.param, flat.grad, flat.moments, row, key, flat.offset)
         # `_reshaped` tensors count their own changes; autograd must see those of the parameter.
         increment_version(chosen.params[i])
@@ -108,6 +111,12 @@ def compiled_poprisk_adamw(
             result[STATISTICS.index("lr_numel")] = options.lr * flat.param.numel()
             sums.append(result)
     return left
+
+
+def _rounding_keys(work: GroupWork, options: GroupOptions) -> Tensor:
+    device = work.params[0].device
+    steps, positions = torch.stack(work.steps), torch.tensor(work.positions)
+    return rounding_key(steps.to(device), positions.to(device), options.rounding_seed)
 
 
 def _rows(
@@ -226,9 +235,19 @@ def _no_key(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.int32, device=device)
 
 
+def _is_parallel(param: Tensor) -> bool:
+    """Whether threads pay: waking them costs as much as some ten thousand elements."""
+    return param.numel() >= PARALLEL_NUMEL and torch.get_num_threads() > 1
+
+
 @cache
 def _compiled(
-    plan: FusedPlan, param_dtype: torch.dtype, grad_dtype: torch.dtype, device: str
+    plan: FusedPlan,
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: str,
+    *,
+    is_parallel: bool,
 ) -> Update | None:
     """The function compiled for one plan, tried on a small problem; None if that failed."""
 
@@ -246,11 +265,14 @@ def _compiled(
         return None
     # Dynamo limits recompilations per code object, which all closures would share.
     update.__code__ = update.__code__.replace(co_name=f"poprisk_adamw_{abs(hash(plan)):x}")
-    compiled: Update = torch.compile(update, fullgraph=True, dynamic=True)
+    # An option, because the compiler's cache on disk does not tell sizes apart.
+    threads: dict[str, Any] = {} if is_parallel or device != "cpu" else {"cpp.threads": 1}
+    compiled: Update = torch.compile(update, fullgraph=True, dynamic=True, options=threads)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the compiler's own imports
-            compiled(*_small_problem(plan, param_dtype, grad_dtype, device))
+            rows = 4001 if is_parallel else 5
+            compiled(*_small_problem(plan, param_dtype, grad_dtype, device, rows))
     except Exception as error:  # whatever a compiler can do wrong: the eager path is right
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         _failures.append(reason)
@@ -263,16 +285,17 @@ def _compiled(
 
 
 def _small_problem(
-    plan: FusedPlan, param_dtype: torch.dtype, grad_dtype: torch.dtype, device: str
+    plan: FusedPlan, param_dtype: torch.dtype, grad_dtype: torch.dtype, device: str, rows: int
 ) -> tuple[object, ...]:
-    # Sizes that are neither 1 nor equal, so that none is taken for a constant or for another.
-    shape = (5, 71) if "8bit" in plan.formats else (97,)
+    # Sizes that are neither 1 nor equal, so that none is taken for a constant or for another. The
+    # compiler uses threads only if the size that it sees is worth them.
+    shape = (rows, 71) if "8bit" in plan.formats else (rows * 71,)
     math_dtype = torch.float64 if param_dtype == torch.float64 else torch.float32
     stored = {"bfloat16": torch.bfloat16, "8bit": torch.uint8}
     moments = []
     for kind in plan.formats:
         values = torch.zeros(shape, dtype=stored.get(kind, math_dtype), device=device)
-        scale = torch.zeros(5, -(-71 // BLOCK), device=device)
+        scale = torch.zeros(rows, -(-71 // BLOCK), device=device)
         moments.append((values, scale) if kind == "8bit" else (values,))
     return (
         torch.zeros(shape, dtype=param_dtype, device=device),

@@ -81,7 +81,8 @@ def round_to_bfloat16_(target: Tensor, source: Tensor, draw: Tensor | None) -> N
         return
     source = source.contiguous()
     rounded = ((source.view(torch.int32) + draw) & -65536).view(torch.float32)  # upper 16 bits
-    target.copy_(torch.where(source.isnan(), source, rounded))  # the sum carries some NaNs to zero
+    # the sum carries some NaNs to zero; compilers vectorise the comparison, but not isnan
+    target.copy_(torch.where(source == source, rounded, source))
 
 
 def global_index(owner: Tensor, local: Tensor) -> Tensor:

@@ -60,6 +60,26 @@ def test_equals_the_single_tensor_path(options, dtype):
 
 
 @needs_compiler
+def test_large_tensors_are_shared_by_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = []
+        for fused in (True, False):
+            generator = torch.Generator().manual_seed(0)
+            p = torch.nn.Parameter(torch.randn(300, 333, generator=generator))
+            optimizer = PopRiskAdamW([p], lr=1e-2, fused=fused)
+            for _ in range(5):
+                p.grad = torch.randn(300, 333, generator=generator)
+                optimizer.step()
+            runs.append([p])
+        assert module._is_parallel(p)
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(*runs, ulps=2)
+
+
+@needs_compiler
 def test_without_a_gate_it_is_adamw():
     expected, _ = train(lambda p: torch.optim.AdamW(p, lr=1e-2), steps=100)
     actual, optimizer = train(lambda p: PopRiskAdamW(p, lr=1e-2, gate="none", fused=True))
