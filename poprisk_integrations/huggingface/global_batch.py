@@ -23,9 +23,9 @@ def global_batch_size(args: TrainingArguments, accelerator: Any = None) -> int:
     """
     layout = getattr(accelerator, "parallelism_config", None)
     layout = layout or getattr(args, "parallelism_config", None)
-    replicas = args.world_size
+    replicas = int(args.world_size)
     for name in _RANKS_THAT_SHARE_EXAMPLES:
         replicas //= getattr(layout, name, None) or 1
     if getattr(args.accelerator_config, "split_batches", False):
         replicas = 1
-    return args.train_batch_size * args.gradient_accumulation_steps * replicas
+    return int(args.train_batch_size) * args.gradient_accumulation_steps * replicas

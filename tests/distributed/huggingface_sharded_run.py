@@ -2,7 +2,7 @@
 
 python -m tests.distributed.huggingface_sharded_run STRATEGY OUT
 
-STRATEGY is fsdp2, zero2, zero3, or fsdp2_asked_for_on_cpu: Trainer's own choice on the CPU.
+STRATEGY is one of STRATEGIES, or fsdp2_asked_for_on_cpu: Trainer's own choice on the CPU.
 accelerate shards on accelerators only (see `gloo_is_an_accelerator`); everything else is as a user
 runs it.
 """
@@ -22,6 +22,7 @@ from poprisk_integrations.distributed import is_dtensor
 from tests.helpers.tiny_trainer import TinyModel, arguments, dataset, train
 
 STEPS, MIDDLE, BATCH, EXAMPLES = 6, 3, 8, 64
+STRATEGIES = ("fsdp2", "fsdp2_sharded_checkpoint", "zero2", "zero3", "zero3_offload")
 ON_CPU = "fsdp2_asked_for_on_cpu"
 FINITE = {"optim_args": "alpha=finite", "gradient_accumulation_steps": 2}
 
@@ -61,6 +62,8 @@ def settings(strategy):
     """What a user sets for this strategy."""
     if strategy.startswith("fsdp2"):
         config = {"version": 2, "cpu_ram_efficient_loading": False}
+        if strategy == "fsdp2_sharded_checkpoint":
+            config["state_dict_type"] = "SHARDED_STATE_DICT"
         return {
             "use_cpu": strategy == ON_CPU,
             "ddp_backend": "gloo",
@@ -71,8 +74,11 @@ def settings(strategy):
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "zero_optimization": {"stage": int(strategy[-1])},
+        "zero_optimization": {"stage": int(strategy[4])},
     }
+    if strategy.endswith("offload"):
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
     return {"use_cpu": False, "deepspeed": config}
 
 
@@ -82,8 +88,9 @@ def gloo_is_an_accelerator(strategy):
     PartialState._prepare_backend knows one for them only if cpu=True, and cpu=True switches FSDP
     and DeepSpeed off (AcceleratorState.__init__): FSDP is for MULTI_GPU and its like.
     """
-    kind = DistributedType.MULTI_GPU if strategy == "fsdp2" else DistributedType.MULTI_CPU
-    return mock.patch.object(PartialState, "_prepare_backend", lambda self, *_: ("gloo", kind))
+    is_fsdp = strategy.startswith("fsdp2")
+    kind = DistributedType.MULTI_GPU if is_fsdp else DistributedType.MULTI_CPU
+    return mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", kind))
 
 
 def summary(trainer):

@@ -32,7 +32,10 @@ def test_our_optimizer_would_run(config):
         ({**OFFLOAD, "zero_force_ds_cpu_optimizer": True}, '"zero_force_ds_cpu_optimizer": false'),
         ({**SUPER, **ALLOWED}, '"super_offload": false'),
         (ZENFLOW, '"zenflow": null'),
-        ({"zero_optimization": {**OFFLOAD["zero_optimization"], "zenflow": {}}, **ALLOWED}, '"zenflow": null'),
+        (
+            {"zero_optimization": {**OFFLOAD["zero_optimization"], "zenflow": {}}, **ALLOWED},
+            '"zenflow": null',
+        ),
     ],
 )
 def test_a_silent_replacement_raises_with_the_json_line(config, line):

@@ -38,6 +38,7 @@ def test_ranks_that_share_examples_count_once(layout, replicas):
 
 
 def test_split_batches_are_one_batch():
+    """Of two ranks with batches of 8, each gets 4 examples; Trainer's own count says 16."""
     assert global_batch_size(_arguments(8, split_batches=True)) == 3 * 5
 
 
