@@ -11,9 +11,10 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
 
     An "optimizer" section makes DeepSpeed build its own, and Trainer's is never created. With an
     offloaded optimizer, accelerate puts DeepSpeedCPUAdam in the place of any other optimizer
-    unless "zero_force_ds_cpu_optimizer" is false. With it false, "super_offload" steps a
-    DeepSpeedCPUAdam in a process of its own, and with "zenflow" an AdamW of DeepSpeed's updates
-    the columns with the largest gradients, offloaded or not.
+    unless "zero_force_ds_cpu_optimizer" is false. Two more are built on Adams of DeepSpeed's:
+    "super_offload" steps a DeepSpeedCPUAdam in another process, "zenflow" an AdamW for the columns
+    with the largest gradients. With any other optimizer they fail (DeepSpeed 0.19: KeyError
+    'amsgrad' and a TypeError about None), which does not say why; here it does.
 
     Args:
         config: The DeepSpeed config as a dictionary. An offload device "auto" is for the launcher
