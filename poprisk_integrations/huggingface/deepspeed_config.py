@@ -13,8 +13,8 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
     offloaded optimizer, accelerate puts DeepSpeedCPUAdam in the place of any other optimizer
     unless "zero_force_ds_cpu_optimizer" is false. Two more are built on Adams of DeepSpeed's:
     "super_offload" steps a DeepSpeedCPUAdam in another process, "zenflow" an AdamW for the columns
-    with the largest gradients. With any other optimizer they fail (DeepSpeed 0.19: KeyError
-    'amsgrad' and a TypeError about None), which does not say why; here it does.
+    with the largest gradients. DeepSpeed 0.19 fails there with errors that do not say why
+    (KeyError 'amsgrad', a TypeError about None), except for "zenflow" at stage 3, which goes ahead.
 
     Args:
         config: The DeepSpeed config as a dictionary. An offload device "auto" is for the launcher
