@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from poprisk_integrations.huggingface.deepspeed_config import check_deepspeed_config
+from poprisk_integrations.huggingface.global_batch import global_batch_size
 from poprisk_integrations.huggingface.optim_args import parse_optim_args
 from poprisk_integrations.optim import PopRiskAdamW, param_groups
 
@@ -60,6 +61,7 @@ def build_optimizer_spec(
     model: nn.Module | None,
     num_examples: int | None,
     overrides: Mapping[str, Any],
+    accelerator: Any = None,
 ) -> tuple[type[PopRiskAdamW], dict[str, Any]]:
     """`optimizer_cls_and_kwargs` for callers that may know the data.
 
@@ -68,6 +70,7 @@ def build_optimizer_spec(
         model: The model, for `no_gate`.
         num_examples: Number of training examples, for `alpha="finite"`; None if unknown.
         overrides: Options that win over `args.optim_args`.
+        accelerator: The Trainer's, for `alpha="finite"`; None if unknown.
     """
     check_training_arguments(args)
     options = parse_optim_args(args.optim_args, **overrides)
@@ -76,7 +79,7 @@ def build_optimizer_spec(
     if optimizer_name(args) == _8BIT:
         options = {"state_dtype": "8bit", **options}
     if options.get("alpha") == "finite":
-        options = _with_sizes(options, args, num_examples)
+        options = _with_sizes(options, global_batch_size(args, accelerator), num_examples)
     no_gate = options.pop("no_gate", None)
     kwargs = {
         "lr": args.learning_rate,
@@ -124,10 +127,9 @@ def check_training_arguments(args: TrainingArguments) -> None:
 
 
 def _with_sizes(
-    options: dict[str, Any], args: TrainingArguments, num_examples: int | None
+    options: dict[str, Any], batch_size: int, num_examples: int | None
 ) -> dict[str, Any]:
-    global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    sizes = {"batch_size": global_batch, "dataset_size": num_examples, **options}
+    sizes = {"batch_size": batch_size, "dataset_size": num_examples, **options}
     if sizes["dataset_size"] is None:
         raise ValueError(
             "Invalid optim_args: alpha=finite needs the number of training examples, which is not "

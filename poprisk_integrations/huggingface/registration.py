@@ -36,6 +36,7 @@ from poprisk_integrations.huggingface.optimizer import (
     build_optimizer_spec,
     optimizer_name,
 )
+from poprisk_integrations.optim import PopRiskAdamW
 
 __all__ = ["OptimizerFactory", "checkpoint_directory", "register"]
 
@@ -80,6 +81,9 @@ class OptimizerFactory:
     As a descriptor it learns on which trainer it was looked up, and so how many examples there
     are to train on. On the class it works without, as the static method does.
 
+    Under DeepSpeed, Trainer drops the optimizer that it was given and asks for one by name: for
+    any name, a PopRiskAdamW that would be lost this way is refused.
+
     Args:
         original: What answers for all other names.
         names: Values of `args.optim` that this factory answers for.
@@ -94,11 +98,26 @@ class OptimizerFactory:
         return functools.partial(self._build, trainer)
 
     def _build(self, trainer: Any, args: TrainingArguments, model: nn.Module | None = None) -> Any:
+        _refuse_a_lost_optimizer(trainer, args)
         if optimizer_name(args) not in self._names:
             return self._original(args, model)
         dataset: Any = getattr(trainer, "train_dataset", None)
         num_examples = len(dataset) if hasattr(dataset, "__len__") else None
-        return build_optimizer_spec(args, model, num_examples, {})
+        accelerator = getattr(trainer, "accelerator", None)
+        return build_optimizer_spec(args, model, num_examples, {}, accelerator)
+
+
+def _refuse_a_lost_optimizer(trainer: Any, args: TrainingArguments) -> None:
+    if getattr(args, "deepspeed_plugin", None) is None:
+        return
+    # By now Trainer has forgotten it; its callbacks have not.
+    passed = getattr(getattr(trainer, "callback_handler", None), "optimizer", None)
+    if isinstance(passed, PopRiskAdamW):
+        raise ValueError(
+            "Invalid optimizers: a PopRiskAdamW. Under DeepSpeed, Trainer drops it and would run "
+            f"{optimizer_name(args)!r} instead. Leave `optimizers` out, and add to the training "
+            'arguments the line "optim": "poprisk_adamw", with its options in "optim_args"'
+        )
 
 
 def _add_enum_member(name: str) -> None:

@@ -32,7 +32,8 @@ class PopRiskTrainerMixin:
 
     Overrides the optimizer factory: `optim="adamw_torch"` and `"adamw_torch_fused"` (Trainer's
     default) give PopRiskAdamW with the options in `args.optim_args`; any other optimizer is
-    refused. An optimizer or `optimizer_cls_and_kwargs` passed to the trainer is kept.
+    refused. An optimizer or `optimizer_cls_and_kwargs` passed to the trainer is kept, where
+    Trainer keeps it (under DeepSpeed it drops `optimizers`).
 
     It also passes the callbacks' numbers to `log`, the only place where trackers (W&B,
     TensorBoard) can get them: they are called before any callback of the user.

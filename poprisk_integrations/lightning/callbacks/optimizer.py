@@ -11,6 +11,7 @@ from poprisk_integrations.lightning._upstream import (
     rank_zero_info,
 )
 from poprisk_integrations.lightning.adam_replacement import poprisk_adamw_from, rebind_scheduler
+from poprisk_integrations.lightning.callbacks.refusals import refuse_engine
 from poprisk_integrations.optim import PopRiskAdamW
 
 __all__ = ["PopRiskOptimizer"]
@@ -55,8 +56,8 @@ class PopRiskOptimizer(Callback):
 
     Raises:
         ValueError: If an option has a value that it cannot have.
-        MisconfigurationException: When `fit` starts, for any other optimizer, by name, and for
-            one whose settings or state would be lost.
+        MisconfigurationException: When `fit` starts, for any other optimizer, by name, for one
+            whose settings or state would be lost, and under DeepSpeed.
 
     Example:
         >>> PopRiskOptimizer(gate="hard", false_open_rate=0.01).options["gate"]
@@ -110,6 +111,7 @@ class PopRiskOptimizer(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace every optimizer and re-bind its schedulers."""
+        refuse_engine(trainer)
         old = trainer.optimizers
         new = [poprisk_adamw_from(optimizer, self.options) for optimizer in old]
         for config in trainer.lr_scheduler_configs:

@@ -10,7 +10,7 @@ from poprisk_integrations.lightning._upstream import (
     strategy_is,
 )
 
-__all__ = ["only_optimizer", "refuse_scaled_gradients", "refuse_strategy"]
+__all__ = ["only_optimizer", "refuse_engine", "refuse_scaled_gradients", "refuse_strategy"]
 
 
 def refuse_strategy(trainer: Trainer, restore: str | None) -> None:
@@ -29,6 +29,21 @@ def refuse_strategy(trainer: Trainer, restore: str | None) -> None:
         raise MisconfigurationException(
             f"Invalid restore: 'onset'. Under {name} checkpoints are sharded and cannot be loaded "
             "back when fit ends. Use restore='stop' or None."
+        )
+
+
+def refuse_engine(trainer: Trainer) -> None:
+    """Refuse to replace an optimizer under DeepSpeed, whose engine would step the old one.
+
+    Raises:
+        MisconfigurationException: Saying what to do instead.
+    """
+    if strategy_is(trainer, "DeepSpeedStrategy"):
+        raise MisconfigurationException(
+            f"PopRiskOptimizer cannot replace an optimizer under {type(trainer.strategy).__name__}:"
+            " DeepSpeed's engine holds the old one and would go on stepping it. Return "
+            'PopRiskAdamW from configure_optimizers, with no "optimizer" section in the '
+            "DeepSpeed config."
         )
 
 

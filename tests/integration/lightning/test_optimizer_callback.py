@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.optim import lr_scheduler as lrs
 
 from poprisk_integrations import PopRiskAdamW
@@ -102,6 +103,18 @@ def test_refuses_other_optimizers_before_any_step(tmp_path):
     with pytest.raises(MisconfigurationException, match="cannot replace SGD"):
         fit(tmp_path, model, [PopRiskOptimizer()])
     toy.assert_same(model.state_dict(), toy.Classifier().state_dict())
+
+
+def test_refuses_deepspeed_which_would_go_on_with_the_old_optimizer(tmp_path):
+    """It needs accelerators; the check needs the class only."""
+    trainer = toy.trainer(tmp_path)
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    object.__setattr__(trainer._accelerator_connector, "strategy", strategy)
+    old = torch.optim.AdamW(toy.Classifier().parameters())
+    strategy._optimizers = [old]  # at stage 0 it is the module's own
+    with pytest.raises(MisconfigurationException, match="Return PopRiskAdamW from configure_opt"):
+        PopRiskOptimizer().on_fit_start(trainer, toy.Classifier())
+    assert strategy._optimizers == [old]
 
 
 def test_works_with_finetuning_that_adds_groups(tmp_path):

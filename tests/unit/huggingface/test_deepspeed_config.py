@@ -3,6 +3,9 @@ import pytest
 from poprisk_integrations.huggingface.deepspeed_config import check_deepspeed_config
 
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+ALLOWED = {"zero_force_ds_cpu_optimizer": False}
+SUPER = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "super_offload": True}}}
+ZENFLOW = {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}
 SECTION = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
 
 
@@ -12,7 +15,9 @@ SECTION = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
         {},
         {"zero_optimization": {"stage": 3}},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
-        {**OFFLOAD, "zero_force_ds_cpu_optimizer": False},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": None, "zenflow": None}},
+        {**OFFLOAD, **ALLOWED},
     ],
 )
 def test_our_optimizer_would_run(config):
@@ -25,6 +30,12 @@ def test_our_optimizer_would_run(config):
         (SECTION, '"zero_allow_untested_optimizer": true'),
         (OFFLOAD, '"zero_force_ds_cpu_optimizer": false'),
         ({**OFFLOAD, "zero_force_ds_cpu_optimizer": True}, '"zero_force_ds_cpu_optimizer": false'),
+        ({**SUPER, **ALLOWED}, '"super_offload": false'),
+        (ZENFLOW, '"zenflow": null'),
+        (
+            {"zero_optimization": {**OFFLOAD["zero_optimization"], "zenflow": {}}, **ALLOWED},
+            '"zenflow": null',
+        ),
     ],
 )
 def test_a_silent_replacement_raises_with_the_json_line(config, line):

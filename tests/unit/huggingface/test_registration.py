@@ -9,14 +9,17 @@ import json
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
+from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.training_args import OptimizerNames
 
 import poprisk_integrations.huggingface as hf
+from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.huggingface import registration
 from poprisk_integrations.huggingface.optimizer import NAMES
 from tests.helpers.tiny_trainer import TinyModel, arguments, dataset
@@ -185,10 +188,13 @@ def test_names_exist_only_after_the_import():
     assert last.split()[:2] == ["False", "False"]
 
 
-@pytest.mark.skipif(
+needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="deepspeed is not installed; its config is checked without it in test_deepspeed_config",
 )
+
+
+@needs_deepspeed
 @pytest.mark.parametrize(
     ("config", "line"),
     [
@@ -207,3 +213,52 @@ def test_deepspeed_config_is_refused_with_the_arguments(config, line, tmp_path):
         deepspeed.trainer_config_process(args)
     assert line in str(caught.value)
     deepspeed.trainer_config_process(arguments(tmp_path, optim="adamw_torch"))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "poprisk_adamw"])
+def test_an_optimizer_that_deepspeed_would_drop_is_refused(optim, tmp_path):
+    model = TinyModel()
+    args = arguments(tmp_path, optim=optim)
+    optimizers = (PopRiskAdamW(model.parameters()), None)
+    trainer = Trainer(model, args, train_dataset=dataset(), optimizers=optimizers)
+    other = Trainer(model, args, train_dataset=dataset())
+    assert trainer.create_optimizer() is optimizers[0]  # kept without DeepSpeed
+    # What transformers.integrations.deepspeed.deepspeed_init does.
+    args.deepspeed_plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config={}))
+    trainer.optimizer = None
+    with pytest.raises(ValueError, match='"optim": "poprisk_adamw"') as caught:
+        trainer.create_optimizer()
+    assert repr(optim) in str(caught.value)
+    assert other.create_optimizer() is not None
+
+
+@needs_deepspeed
+def test_canary_deepspeed_drops_the_optimizer_and_asks_for_one_by_name():
+    source = inspect.getsource(transformers_deepspeed.deepspeed_init)
+    assert "trainer.optimizer = None" in source
+    source = inspect.getsource(transformers_deepspeed.deepspeed_optim_sched)
+    assert "trainer.create_optimizer()" in source
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("device", "refused"), [("none", False), ("cpu", True)])
+def test_offload_left_to_the_launcher_is_checked_when_it_is_known(
+    device, refused, tmp_path, monkeypatch
+):
+    """`accelerate launch --offload_optimizer_device` fills in "auto" after the first check."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", device)
+    offload = {"stage": 2, "offload_optimizer": {"device": "auto"}}
+    config = HfTrainerDeepSpeedConfig(
+        {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": offload}
+    )
+    args = arguments(tmp_path)
+    config.trainer_config_process(args)
+    args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=config)
+    assert config.config["zero_optimization"]["offload_optimizer"]["device"] == device
+    if refused:
+        with pytest.raises(ValueError, match='"zero_force_ds_cpu_optimizer": false'):
+            hf.optimizer_cls_and_kwargs(args)
+    else:
+        hf.optimizer_cls_and_kwargs(args)
