@@ -102,7 +102,7 @@ def compiled_poprisk_adamw(
     rows = _rows(chosen, options, keep, grad_scale)
     keys = _rounding_keys(chosen, options) if any(flat.rounds for flat, _ in calls) else None
     for i, (flat, update) in enumerate(calls):
-        key = _no_key(flat.param.device) if keys is None else keys[i].clone()
+        key = None if keys is None or not flat.rounds else keys[i].clone()
         row = rows[i].to(flat.math_dtype, copy=True)  # no view, see `_reshaped`
         result = update(flat.param, flat.grad, flat.moments, row, key, flat.offset)
         # `_reshaped` tensors count their own changes; autograd must see those of the parameter.
@@ -151,7 +151,7 @@ class _Flat:
     moments: tuple[tuple[Tensor, ...], ...]
     formats: tuple[str, str, str]
     rounds_param: bool
-    offset: Tensor
+    offset: Tensor | None
 
     @property
     def math_dtype(self) -> torch.dtype:
@@ -197,7 +197,7 @@ def _flatten(work: GroupWork, index: int, options: GroupOptions) -> _Flat | None
         ),
         formats=formats,  # type: ignore[arg-type]
         rounds_param=rounds_param,
-        offset=torch.tensor(offset or 0, device=param.device),
+        offset=torch.tensor(offset, device=param.device) if rounds else None,
     )
 
 
@@ -230,11 +230,6 @@ def _linear_offset(owner: Tensor) -> int | None:
     return int(first * owner.shape[1:].numel())
 
 
-@cache
-def _no_key(device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=torch.int32, device=device)
-
-
 def _is_parallel(param: Tensor) -> bool:
     """Whether threads pay: waking them costs as much as some ten thousand elements."""
     return param.numel() >= PARALLEL_NUMEL and torch.get_num_threads() > 1
@@ -256,8 +251,8 @@ def _compiled(
         grad: Tensor,
         moments: tuple[tuple[Tensor, ...], ...],
         row: Tensor,
-        key: Tensor,
-        offset: Tensor,
+        key: Tensor | None,
+        offset: Tensor | None,
     ) -> Tensor | None:
         return fused_update(param, grad, moments, row, key, offset, plan)
 
@@ -292,6 +287,7 @@ def _small_problem(
     shape = (rows, 71) if "8bit" in plan.formats else (rows * 71,)
     math_dtype = torch.float64 if param_dtype == torch.float64 else torch.float32
     stored = {"bfloat16": torch.bfloat16, "8bit": torch.uint8}
+    rounds = plan.rounds
     moments = []
     for kind in plan.formats:
         values = torch.zeros(shape, dtype=stored.get(kind, math_dtype), device=device)
@@ -302,6 +298,6 @@ def _small_problem(
         torch.zeros(shape, dtype=grad_dtype, device=device),
         tuple(moments),
         torch.ones(len(COLUMNS), dtype=math_dtype, device=device),
-        _no_key(torch.device(device)),
-        torch.tensor(0, device=device),
+        torch.zeros((), dtype=torch.int32, device=device) if rounds else None,
+        torch.tensor(0, device=device) if rounds else None,
     )

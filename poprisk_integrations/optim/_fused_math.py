@@ -43,6 +43,11 @@ class FusedPlan:
     on_device: bool
     collects: bool
 
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded stochastically."""
+        return self.rounds_param or any(kind in ("bfloat16", "8bit") for kind in self.formats)
+
     @classmethod
     def of(
         cls,
@@ -72,8 +77,8 @@ def fused_update(
     grad: Tensor,
     moments: tuple[tuple[Tensor, ...], ...],
     row: Tensor,
-    key: Tensor,
-    offset: Tensor,
+    key: Tensor | None,
+    offset: Tensor | None,
     plan: FusedPlan,
 ) -> Tensor | None:
     """Step of one tensor, in place; the arithmetic of `_single_tensor.py` in its order.
@@ -83,8 +88,8 @@ def fused_update(
         grad: Same shape, never written.
         moments: The tensors of exp_avg, exp_avg_sq and exp_dev_sq: the values, or (codes, scale).
         row: Scalars, see `_scalar_rows.COLUMNS`, in the dtype of the arithmetic.
-        key: 0-dim int32, see `_rounding.rounding_key`.
-        offset: 0-dim int64, global index of the first element.
+        key: 0-dim int32, see `_rounding.rounding_key`; None where nothing is rounded.
+        offset: 0-dim int64, global index of the first element; None where nothing is rounded.
         plan: What is compiled in.
 
     Returns:
@@ -166,30 +171,31 @@ def _store(
     moments: tuple[tuple[Tensor, ...], ...],
     values: tuple[Tensor, Tensor, Tensor, Tensor],
     keep: Tensor,
-    key: Tensor,
-    offset: Tensor,
+    key: Tensor | None,
+    offset: Tensor | None,
     plan: FusedPlan,
 ) -> None:
-    rounds = plan.rounds_param or any(kind in ("bfloat16", "8bit") for kind in plan.formats)
-    index = param  # not used
-    if rounds:
+    def draw(stream: str) -> Tensor:
+        assert key is not None
+        assert offset is not None
         index = torch.arange(param.numel(), device=param.device) + offset
-        index = index.to(torch.int32).view(param.shape)
+        return uniform16(index.to(torch.int32).view(param.shape), key, stream)
+
     if plan.rounds_param:
-        round_to_bfloat16_(param, values[0], uniform16(index, key, "param"))
+        round_to_bfloat16_(param, values[0], draw("param"))
     else:
         param.copy_(values[0])
     for tensors, name, kind, value in zip(moments, MOMENTS, plan.formats, values[1:], strict=True):
         if name == "exp_dev_sq" and not plan.gated:
             continue
         if kind == "8bit":
-            codes, scale = encode_blocks(value, name, uniform16(index, key, name))
+            codes, scale = encode_blocks(value, name, draw(name))
             if plan.on_device:
                 codes = torch.where(keep > 0, codes, tensors[0])
                 scale = torch.where(keep > 0, scale, tensors[1])
             tensors[0].copy_(codes)
             tensors[1].copy_(scale)
         elif kind == "bfloat16":
-            round_to_bfloat16_(tensors[0], value, uniform16(index, key, name))
+            round_to_bfloat16_(tensors[0], value, draw(name))
         else:
             tensors[0].copy_(value)
