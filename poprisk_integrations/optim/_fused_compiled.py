@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 
 from poprisk_integrations.distributed import is_dtensor
 from poprisk_integrations.optim._block_codes import BLOCK
-from poprisk_integrations.optim._fused_math import FusedPlan, fused_update
+from poprisk_integrations.optim._fused_math import FusedPlan, fused_update, sampled_sums
 from poprisk_integrations.optim._gate_stats import COLUMNS as STATISTICS
 from poprisk_integrations.optim._moments import Moment
 from poprisk_integrations.optim._options import GroupOptions
@@ -24,7 +24,7 @@ from poprisk_integrations.optim._work import GroupWork
 
 __all__ = ["compiled_poprisk_adamw", "compiler_is_found"]
 
-Update = Callable[..., Tensor | None]
+Update = Callable[..., None]
 _failures: list[str] = []
 
 PARALLEL_NUMEL = 1 << 15
@@ -76,7 +76,7 @@ def compiled_poprisk_adamw(
         states and step counts are untouched.
     """
     left, chosen = GroupWork(), GroupWork()
-    calls: list[tuple[_Flat, Update]] = []
+    calls: list[tuple[_Flat, FusedPlan, Update]] = []
     for i in range(len(work.params)):
         flat = _flatten(work, i, options)
         update = None
@@ -86,7 +86,6 @@ def compiled_poprisk_adamw(
                 formats=flat.formats,
                 rounds_param=flat.rounds_param,
                 on_device=keep is not None,
-                collects=sums is not None,
             )
             dtypes = flat.param.dtype, flat.grad.dtype
             update = _compiled(
@@ -96,20 +95,21 @@ def compiled_poprisk_adamw(
             left.extend_from(work, i)
         else:
             chosen.extend_from(work, i)
-            calls.append((flat, update))
+            calls.append((flat, plan, update))
     if not calls:
         return left
     rows = _rows(chosen, options, keep, grad_scale)
-    keys = _rounding_keys(chosen, options) if any(flat.rounds for flat, _ in calls) else None
-    for i, (flat, update) in enumerate(calls):
+    keys = _rounding_keys(chosen, options) if any(flat.rounds for flat, *_ in calls) else None
+    for i, (flat, plan, update) in enumerate(calls):
         key = None if keys is None or not flat.rounds else keys[i].clone()
         row = rows[i].to(flat.math_dtype, copy=True)  # no view, see `_reshaped`
-        result = update(flat.param, flat.grad, flat.moments, row, key, flat.offset)
+        update(flat.param, flat.grad, flat.moments, row, key, flat.offset)
         # `_reshaped` tensors count their own changes; autograd must see those of the parameter.
         increment_version(chosen.params[i])
-        if sums is not None and result is not None:
-            result[STATISTICS.index("lr_numel")] = options.lr * flat.param.numel()
-            sums.append(result)
+        if sums is not None:
+            row_of_sums = sampled_sums(flat.moments, row, plan)
+            row_of_sums[STATISTICS.index("lr_numel")] = options.lr * flat.param.numel()
+            sums.append(row_of_sums)
     return left
 
 
@@ -253,8 +253,8 @@ def _compiled(
         row: Tensor,
         key: Tensor | None,
         offset: Tensor | None,
-    ) -> Tensor | None:
-        return fused_update(param, grad, moments, row, key, offset, plan)
+    ) -> None:
+        fused_update(param, grad, moments, row, key, offset, plan)
 
     if _failures:
         return None

@@ -12,7 +12,9 @@ from poprisk_integrations.optim._options import GroupOptions
 from poprisk_integrations.optim._rounding import round_to_bfloat16_, uniform16
 from poprisk_integrations.optim._scalar_rows import COLUMNS
 
-__all__ = ["FusedPlan", "fused_update"]
+__all__ = ["FusedPlan", "fused_update", "sampled_sums"]
+
+SAMPLE_NUMEL = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +31,6 @@ class FusedPlan:
         rounds_param: Stochastic rounding of a bfloat16 parameter.
         formats: How exp_avg, exp_avg_sq and exp_dev_sq are stored.
         on_device: Whether the row may say that the step does not count.
-        collects: Return the columns of `gate_stats`.
     """
 
     gate: str
@@ -41,7 +42,6 @@ class FusedPlan:
     rounds_param: bool
     formats: tuple[str, str, str]
     on_device: bool
-    collects: bool
 
     @property
     def rounds(self) -> bool:
@@ -55,7 +55,6 @@ class FusedPlan:
         formats: tuple[str, str, str],
         rounds_param: bool,
         on_device: bool,
-        collects: bool,
     ) -> "FusedPlan":
         """The plan of a group's options for parameters of one kind."""
         return cls(
@@ -68,7 +67,6 @@ class FusedPlan:
             rounds_param=rounds_param,
             formats=formats,
             on_device=on_device,
-            collects=collects,
         )
 
 
@@ -80,7 +78,7 @@ def fused_update(
     key: Tensor | None,
     offset: Tensor | None,
     plan: FusedPlan,
-) -> Tensor | None:
+) -> None:
     """Step of one tensor, in place; the arithmetic of `_single_tensor.py` in its order.
 
     Args:
@@ -91,11 +89,8 @@ def fused_update(
         key: 0-dim int32, see `_rounding.rounding_key`; None where nothing is rounded.
         offset: 0-dim int64, global index of the first element; None where nothing is rounded.
         plan: What is compiled in.
-
-    Returns:
-        Columns of the gate statistics (the learning rate missing), or None.
     """
-    c = {name: row[i] for i, name in enumerate(COLUMNS)}
+    c = dict(zip(COLUMNS, row.unbind(), strict=True))
     dtype = row.dtype
     exp_avg, exp_avg_sq, exp_dev_sq = (
         _load(tensors, name, kind, dtype)
@@ -117,7 +112,7 @@ def fused_update(
 
     update, gate = exp_avg, None
     if plan.gated:
-        gate, mean_sq, noise = _gate(exp_avg, exp_dev_sq, c, plan)
+        gate, _, _ = _gate(exp_avg, exp_dev_sq, c, plan)
         update = exp_avg * gate
     p = param.to(dtype)
     if plan.gate_decay and gate is not None:
@@ -126,19 +121,41 @@ def fused_update(
         p = p * c["param_scale"]
     p = p - c["step_size"] * update / denom
 
-    sums = None
-    if plan.collects:
-        direction = exp_avg / denom
-        if gate is None:
-            gate, mean_sq = torch.ones_like(p), torch.ones_like(p)
-            noise = torch.full_like(p, -1.0)
+    _store(param, moments, (p, exp_avg, exp_avg_sq, exp_dev_sq), c["keep"], key, offset, plan)
+
+
+def sampled_sums(moments: tuple[tuple[Tensor, ...], ...], row: Tensor, plan: FusedPlan) -> Tensor:
+    """Columns of the gate statistics, from the states after a step.
+
+    Of a tensor above `SAMPLE_NUMEL` elements, some at regular distances are looked at, and their
+    sums scaled up: reductions in the compiled step would cost more than the step.
+
+    Args:
+        moments: As in `fused_update`.
+        row: As in `fused_update`.
+        plan: As in `fused_update`.
+
+    Returns:
+        `_gate_stats.COLUMNS`, the learning rate missing.
+    """
+    numel = moments[0][0].numel()
+    # odd: not one column of a matrix
+    distance = max(1, numel // SAMPLE_NUMEL) | 1
+    exp_avg, exp_avg_sq, exp_dev_sq = (
+        _load(tensors, name, kind, row.dtype).reshape(-1)[::distance]
+        for tensors, name, kind in zip(moments, MOMENTS, plan.formats, strict=True)
+    )
+    c = dict(zip(COLUMNS, row.unbind(), strict=True))
+    direction = exp_avg / (exp_avg_sq.sqrt() / c["bias_correction2_sqrt"] + c["eps"])
+    gate = mean_sq = torch.ones_like(exp_avg)
+    noise = torch.full_like(exp_avg, -1.0)
+    if plan.gated:
+        gate, mean_sq, noise = _gate(exp_avg, exp_dev_sq, c, plan)
         # ungated counts as open, for alpha = 0 too
         noise = torch.where(c["blend"] > 0, noise, -1.0)
         mean_sq = torch.where(c["blend"] > 0, mean_sq, 1.0)
-        sums = parameter_sums(mean_sq, noise, gate, direction, c["boundary"], 0.0)
-
-    _store(param, moments, (p, exp_avg, exp_avg_sq, exp_dev_sq), c["keep"], key, offset, plan)
-    return sums
+    sums = parameter_sums(mean_sq, noise, gate, direction, c["boundary"], 0.0)
+    return sums * (numel / exp_avg.numel())
 
 
 def _gate(

@@ -53,8 +53,10 @@ def test_equals_the_single_tensor_path(options, dtype):
     assert single.path in ("single_tensor", "capturable")
     # bfloat16 parameters: the draws are the same, so the rounded values are
     assert_close(params, expected, ulps=0 if dtype == torch.bfloat16 else 2)
+    # taken from the states as they are stored
+    digits = {None: 1e-5, "bfloat16": 2e-3, "8bit": 3e-2}[options.get("state_dtype")]
     for name, value in single.gate_stats().items():
-        assert float(fused.gate_stats()[name]) == pytest.approx(float(value), rel=1e-5), name
+        assert float(fused.gate_stats()[name]) == pytest.approx(float(value), rel=digits), name
     for a, b in zip(fused.state.values(), single.state.values(), strict=True):
         assert (a["step"], a["dev_step"]) == (b["step"], b["dev_step"])
 
@@ -77,6 +79,25 @@ def test_large_tensors_are_shared_by_threads():
     finally:
         torch.set_num_threads(threads)
     assert_close(*runs, ulps=2)
+
+
+@needs_compiler
+def test_statistics_of_large_tensors_are_sampled():
+    stats = []
+    for fused in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.zeros(600, 512))
+        optimizer = PopRiskAdamW([p], fused=fused, collect_stats_every=1)
+        for _ in range(8):
+            # columns differ, so that a sample of few of them would be seen
+            signal = torch.linspace(0, 2, 512)
+            p.grad = torch.randn(600, 512, generator=generator) + signal
+            optimizer.step()
+        stats.append(optimizer.gate_stats())
+        assert optimizer.gate_sums()[0, 0] == p.numel()
+    for name in ("open_fraction", "mean_gate", "update_norm_ratio"):
+        assert float(stats[0][name]) == pytest.approx(float(stats[1][name]), rel=0.02), name
+        assert float(stats[0][name]) != float(stats[1][name])
 
 
 @needs_compiler
