@@ -178,10 +178,12 @@ def _flatten(work: GroupWork, index: int, options: GroupOptions) -> _Flat | None
     parallel = [param, *(parts[0] for parts in tensors)]
     if any(t.stride() != param.stride() for t in parallel) or not _is_dense(param):
         return None
-    # The draws are numbered in row-major order.
-    offset = _linear_offset(work.owners[index]) if param.is_contiguous() else None
-    if rounds and offset is None:
-        return None
+    offset = None
+    if rounds:
+        # The draws are numbered in row-major order.
+        offset = _linear_offset(work.owners[index]) if param.is_contiguous() else None
+        if offset is None:
+            return None
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     shape: tuple[int, ...] = (param.numel(),)
@@ -262,7 +264,7 @@ def _compiled(
     update.__code__ = update.__code__.replace(co_name=f"poprisk_adamw_{abs(hash(plan)):x}")
     # An option, because the compiler's cache on disk does not tell sizes apart.
     threads: dict[str, Any] = {} if is_parallel or device != "cpu" else {"cpp.threads": 1}
-    compiled: Update = torch.compile(update, fullgraph=True, dynamic=True, options=threads)
+    compiled: Update = torch.compile(update, fullgraph=True, dynamic=True, options=threads or None)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the compiler's own imports
