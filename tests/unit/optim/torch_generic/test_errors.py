@@ -58,7 +58,8 @@ def test_duplicates_warn():
 @pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), np.int64(0)], ids=repr)
 def test_numpy_numbers_are_numbers(number):
     """torch.optim.AdamW takes them; configurations read from arrays hold them."""
-    PopRiskAdamW(make_params(), lr=number, weight_decay=number, eps=number, rho=number)
+    optimizer = PopRiskAdamW(make_params(), lr=number, weight_decay=number, eps=number, rho=number)
+    assert optimizer.param_groups[0]["rho"] == float(number)
 
 
 @pytest.mark.parametrize("impl", EAGER)
