@@ -6,7 +6,6 @@ directory and the names of scenarios. The test module runs the same fits in one 
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.distributed import is_dtensor
 from poprisk_integrations.lightning import PopRiskOptimizer
 from tests.distributed.lightning_worker import SaveAt, Sharded
+from tests.helpers.torchrun import run_rank
 from tests.integration.lightning import toy
 
 # 4 steps per epoch. The checkpoint is at the end of one: Lightning starts a plain DataLoader anew.
@@ -122,15 +122,5 @@ def finite(root, world_size):
 SCENARIOS = (module_32, module_full_checkpoint, module_bf16, callback_32, callback_bf16, finite)
 
 
-def main(out, names):
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for scenario in SCENARIOS:
-        if scenario.__name__ in names:
-            result = scenario(Path(out), world_size)
-            torch.save(result, Path(out) / f"{scenario.__name__}-rank{rank}.pt")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    run_rank(SCENARIOS, sys.argv[1], sys.argv[2:])

@@ -7,7 +7,6 @@ directory and the names of scenarios. The test module runs the same fits in one 
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.lightning import PopRiskEarlyStopping, PopRiskMonitor, PopRiskOptimizer
+from tests.helpers.torchrun import run_rank
 from tests.integration.lightning import toy
 
 
@@ -157,15 +157,5 @@ SCENARIOS = (
 )
 
 
-def main(out, names):
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for scenario in SCENARIOS:
-        if scenario.__name__ in names:
-            result = scenario(Path(out), world_size)
-            torch.save(result, Path(out) / f"{scenario.__name__}-rank{rank}.pt")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    run_rank(SCENARIOS, sys.argv[1], sys.argv[2:])

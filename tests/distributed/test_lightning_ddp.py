@@ -1,36 +1,18 @@
 """Two gloo processes equal one process on the joined batch; all ranks stop together."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
 from tests.distributed import lightning_worker as worker
+from tests.helpers.torchrun import run_scenarios
 from tests.integration.lightning import toy
 
 pytestmark = [*toy.third_party_warnings, pytest.mark.distributed]
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """All scenarios on two processes, started once: {name: [rank 0's result, rank 1's]}."""
-    out = tmp_path_factory.mktemp("lightning_ddp")
-    names = [scenario.__name__ for scenario in worker.SCENARIOS]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launch, worker.__file__, str(out), *names],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return {n: [torch.load(out / f"{n}-rank{r}.pt") for r in (0, 1)] for n in names}
+    return run_scenarios(worker, tmp_path_factory.mktemp("lightning_ddp"))
 
 
 def largest_difference(left, right):
