@@ -1,142 +1,30 @@
 """The Triton kernel, run by Triton's interpreter on the CPU, against the single-tensor path."""
 
-import importlib
 import itertools
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 
-import poprisk_integrations.optim as package
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.optim import _fused_triton as fused
 from poprisk_integrations.optim._moments import MOMENTS
 from poprisk_integrations.optim._options import resolve_group
 from poprisk_integrations.optim._rounding import global_index
 from poprisk_integrations.optim._work import GroupWork
+from tests.unit.optim.fused_triton.problem import (
+    BF16,
+    FP32,
+    check,
+    compare,
+    copy,
+    everything,
+    fused_step,
+    make,
+    params_of,
+    set_grads,
+)
 
 pytest.importorskip("triton", reason="triton is not installed: the fused kernel is not tested")
-
-KERNEL = "poprisk_integrations.optim._triton_kernel"
-CPU = torch.device("cpu")
-FP32, BF16 = torch.float32, torch.bfloat16
-# empty, 0-dim, single, odd, a block less one element, a block, several blocks
-SHAPES = ((0, 4), (), (1,), (3,), (5, 7), (1023,), (1024,), (3, 700))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernel():
-    """A copy of the kernel's module for the interpreter, wherever Triton was imported before.
-
-    Triton looks at the environment when a kernel is decorated, so only that moment needs it.
-    """
-    compiled = sys.modules.pop(KERNEL, None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.import_module(KERNEL)
-    # only Triton's own sum is a sum of numpy there, anything else is a loop over elements
-    module._add = importlib.import_module("triton.language").standard._sum_combine
-    yield module
-    del sys.modules[KERNEL]
-    del package._triton_kernel
-    if compiled is not None:
-        sys.modules[KERNEL] = package._triton_kernel = compiled
-
-
-@pytest.fixture(autouse=True)
-def _no_memory(monkeypatch):
-    monkeypatch.setattr(fused, "_USABLE", {})
-    for name in ("_PLANS", "_POSITIONS"):
-        monkeypatch.setattr(fused, name, type(fused._PLANS)())
-
-
-def fused_step(optimizer, keep=1.0, grad_scale=None, collect=False):
-    """A step by the kernel; statistics added over the launches."""
-    sums = [] if collect else None
-    for index, group in enumerate(optimizer.param_groups):
-        work = optimizer._gather(index, group)
-        options = resolve_group(group)
-        assert all(fused.triton_supports(work, i, options) for i in range(len(work.params)))
-        scale = None if grad_scale is None else torch.tensor(float(grad_scale))
-        with torch.no_grad(), np.errstate(invalid="ignore"):  # numpy reports 0/0
-            fused.triton_poprisk_adamw(work, options, sums, torch.tensor(keep), scale)
-    return torch.stack(sums).sum(0) if collect else None
-
-
-def make(shapes=SHAPES, dtype=FP32, seed=0, cls=PopRiskAdamW, **options):
-    generator = torch.Generator().manual_seed(seed)
-    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
-    options = {"lr": 1e-2, "weight_decay": 0.1, "foreach": False, **options}
-    for param in params:
-        param.grad_dtype = None  # FSDP may reduce gradients in another dtype
-    optimizer = cls(params, **options)
-    optimizer.init_state()
-    return optimizer
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def everything(optimizer):
-    """All tensors of an optimizer by name."""
-    named = {}
-    for i, param in enumerate(params_of(optimizer)):
-        named[f"{i}.param"] = param.detach()
-        named |= {f"{i}.{key}": value for key, value in optimizer.state[param].items()}
-    return named
-
-
-def copy(target, source):
-    for a, b in zip(everything(target).values(), everything(source).values(), strict=True):
-        a.copy_(b)
-
-
-def set_grads(optimizer, step, dtype=FP32, scale=1.0):
-    generator = torch.Generator().manual_seed(100 + step)
-    for param in params_of(optimizer):
-        grad = torch.randn(param.shape, generator=generator) + 0.3
-        if grad.numel() > 2:
-            grad.view(-1)[::3] = 0.0  # coordinates that never have a gradient
-        param.grad = torch.empty_like(param, dtype=dtype).copy_(grad * scale)
-
-
-def compare(optimizer, reference, share=0.0):
-    """Equal up to float32 rounding; `share` of bfloat16 values may fall on the other neighbour."""
-    # a mean near zero, a small deviation and an update just beyond the boundary are differences
-    # of nearly equal numbers; gradients are about 1 here
-    lr = float(reference.param_groups[0]["lr"])
-    small = {"param": 2e-5 * lr, "exp_avg": 1e-7, "exp_dev_sq": 1e-8}
-    ours, theirs = everything(optimizer), everything(reference)
-    for name, expected in theirs.items():
-        actual = ours[name]
-        assert actual.dtype == expected.dtype
-        is_low = expected.dtype == BF16
-        if is_low:
-            off = actual != expected
-            assert float(off.float().sum()) <= share * expected.numel(), name
-        torch.testing.assert_close(
-            actual,
-            expected,
-            rtol=2**-7 if is_low else 1e-6,
-            atol=small.get(name.partition(".")[2], 0.0),
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-
-
-def check(steps, grad_dtype=None, share=0.0, **options):
-    """Each step of the kernel starts where the reference is, so that errors do not add up."""
-    reference, optimizer = make(**options), make(**options)
-    for step in range(steps):
-        copy(optimizer, reference)
-        for each in (optimizer, reference):
-            set_grads(each, step, grad_dtype or options.get("dtype", FP32))
-        reference.step()
-        fused_step(optimizer)
-        compare(optimizer, reference, share)
-
 
 OPTIONS = [
     {},
@@ -413,110 +301,3 @@ def test_nothing_to_do():
     fused_step(optimizer)
     assert [optimizer.state[p]["step"].item() for p in params_of(optimizer)] == [1.0, 1.0]
     assert not fused._PLANS
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda t: t.contiguous(memory_format=torch.channels_last),
-        lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
-        lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),  # not 16-byte aligned
-    ],
-    ids=["channels_last", "transposed", "misaligned"],
-)
-def test_layouts(layout):
-    def build():
-        param = layout(torch.randn(4, 3, 6, 20, generator=torch.Generator().manual_seed(3)))
-        return PopRiskAdamW([torch.nn.Parameter(param)], lr=1e-2, foreach=False)
-
-    reference, optimizer = build(), build()
-    for step in range(3):
-        for each in (reference, optimizer):
-            set_grads(each, step)
-        reference.step()
-        fused_step(optimizer)
-    compare(optimizer, reference)
-
-
-def _supports(dtype=FP32, change=lambda p: None, shape=(64, 64), **options):
-    optimizer = make((shape,), dtype, **options)
-    set_grads(optimizer, 0, dtype)
-    change(params_of(optimizer)[0])
-    work = optimizer._gather(0, optimizer.param_groups[0])
-    return fused.triton_supports(work, 0, resolve_group(optimizer.param_groups[0]))
-
-
-def _transpose(param):
-    param.data = param.data.t().contiguous().t()
-
-
-def _transpose_grad(param):
-    param.grad = param.grad.t().contiguous().t()
-
-
-def _with_gaps(param):
-    param.grad = param.grad.repeat_interleave(2, dim=1)[:, ::2]
-
-
-def test_what_is_left_to_the_other_path():
-    assert _supports()
-    assert _supports(BF16, state_dtype="bfloat16")
-    assert not _supports(torch.float64)
-    assert not _supports(state_dtype="8bit")
-    assert not _supports(state_dtype={"exp_dev_sq": "8bit"})
-    assert not _supports(preserve_norm=True)
-    assert _supports(preserve_norm=True, gate="none")
-    assert not _supports(change=_transpose_grad)
-    assert not _supports(change=_with_gaps)
-    assert not _supports(change=_transpose)  # the states were created before
-
-    def transposed(**options):
-        param = torch.nn.Parameter(torch.randn(8, 6).t())
-        param.grad = torch.randn(8, 6).t()
-        optimizer = PopRiskAdamW([param], **options)
-        work = optimizer._gather(0, optimizer.param_groups[0])
-        return fused.triton_supports(work, 0, resolve_group(optimizer.param_groups[0]))
-
-    assert transposed()
-    assert not transposed(state_dtype={"exp_dev_sq": "bfloat16"})
-
-    complex_ = torch.nn.Parameter(torch.zeros(4, dtype=torch.complex64))
-    complex_.grad = torch.zeros_like(complex_)
-    optimizer = PopRiskAdamW([complex_])
-    work = optimizer._gather(0, optimizer.param_groups[0])
-    assert not fused.triton_supports(work, 0, resolve_group(optimizer.param_groups[0]))
-
-
-def test_probe_says_yes():
-    assert fused.triton_is_usable(CPU)
-
-
-def _raise(*args, **kwargs):
-    raise RuntimeError("no compiler")
-
-
-def _do_nothing(plan, *args, **kwargs):
-    return torch.zeros(1, 5)
-
-
-@pytest.mark.parametrize(
-    ("broken", "reason"), [(_raise, "RuntimeError: no compiler"), (_do_nothing, "differs")]
-)
-def test_probe_says_no_once(monkeypatch, broken, reason):
-    monkeypatch.setattr(fused, "_run", broken)
-    with pytest.warns(UserWarning, match=reason):
-        assert not fused.triton_is_usable(CPU)
-    assert not fused.triton_is_usable(CPU)
-
-
-def test_cpu_is_not_usable_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(fused, "_is_interpreted", lambda: False)
-    assert not fused.triton_is_usable(CPU)
-
-
-def test_triton_is_imported_late():
-    code = (
-        "import sys; import poprisk_integrations.optim._fused_triton; sys.exit('triton' in "
-        "sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
