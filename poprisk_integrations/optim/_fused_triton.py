@@ -6,12 +6,9 @@ one element at a time. Triton is imported on first use.
 """
 
 import contextlib
-import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +18,23 @@ from poprisk_integrations.optim._capturable import _capturable_poprisk_adamw
 from poprisk_integrations.optim._gate_stats import COLUMNS
 from poprisk_integrations.optim._moments import MOMENTS
 from poprisk_integrations.optim._options import GroupOptions
-from poprisk_integrations.optim._rounding import hash32, rounding_key, shard_offsets
+from poprisk_integrations.optim._rounding import hash32, rounding_key
 from poprisk_integrations.optim._scalar_rows import device_rows
+from poprisk_integrations.optim._triton_tables import (
+    Kind,
+    Plan,
+    collect_launches,
+    is_capturing,
+    is_rounded,
+    local_tensors,
+    plan_of,
+    positions_on,
+)
 from poprisk_integrations.optim._work import GroupWork
 
 __all__ = ["triton_is_usable", "triton_poprisk_adamw", "triton_supports"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_MAX_PLANS = 256
 
 
 def triton_poprisk_adamw(
@@ -56,13 +62,13 @@ def triton_poprisk_adamw(
             grad_scale,
         )
         rows = rows.contiguous()
-        launches = _launches(work, indices, options)
+        launches = collect_launches(work, indices, options)
         if not launches:
             continue
         keys = _rounding_keys(counts, [work.positions[i] for i in indices], options.rounding_seed)
         torch.autograd.graph.increment_version([work.params[i] for i in indices])
         for kind, launch in launches.items():
-            plan = _plan(device, kind, launch)
+            plan = plan_of(device, kind, launch)
             partials = _run(plan, kind, rows, keys, options, collect=sums is not None)
             if sums is not None:
                 sums.append(_statistics(plan.numel, partials, options.lr))
@@ -86,15 +92,15 @@ def triton_supports(work: GroupWork, index: int, options: GroupOptions) -> bool:
     moments = (work.exp_avgs[index], work.exp_avg_sqs[index], work.exp_dev_sqs[index])
     if not all(hasattr(moment, "tensor") for moment in moments):
         return False
-    tensors = _tensors(work, index)
+    tensors = local_tensors(work, index)
     if not all(tensor.dtype in _DTYPES for tensor in tensors):
         return False
     if all([tensor.is_contiguous() for tensor in tensors]):
-        if not is_dtensor(owner) or not _is_rounded(tensors, options):
+        if not is_dtensor(owner) or not is_rounded(tensors, options):
             return True
         return _keeps_order(owner, tensors[0])
     orders = {_memory_order(tensor) for tensor in tensors}
-    return len(orders) == 1 and None not in orders and not _is_rounded(tensors, options)
+    return len(orders) == 1 and None not in orders and not is_rounded(tensors, options)
 
 
 def triton_is_usable(device: torch.device) -> bool:
@@ -109,7 +115,7 @@ def triton_is_usable(device: torch.device) -> bool:
     device = torch.device(device)
     if device in _USABLE:
         return _USABLE[device]
-    if _is_capturing(device):
+    if is_capturing(device):
         return False  # a probe cannot be captured; asked again later
     is_candidate = device.type in ("cuda", "xpu") or (device.type == "cpu" and _is_interpreted())
     problem: str | None = None
@@ -179,155 +185,15 @@ def _one(tensors: list[Tensor], grad: Tensor, counts: Sequence[Tensor]) -> Group
 _USABLE: dict[torch.device, bool] = {}
 
 
-class _Kind(NamedTuple):
-    """What tensors of one launch have in common.
-
-    Attributes:
-        dtypes: Of parameters, gradients, m, v, s.
-        is_vector: Whether 16 bytes can be moved at once, by address and by size.
-    """
-
-    dtypes: tuple[torch.dtype, ...]
-    is_vector: bool
-
-
-@dataclass(slots=True)
-class _Launch:
-    """Tensors of one launch, as a step collects them; addresses five by five."""
-
-    is_rounded: bool
-    rows: list[int] = field(default_factory=list)
-    numels: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
-
-
-def _launches(
-    work: GroupWork, indices: Sequence[int], options: GroupOptions
-) -> dict[_Kind, _Launch]:
-    from poprisk_integrations.optim._triton_kernel import VECTOR_NUMEL
-
-    # One pass with few calls: with thousands of small tensors this loop is what a step costs.
-    launches: dict[_Kind, _Launch] = {}
-    for row, i in enumerate(indices):
-        tensors = p, g, m, v, s = _tensors(work, i)
-        numel = p.numel()
-        if numel == 0:
-            continue
-        addresses = p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), s.data_ptr()
-        odd = numel % VECTOR_NUMEL
-        for address in addresses:
-            odd |= address % 16
-        kind = _Kind((p.dtype, g.dtype, m.dtype, v.dtype, s.dtype), not odd)
-        launch = launches.get(kind)
-        if launch is None:
-            launch = launches[kind] = _Launch(_is_rounded(tensors, options))
-        launch.rows.append(row)
-        launch.numels.append(numel)
-        launch.offsets.append(_first_index(work.owners[i]) if launch.is_rounded else 0)
-        launch.addresses += addresses
-    return launches
-
-
-@dataclass(slots=True)
-class _Plan:
-    """Tables of a launch on the device. None is ever overwritten: captured graphs read them.
-
-    Attributes:
-        device: Where the tables are.
-        numel: Elements of all tensors.
-        layout: int64 (tensors, 3), see the kernel.
-        blocks: int32 (programs, 2).
-        addresses: What `table` holds, on the host.
-        table: int64 (tensors, 5).
-    """
-
-    device: torch.device
-    numel: int
-    layout: Tensor
-    blocks: Tensor
-    addresses: list[int]
-    table: Tensor
-
-
-_PLANS: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
-_CAPTURED: list[object] = []  # what graphs read lives as long as the process
-
-
-def _plan(device: torch.device, kind: _Kind, launch: _Launch) -> _Plan:
-    """The tables of a launch: reused while sizes stay, addresses renewed where one has moved.
-
-    Everything that a table says is compared, so that none is ever stale: the allocator moves
-    gradients from step to step, and wrappers swap parameters behind the optimizer.
-    """
-    from poprisk_integrations.optim._triton_kernel import BLOCK
-
-    addresses = launch.addresses
-    key = (device, kind, tuple(launch.numels), tuple(launch.rows), tuple(launch.offsets))
-    plan = _PLANS.get(key)
-    if plan is None:
-        layout = list(zip(launch.numels, launch.rows, launch.offsets, strict=True))
-        plan = _Plan(
-            device=device,
-            numel=sum(launch.numels),
-            layout=_upload(torch.tensor(layout, dtype=torch.int64), device),
-            blocks=_upload(_block_map(launch.numels, BLOCK), device),
-            addresses=addresses,
-            table=_upload(torch.tensor(addresses, dtype=torch.int64), device),
-        )
-    elif plan.addresses != addresses:
-        table = _upload(torch.tensor(addresses, dtype=torch.int64), device)
-        plan = replace(plan, addresses=addresses, table=table)
-    _PLANS[key] = plan
-    _PLANS.move_to_end(key)
-    if len(_PLANS) > _MAX_PLANS:
-        _PLANS.popitem(last=False)
-    if _is_capturing(device):
-        _CAPTURED.append(plan)
-    return plan
-
-
-def _block_map(numels: Sequence[int], block: int) -> Tensor:
-    """Which tensor each program works on, and which block of it: int32 (programs, 2)."""
-    counts = torch.tensor([-(-numel // block) for numel in numels])
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    start = counts.cumsum(0) - counts
-    chunk = torch.arange(tensor.numel()) - start[tensor]
-    return torch.stack([tensor, chunk], dim=1).to(torch.int32)
-
-
-def _upload(host: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return host
-    # the host's allocator keeps pinned memory until the copy is done
-    return host.pin_memory().to(device, non_blocking=True)
-
-
 def _rounding_keys(counts: Tensor, positions: list[int], seed: int) -> Tensor:
-    where = _positions(counts.device, tuple(positions))
+    where = positions_on(counts.device, tuple(positions))
     key = rounding_key(counts, where, seed)
     return torch.stack([key, hash32(key ^ 1)], dim=1)
 
 
-def _positions(device: torch.device, positions: tuple[int, ...]) -> Tensor:
-    key = (device, positions)
-    known = _POSITIONS.get(key)
-    if known is None:
-        known = _POSITIONS[key] = _upload(torch.tensor(positions, dtype=torch.int64), device)
-    _POSITIONS.move_to_end(key)
-    if len(_POSITIONS) > _MAX_PLANS:
-        _POSITIONS.popitem(last=False)
-    if _is_capturing(device):
-        _CAPTURED.append(known)
-    return known
-
-
-_POSITIONS: OrderedDict[tuple[torch.device, tuple[int, ...]], Tensor] = OrderedDict()
-
-
 def _run(
-    plan: _Plan,
-    kind: _Kind,
+    plan: Plan,
+    kind: Kind,
     rows: Tensor,
     keys: Tensor,
     options: GroupOptions,
@@ -354,7 +220,7 @@ def _run(
     return partials
 
 
-def kernel_constants(kind: _Kind, options: GroupOptions, *, collect: bool) -> dict[str, Any]:
+def kernel_constants(kind: Kind, options: GroupOptions, *, collect: bool) -> dict[str, Any]:
     """What the kernel is compiled for; few combinations occur in one run."""
     from poprisk_integrations.optim._triton_kernel import BLOCK
 
@@ -381,14 +247,6 @@ def _statistics(numel: int, partials: Tensor, lr: float | Tensor) -> Tensor:
     return torch.stack([column.to(partials.dtype) for column in row])
 
 
-def _tensors(work: GroupWork, index: int) -> tuple[Tensor, ...]:
-    """Parameter, gradient, m, v, s of one parameter whose states are plain tensors."""
-    m: Any = work.exp_avgs[index]
-    v: Any = work.exp_avg_sqs[index]
-    s: Any = work.exp_dev_sqs[index]
-    return work.params[index], work.grads[index], m.tensor, v.tensor, s.tensor
-
-
 def _by_device(work: GroupWork) -> dict[torch.device, list[int]]:
     indices: dict[torch.device, list[int]] = {}
     for i, param in enumerate(work.params):
@@ -396,29 +254,9 @@ def _by_device(work: GroupWork) -> dict[torch.device, list[int]]:
     return indices
 
 
-def _is_rounded(tensors: tuple[Tensor, ...], options: GroupOptions) -> bool:
-    param, _, *moments = tensors
-    is_low = param.dtype == torch.bfloat16 and options.stochastic_rounding
-    return is_low or any(moment.dtype == torch.bfloat16 for moment in moments)
-
-
 def _keeps_order(owner: Tensor, local: Tensor) -> bool:
     # whole rows: the shard is one run of the parameter's elements
     return local.dim() == 0 or local.shape[1:] == owner.shape[1:]
-
-
-def _first_index(owner: Tensor) -> int:
-    if not is_dtensor(owner) or owner.dim() == 0:
-        return 0
-    key = (owner.shape, owner.device_mesh, owner.placements)  # type: ignore[attr-defined]
-    if key not in _FIRST_INDICES:  # a dozen microseconds per parameter otherwise
-        if len(_FIRST_INDICES) >= 4096:
-            _FIRST_INDICES.clear()
-        _FIRST_INDICES[key] = shard_offsets(owner)[0] * math.prod(owner.shape[1:])
-    return _FIRST_INDICES[key]
-
-
-_FIRST_INDICES: dict[Any, int] = {}
 
 
 def _memory_order(tensor: Tensor) -> tuple[tuple[int, int], ...] | None:
@@ -446,10 +284,6 @@ def _on(device: torch.device) -> Any:
     if device.type == "cpu":
         return contextlib.nullcontext()
     return getattr(torch, device.type).device(device)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _is_interpreted() -> bool:

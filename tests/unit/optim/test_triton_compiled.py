@@ -10,6 +10,7 @@ import torch
 
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.optim import _fused_triton as fused
+from poprisk_integrations.optim import _triton_tables as tables
 from poprisk_integrations.optim._capturable import _capturable_poprisk_adamw
 from poprisk_integrations.optim._options import resolve_group
 
@@ -66,7 +67,7 @@ def resources(cubin, tmp_path):
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target, dtypes, tmp_path, monkeypatch):
-    kind = fused._Kind(dtypes, is_vector=True)
+    kind = tables.Kind(dtypes, is_vector=True)
     compiled = compile_for(target, kind, tmp_path, monkeypatch)
     if target == "gfx942":
         assert re.search(r"vgpr_spill_count:\s*0\b", compiled.asm["amdgcn"])
@@ -99,7 +100,7 @@ def test_compiles(target, dtypes, tmp_path, monkeypatch):
     ids=str,
 )
 def test_every_variant_compiles(options, is_vector, tmp_path, monkeypatch):
-    kind = fused._Kind(DTYPES["params-bfloat16"], is_vector)
+    kind = tables.Kind(DTYPES["params-bfloat16"], is_vector)
     compiled = compile_for("sm_90", kind, tmp_path, monkeypatch, **options)
     assert resources(compiled.asm["cubin"], tmp_path)[1] == 0
 

@@ -7,6 +7,7 @@ import pytest
 
 import poprisk_integrations.optim as package
 from poprisk_integrations.optim import _fused_triton as fused
+from poprisk_integrations.optim import _triton_tables as tables
 from tests.unit.optim.fused_triton.problem import KERNEL
 
 
@@ -33,4 +34,4 @@ def kernel():
 def _no_memory(monkeypatch):
     monkeypatch.setattr(fused, "_USABLE", {})
     for name in ("_PLANS", "_POSITIONS"):
-        monkeypatch.setattr(fused, name, type(fused._PLANS)())
+        monkeypatch.setattr(tables, name, type(tables._PLANS)())

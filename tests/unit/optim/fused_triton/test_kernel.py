@@ -7,6 +7,7 @@ import torch
 
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.optim import _fused_triton as fused
+from poprisk_integrations.optim import _triton_tables as tables
 from poprisk_integrations.optim._moments import MOMENTS
 from poprisk_integrations.optim._options import resolve_group
 from poprisk_integrations.optim._rounding import global_index
@@ -103,7 +104,7 @@ def test_shards_round_like_the_whole(monkeypatch):
             part = torch.nn.Parameter(whole.detach()[low:high])
             part.grad = whole.grad[low:high]
             shard = PopRiskAdamW([part], lr=1e-2, weight_decay=0.1, state_dtype="bfloat16")
-            monkeypatch.setattr(fused, "_first_index", lambda _, low=low: low)
+            monkeypatch.setattr(tables, "_first_index", lambda _, low=low: low)
             fused_step(shard)
             results.append(everything(shard))
         return results
@@ -131,7 +132,7 @@ def test_first_index_of_a_sharded_parameter():
             assert fused.triton_supports(work, 0, options) == supported
             if supported:
                 places = global_index(work.owners[0], work.params[0])
-                assert fused._first_index(work.owners[0]) == int(places.view(-1)[0])
+                assert tables._first_index(work.owners[0]) == int(places.view(-1)[0])
     finally:
         torch.distributed.destroy_process_group()
 
@@ -247,8 +248,8 @@ def test_element_indices_are_64_bit(kernel):
         patch.setattr(fused, "_run", catch)
         fused_step(optimizer)
     group = shifted.param_groups[0]
-    kind = fused._Kind((BF16,) * 5, is_vector=False)
-    tensors = fused._tensors(shifted._gather(0, group), 0)
+    kind = tables.Kind((BF16,) * 5, is_vector=False)
+    tensors = tables.local_tensors(shifted._gather(0, group), 0)
     table = torch.tensor([t.data_ptr() - start * t.element_size() for t in tensors])
     kernel.poprisk_adamw_kernel[(1,)](
         table,
@@ -269,7 +270,7 @@ def test_moved_tensors_are_found(monkeypatch):
     uploads = []
     # positions, then layout, blocks and addresses of two launches; later addresses only
     expected = [7, 0, 2, 2]
-    monkeypatch.setattr(fused, "_upload", lambda host, device: uploads.append(host) or host)
+    monkeypatch.setattr(tables, "_upload", lambda host, device: uploads.append(host) or host)
     reference, optimizer = make(), make()
     kept = []
     for step in range(4):
@@ -284,13 +285,13 @@ def test_moved_tensors_are_found(monkeypatch):
         if step == 3:
             params_of(optimizer)[5].data = params_of(optimizer)[5].detach().clone()
         before = len(uploads)
-        plans = [(plan, plan.table.clone()) for plan in fused._PLANS.values()]
+        plans = [(plan, plan.table.clone()) for plan in tables._PLANS.values()]
         reference.step()
         fused_step(optimizer)
         compare(optimizer, reference)
         assert len(uploads) - before == expected[step]
         assert all(torch.equal(plan.table, table) for plan, table in plans)
-    assert len(fused._PLANS) == 2  # odd sizes apart
+    assert len(tables._PLANS) == 2  # odd sizes apart
 
 
 def test_nothing_to_do():
@@ -300,4 +301,4 @@ def test_nothing_to_do():
     set_grads(optimizer, 0)
     fused_step(optimizer)
     assert [optimizer.state[p]["step"].item() for p in params_of(optimizer)] == [1.0, 1.0]
-    assert not fused._PLANS
+    assert not tables._PLANS
