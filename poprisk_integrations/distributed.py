@@ -40,22 +40,24 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def sum_over_shards(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+def sum_over_shards(values: Tensor, tensors: Sequence[Tensor], plain_group: Any = None) -> Tensor:
     """Sum per-tensor numbers over the shards of each tensor.
 
     Args:
         values: Shape (..., L): one column per tensor, computed from its local shard.
-        tensors: The L tensors; columns of plain tensors stay as they are.
+        tensors: The L tensors, on all ranks in the same order.
+        plain_group: Processes over which tensors that are no DTensors are sharded; None if these
+            are whole, and their columns stay as they are.
 
     Returns:
         Same shape; columns of DTensors hold the sum over the mesh dimensions that shard them.
     """
-    return _reduce_over_shards(values, tensors, dist.ReduceOp.SUM)
+    return _reduce_over_shards(values, tensors, dist.ReduceOp.SUM, plain_group)
 
 
-def max_over_shards(value: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-    """Largest of one number over all shards of all tensors (e.g. a found-non-finite flag)."""
-    groups = _shard_groups(tensors)
+def max_over_shards(value: Tensor, tensors: Iterable[Tensor], plain_group: Any = None) -> Tensor:
+    """Largest of each number over all shards of all tensors (e.g. a found-non-finite flag)."""
+    groups = _shard_groups(tensors, plain_group)
     if not groups:
         return value
     result = value.clone()
@@ -64,8 +66,10 @@ def max_over_shards(value: Tensor, tensors: Iterable[Tensor]) -> Tensor:
     return result
 
 
-def _reduce_over_shards(values: Tensor, tensors: Sequence[Tensor], op: Any) -> Tensor:
-    groups = _shard_groups(tensors)
+def _reduce_over_shards(
+    values: Tensor, tensors: Sequence[Tensor], op: Any, plain_group: Any
+) -> Tensor:
+    groups = _shard_groups(tensors, plain_group)
     if not groups:
         return values
     result = values.clone()
@@ -77,13 +81,18 @@ def _reduce_over_shards(values: Tensor, tensors: Sequence[Tensor], op: Any) -> T
     return result
 
 
-def _shard_groups(tensors: Iterable[Tensor]) -> list[tuple[Any, list[int]]]:
+def _shard_groups(
+    tensors: Iterable[Tensor], plain_group: Any = None
+) -> list[tuple[Any, list[int]]]:
     """(process group, positions of the tensors that it shards), same order on all ranks."""
     found: dict[tuple[Any, int], list[int]] = {}
+    plain: list[int] = []
     for position, tensor in enumerate(tensors):
         if not is_dtensor(tensor):
+            plain.append(position)
             continue
         for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
             if placement.is_shard():
                 found.setdefault((tensor.device_mesh, dim), []).append(position)  # type: ignore[attr-defined]
-    return [(mesh.get_group(dim), columns) for (mesh, dim), columns in found.items()]
+    groups = [(mesh.get_group(dim), columns) for (mesh, dim), columns in found.items()]
+    return [*groups, (plain_group, plain)] if plain_group is not None and plain else groups

@@ -23,6 +23,7 @@ from poprisk_integrations.core.risk import (
     risk_decrease_variance,
     risk_decrease_weighted,
 )
+from poprisk_integrations.core.standard_error import mean_standard_error
 from poprisk_integrations.core.stopping import (
     StoppingConfig,
     StoppingDecision,
@@ -46,6 +47,7 @@ __all__ = [
     "gate_factor",
     "gradient_scale",
     "lagged_risk_decrease",
+    "mean_standard_error",
     "noise_is_ready",
     "open_mask",
     "population_risk_decrease",

@@ -1,32 +1,50 @@
 """Accumulates batch gradients over a window of optimizer steps and closes it with F."""
 
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from poprisk_integrations.core.standard_error import mean_standard_error
 from poprisk_integrations.core.window import WindowRatio, window_signal_ratio
-from poprisk_integrations.distributed import local_tensor, mean_over_ranks, sum_over_shards
+from poprisk_integrations.diagnostics.coordinate_sample import FlatVector
+from poprisk_integrations.diagnostics.step_displacement import StepDisplacement
+from poprisk_integrations.diagnostics.window_layout import WindowLayout
+from poprisk_integrations.diagnostics.window_state import check_state, copy_state, state_misfit
+from poprisk_integrations.diagnostics.window_sums import ExactSums, SampledSums
+from poprisk_integrations.distributed import is_dtensor, local_tensor, mean_over_ranks
 
-__all__ = ["GradientWindow"]
+__all__ = ["GradientWindow", "window_fits"]
 
 
 class GradientWindow:
-    """Running sums A_l = sum_t g_t and Q_l = sum_t |g_t|^2 per tensor, for any optimizer.
+    """Running sums A_l = sum_t g_t and |g_t|^2 per tensor and step, for any optimizer.
 
-    One fp32 buffer per trained parameter, two passes over the gradients per step, no host sync
-    before the window closes. A step with a non-finite gradient (a skipped fp16 step) is left
-    out, decided on the device. Gradients are read, never written.
-
-    Call `add` once per optimizer step when the gradients are complete: averaged over
-    micro-batches and ranks, unscaled, and best unclipped.
+    Call `add` once per optimizer step, before the step, when the gradients are complete: averaged
+    over micro-batches and ranks, unscaled, and best unclipped (`scale` undoes both). Gradients
+    are read, never written. No host sync before the window closes, but for one reduction of L
+    numbers per step where tensors are sharded. A step with a non-finite gradient (a skipped fp16
+    step) is left out, decided on the device. Windows of one process, or of ranks in step, close
+    with F, its standard error and the population-risk decrease of the steps that were taken
+    (`core.WindowRatio`, `StepDisplacement`).
 
     Args:
         steps: Optimizer steps in a window, >= 2.
+        accumulator: "exact" keeps one fp32 buffer per trained parameter, 4 bytes each. "sample"
+            reads at most 65,536 fixed coordinates of each tensor (`CoordinateSample`), also for
+            |g_t|^2 and to tell whether a step is finite: a 7B model takes 300 MB with
+            `measure_risk`, 180 MB without, instead of 27 GB. "auto": exact while a process trains
+            at most 25 million parameters, where it costs 100 MB or less.
+        shard_group: Process group over which tensors that are no DTensors are sharded (FSDP1,
+            DeepSpeed ZeRO). A rank may hold an empty shard, or no gradient where others do.
+        measure_risk: Whether to measure the risk decrease, from the sampled coordinates with
+            either accumulator.
 
     Raises:
-        ValueError: If `steps` < 2.
+        ValueError: If `steps` < 2 or `accumulator` is unknown.
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(()))
@@ -38,15 +56,25 @@ class GradientWindow:
         (True, 4.0)
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(
+        self,
+        steps: int,
+        *,
+        accumulator: Literal["auto", "exact", "sample"] = "auto",
+        shard_group: Any = None,
+        measure_risk: bool = True,
+    ) -> None:
         if steps < 2:
             raise ValueError(f"Invalid steps: {steps}. A window needs at least 2 optimizer steps.")
+        if accumulator not in ("auto", "exact", "sample"):
+            raise ValueError(
+                f"Invalid accumulator: {accumulator!r}. Must be 'auto', 'exact' or 'sample'."
+            )
         self.steps = steps
-        self._params: list[Tensor] = []
-        self._seen = 0  # steps offered, finite or not: known on the host
-        self._counted: Tensor | None = None  # finite steps: known on the device only
-        self._sums: dict[int, Tensor] = {}  # position -> A_l, local shard, fp32
-        self._sq: dict[int, Tensor] = {}  # position -> Q_l of the local shard
+        self.accumulator = accumulator
+        self.measure_risk = measure_risk
+        self._shard_group = shard_group
+        self.reset()
 
     @property
     def is_full(self) -> bool:
@@ -54,86 +82,236 @@ class GradientWindow:
         return self._seen >= self.steps
 
     @torch.no_grad()
-    def add(self, params: Iterable[Tensor]) -> None:
-        """Take in the gradients of one optimizer step.
+    def add(
+        self,
+        params: Iterable[Tensor],
+        *,
+        grads: Sequence[Tensor | None] | None = None,
+        scale: float | Tensor = 1.0,
+    ) -> None:
+        """Take in the gradients of one optimizer step, before the step.
 
         Args:
             params: The optimizer's parameters, in the same order at each call. Those without a
                 gradient contribute zero.
+            grads: Their gradients, one for each or None; None for `.grad` of the parameters that
+                require one.
+            scale: Multiplies all gradients of this step: a number, or 0-dim on their device.
+
+        Raises:
+            ValueError: If the parameters have changed in the middle of a window, if their number
+                is not that of `grads`, or if a loaded state does not fit them.
         """
-        self._params = [p for p in params if p.requires_grad]
+        tensors, gradients = _columns(params, grads)
+        layout = self._layout_of(tensors) if tensors else None
         self._seen += 1
-        positions = [i for i, p in enumerate(self._params) if p.grad is not None]
-        grads = [local_tensor(self._params[i].grad).detach() for i in positions]  # type: ignore[arg-type]
-        if not grads:
+        if layout is None or (self._shard_group is None and all(g is None for g in gradients)):
             return
-        sq = torch.stack([n.float().square() for n in torch._foreach_norm(grads)])
-        # The same verdict on all shards: the sum of the squares over them is finite or not.
-        total = sum_over_shards(sq, [self._params[i] for i in positions]).sum()
-        finite = torch.isfinite(total)
-        zero = sq.new_zeros(())
-        self._counted = (zero if self._counted is None else self._counted.to(sq.device)) + finite
-        for column, (i, grad) in enumerate(zip(positions, grads, strict=True)):
-            if i not in self._sums:
-                self._sums[i] = torch.zeros_like(grad, dtype=torch.float32)
-                self._sq[i] = zero
-            elif self._sums[i].device != grad.device:  # a loaded window comes on the CPU
-                self._sums[i] = self._sums[i].to(grad.device)
-                self._sq[i] = self._sq[i].to(grad.device)
-            self._sums[i] += torch.where(finite, grad, zero.to(grad.dtype))
-            self._sq[i] = self._sq[i] + torch.where(finite, sq[column], zero)
+        assert self._sums is not None
+        read = [None if g is None else local_tensor(g) for g in gradients]
+        scale = _plain_scale(scale, layout.on_host)
+        sampled = self._sampled
+        if sampled is not None:
+            layout.sample.read(read, sampled)
+            if isinstance(scale, Tensor) or scale != 1.0:
+                sampled.flat.mul_(scale)
+        row = self._sums.norm_sq(read, sampled, scale)
+        if layout.is_sharded:  # the same verdict on all shards: the total is finite or not
+            row = layout.sum(row)
+        self._norms.append(row)
+        total = row.sum()
+        if not layout.on_host:
+            self._sums.add_(read, sampled, scale, torch.isfinite(total))
+        elif math.isfinite(total):
+            self._sums.add_(read, sampled, scale, None)
+        if self._displacement is not None:
+            assert sampled is not None
+            weights = [local_tensor(p) for p in tensors]
+            self._displacement.add(weights, sampled, on_host=layout.on_host)
 
     @torch.no_grad()
     def close(self) -> WindowRatio | None:
-        """End the window: reduce over shards and ranks, return F, start afresh.
+        """End the window: reduce over shards and ranks, return what was measured, start afresh.
 
         One host sync. All ranks get the same bits, so all decide alike.
 
         Returns:
-            The window's F, or None where fewer than two finite steps were seen.
+            F and the rest, or None where fewer than two finite steps were seen.
         """
-        positions = sorted(self._sums)
-        counted = self._counted
-        sums, sq = self._sums, self._sq
-        params = [self._params[i] for i in positions]
-        self.reset()
-        if counted is None:
-            return None
-        local = torch.stack(
-            [
-                torch.stack([sums[i].square().sum() for i in positions]),
-                torch.stack([sq[i] for i in positions]),
-                torch.tensor([float(p.numel()) for p in params], device=counted.device),
-            ]
+        layout, sums, norms, displacement = (
+            self._layout,
+            self._sums,
+            self._norms,
+            self._displacement,
         )
-        local[:2] = sum_over_shards(local[:2].contiguous(), params)
-        host = mean_over_ranks(torch.cat([local.flatten(), counted.reshape(1)])).double().cpu()
-        steps = round(float(host[-1]))
+        if layout is None or sums is None or not norms:
+            self._start_window()
+            return None
+        blocks = [torch.stack(norms), layout.sum(sums.norm_sq_of_sum())[None]]
+        if displacement is not None:
+            moved = layout.max(torch.stack(displacement.moved))
+            blocks += [layout.sum(torch.stack(displacement.products)), moved]
+        flat = mean_over_ranks(torch.cat([block.flatten() for block in blocks])).double().cpu()
+        parts = flat.split_with_sizes([block.numel() for block in blocks])
+        host = [part.view(block.shape) for part, block in zip(parts, blocks, strict=True)]
+        self._start_window()
+        is_finite = host[0].sum(1).isfinite()
+        steps = int(is_finite.sum())
         if steps < 2:
             return None
-        norm_sq_of_sum, sum_of_norm_sq, numel = host[:-1].reshape(3, -1)
-        return window_signal_ratio(norm_sq_of_sum, sum_of_norm_sq, numel, steps)
+        scale = layout.numel / sums.measured.clamp(min=1)
+        norm_sq = host[0][is_finite] * scale
+        result = window_signal_ratio(
+            host[1][0] * scale, norm_sq.sum(0), layout.numel, steps, norm_sq=norm_sq
+        )
+        if displacement is None:
+            return result
+        per_step = (host[2] * (layout.numel / layout.sampled.clamp(min=1))).sum(1)
+        # A step that was not applied says nothing about the direction of those that were.
+        counts = is_finite & per_step.isfinite() & (host[3] > 0)
+        mean, error = mean_standard_error(per_step[counts])
+        return replace(result, risk_decrease=mean, risk_decrease_se=error)
 
     def reset(self) -> None:
-        """Forget the unfinished window."""
-        self._seen = 0
-        self._counted = None
-        self._sums = {}
-        self._sq = {}
+        """Forget the unfinished window, and the weights of the last step."""
+        self._seen = 0  # steps offered, finite or not: known on the host
+        self._norms: list[Tensor] = []  # per counted or non-finite step |g_t,l|^2, shape (L,)
+        self._layout: WindowLayout | None = None
+        self._sums: ExactSums | SampledSums | None = None
+        self._sampled: FlatVector | None = None
+        self._displacement: StepDisplacement | None = None
+        self._loaded: dict[str, Any] | None = None  # waits for the tensors that it belongs to
 
     def state_dict(self) -> dict[str, Any]:
-        """The unfinished window: numbers and tensors (A_l of the local shards), by position."""
-        return {
-            "seen": self._seen,
-            "counted": None if self._counted is None else self._counted.clone(),
-            "sums": {str(i): t.clone() for i, t in self._sums.items()},
-            "sq": {str(i): t.clone() for i, t in self._sq.items()},
-        }
+        """The unfinished window and the last weights: numbers, strings and tensors.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue an unfinished window; tensors move to the gradients' device when needed."""
+        Of sharded tensors it holds the local shards' part.
+        """
+        if self._loaded is not None:
+            return copy_state(self._loaded)
+        displacement = self._displacement
+        state: dict[str, Any] = {
+            "accumulator": self.accumulator if self._layout is None else self._layout.accumulator,
+            "seen": self._seen,
+            "counted": None,
+            "sums": {},
+            "norms": None,
+            "previous": {},
+            "products": None,
+            "moved": None,
+        }
+        if self._sums is not None and self._norms:
+            state["sums"] = self._sums.state()
+            state["norms"] = torch.stack(self._norms)
+            state["counted"] = state["norms"].sum(1).isfinite().sum()
+        if displacement is not None and displacement.previous is not None:
+            state["previous"] = {str(i): t.clone() for i, t in enumerate(displacement.previous)}
+            if displacement.products:
+                state["products"] = torch.stack(displacement.products)
+                state["moved"] = torch.stack(displacement.moved)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue an unfinished window; tensors move to their parameters' device.
+
+        The tensors are compared with the parameters at the next `add`; `window_fits` asks before.
+
+        Raises:
+            ValueError: If the state is of another accumulator or of an older version.
+        """
+        check_state(state_dict)
+        saved, wanted = state_dict["accumulator"], self.accumulator
+        if "auto" not in (saved, wanted) and saved != wanted:
+            raise ValueError(f"The state is of accumulator={saved!r}, the window has {wanted!r}.")
+        self.reset()
+        self._loaded = copy_state(state_dict)
         self._seen = int(state_dict["seen"])
-        counted = state_dict["counted"]
-        self._counted = None if counted is None else counted.clone()
-        self._sums = {int(i): t.clone() for i, t in state_dict["sums"].items()}
-        self._sq = {int(i): t.clone() for i, t in state_dict["sq"].items()}
+
+    def _start_window(self) -> None:
+        self._seen = 0
+        self._norms = []
+        if self._layout is not None:
+            assert self._sums is not None
+            self._sums.zero_()
+        if self._displacement is not None:
+            self._displacement.start_window()
+
+    def _layout_of(self, tensors: Sequence[Tensor]) -> WindowLayout:
+        if self._layout is not None and self._layout.is_of(tensors):
+            return self._layout
+        if self._layout is not None and self._seen:
+            raise ValueError("The parameters have changed within a window; call reset() first.")
+        layout = WindowLayout(tensors, self.accumulator, self._shard_group)
+        loaded, seen = self._loaded, self._seen
+        if loaded is not None and (misfit := state_misfit(loaded, layout)):
+            raise ValueError(f"The state of the window does not fit: {misfit}.")
+        self.reset()
+        self._layout, self._seen = layout, seen
+        is_exact = layout.accumulator == "exact"
+        self._sums = ExactSums(layout) if is_exact else SampledSums(layout)
+        if self.measure_risk:
+            self._displacement = StepDisplacement(layout.sample)
+        if self.measure_risk or not is_exact:
+            self._sampled = layout.sample.zeros()
+        if loaded is not None:
+            self._take(loaded, layout)
+        return layout
+
+    def _take(self, state: Mapping[str, Any], layout: WindowLayout) -> None:
+        assert self._sums is not None
+        self._sums.load(state["sums"])
+        rows = 0
+        if state["norms"] is not None:
+            self._norms = list(state["norms"].to(layout.device).unbind())
+            rows = len(self._norms)
+        displacement = self._displacement
+        if displacement is None:
+            return
+        if state["previous"]:
+            displacement.previous = [state["previous"][str(i)] for i in range(len(layout.tensors))]
+        if state["products"] is not None:
+            displacement.products = list(state["products"].to(layout.device).unbind())
+            displacement.moved = list(state["moved"].to(layout.device).unbind())
+        else:  # the saved window did not measure it
+            displacement.start_window(rows)
+
+
+def window_fits(
+    state_dict: Mapping[str, Any], params: Iterable[Tensor], shard_group: Any = None
+) -> bool:
+    """Whether a window's state belongs to parameters of these shapes.
+
+    Args:
+        state_dict: From `GradientWindow.state_dict`.
+        params: As in `GradientWindow.add`.
+        shard_group: As in `GradientWindow`; all of its ranks must call.
+    """
+    try:
+        check_state(state_dict)
+    except ValueError:
+        return False
+    tensors = _columns(params, None)[0]
+    if not tensors:
+        return not state_dict["sums"]
+    layout = WindowLayout(tensors, state_dict["accumulator"], shard_group)
+    return state_misfit(state_dict, layout) is None
+
+
+def _columns(
+    params: Iterable[Tensor], grads: Sequence[Tensor | None] | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    if grads is None:
+        tensors = [p for p in params if p.requires_grad]
+        return tensors, [p.grad for p in tensors]
+    tensors = list(params)
+    if len(grads) != len(tensors):
+        raise ValueError(f"Invalid grads: {len(grads)} for {len(tensors)} parameters.")
+    return tensors, list(grads)
+
+
+def _plain_scale(scale: float | Tensor, on_host: bool) -> float | Tensor:
+    if not isinstance(scale, Tensor):
+        return scale
+    if is_dtensor(scale):
+        scale = scale.full_tensor()  # type: ignore[attr-defined]
+    return float(scale) if on_host else scale.to(torch.float32)  # type: ignore[union-attr]

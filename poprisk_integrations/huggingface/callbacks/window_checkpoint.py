@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poprisk_integrations.diagnostics import GradientWindow
+from poprisk_integrations.diagnostics import GradientWindow, window_fits
 
 __all__ = ["WINDOW_FILE", "load_window", "save_window"]
 
@@ -24,15 +24,18 @@ def save_window(window: GradientWindow, directory: str, step: int) -> None:
         step: Optimizer steps so far.
     """
     state = window.state_dict()
-    tensors = {f"sums.{i}": t for i, t in state["sums"].items()}
-    tensors |= {f"sq.{i}": t for i, t in state["sq"].items()}
-    if state["counted"] is not None:
-        tensors["counted"] = state["counted"]
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    for key in ("sums", "previous"):
+        tensors |= {f"{key}.{i}": t for i, t in state[key].items()}
     path = os.path.join(directory, WINDOW_FILE)
     save_file(
         {name: t.contiguous() for name, t in tensors.items()},
         f"{path}.tmp",
-        metadata={"seen": str(state["seen"]), "step": str(step)},
+        metadata={
+            "accumulator": state["accumulator"],
+            "seen": str(state["seen"]),
+            "step": str(step),
+        },
     )
     os.replace(f"{path}.tmp", path)
 
@@ -43,7 +46,7 @@ def load_window(directory: str, step: int, params: Sequence[Tensor]) -> dict[str
     Args:
         directory: The checkpoint's directory.
         step: Optimizer steps of the checkpoint.
-        params: The optimizer's parameters: shapes must match, and tensors go to their devices.
+        params: The optimizer's parameters: shapes must match.
     """
     path = os.path.join(directory, WINDOW_FILE)
     if not os.path.isfile(path):
@@ -53,21 +56,17 @@ def load_window(directory: str, step: int, params: Sequence[Tensor]) -> dict[str
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable)
     if metadata.get("step") != str(step):
         return None
-    trained = [p for p in params if p.requires_grad]
-    state: dict[str, Any] = {"seen": int(metadata["seen"]), "sums": {}, "sq": {}, "counted": None}
+    state: dict[str, Any] = {
+        "accumulator": metadata.get("accumulator"),
+        "seen": int(metadata["seen"]),
+        **dict.fromkeys(("counted", "norms", "products", "moved")),
+        "sums": {},
+        "previous": {},
+    }
     for name, tensor in tensors.items():
-        kind, _, position = name.partition(".")
-        if kind == "counted":
-            state["counted"] = _to_device_of(trained, tensor)
-            continue
-        if int(position) >= len(trained):
-            return None
-        param = trained[int(position)]
-        if kind == "sums" and tensor.shape != param.shape:
-            return None
-        state[kind][position] = tensor.to(param.device)
-    return state
-
-
-def _to_device_of(params: Sequence[Tensor], tensor: Tensor) -> Tensor:
-    return tensor.to(params[0].device) if params else tensor
+        key, _, position = name.partition(".")
+        if position:
+            state.setdefault(key, {})[position] = tensor
+        else:
+            state[key] = tensor
+    return state if window_fits(state, params) else None

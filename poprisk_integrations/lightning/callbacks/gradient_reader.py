@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poprisk_integrations.diagnostics import GradientWindow
+from poprisk_integrations.diagnostics import GradientWindow, window_fits
 from poprisk_integrations.distributed import is_dtensor
 
 __all__ = ["GradientReader"]
@@ -78,10 +78,8 @@ class GradientReader:
         """
         if self.is_sharded:
             return "windows of sharded gradients are not in the checkpoint"
-        shapes = [p.shape for p in self._params]
-        for position, tensor in (state_dict or {"sums": {}})["sums"].items():
-            if int(position) >= len(shapes) or tensor.shape != shapes[int(position)]:
-                return "the checkpoint's window does not fit the trained parameters"
+        if state_dict is not None and not window_fits(state_dict, self._params):
+            return "the checkpoint's window does not fit the trained parameters"
         if state_dict is not None:
             self.window.load_state_dict(state_dict)
         return None
@@ -94,15 +92,7 @@ class GradientReader:
         """
         self._handle.remove()
         state = self.state_dict()
-        if state is None:
-            return None
-        counted = state["counted"]
-        return {
-            "seen": state["seen"],
-            "counted": counted.cpu() if counted is not None else None,
-            "sums": {i: t.cpu() for i, t in state["sums"].items()},
-            "sq": {i: t.cpu() for i, t in state["sq"].items()},
-        }
+        return None if state is None else _on_cpu(state)
 
     def _note_applied(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._was_applied = True
@@ -110,3 +100,9 @@ class GradientReader:
 
 def _trained_parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _on_cpu(v) for key, v in value.items()}
+    return value.cpu() if isinstance(value, Tensor) else value

@@ -1,0 +1,143 @@
+"""The sums A_l = sum_t g_t of a window: of all coordinates, or of the sampled ones."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from poprisk_integrations.diagnostics.coordinate_sample import FlatVector
+from poprisk_integrations.diagnostics.window_layout import WindowLayout
+
+__all__ = ["ExactSums", "SampledSums"]
+
+
+class ExactSums:
+    """One fp32 buffer per tensor, made when its first gradient comes.
+
+    Args:
+        layout: The tensors.
+    """
+
+    def __init__(self, layout: WindowLayout) -> None:
+        self._layout = layout
+        self.measured = layout.numel
+        self._sums: dict[int, Tensor] = {}
+        self._zero = torch.zeros((), device=layout.device)
+
+    def norm_sq(
+        self, grads: Sequence[Tensor | None], sampled: FlatVector | None, scale: float | Tensor
+    ) -> Tensor:
+        """|g_l|^2 of the local shards, shape (L,), fp32."""
+        present = [g for g in grads if g is not None]
+        if not present:
+            return self._zero.expand(len(grads))
+        norms = list(torch._foreach_norm(present, 2, torch.float32))
+        if len(present) < len(grads):
+            found = iter(norms)
+            norms = [self._zero if g is None else next(found) for g in grads]
+        row = torch.stack(norms)
+        if isinstance(scale, Tensor) or scale != 1.0:
+            row.mul_(scale)
+        return row.square_()
+
+    def add_(
+        self,
+        grads: Sequence[Tensor | None],
+        sampled: FlatVector | None,
+        scale: float | Tensor,
+        keep: Tensor | None,
+    ) -> None:
+        """A_l += scale g_l.
+
+        Args:
+            grads: Local shards.
+            sampled: Ignored.
+            scale: A number where values may be looked at.
+            keep: 0-dim bool on the device; False adds nothing. None adds.
+        """
+        present = [(i, g) for i, g in enumerate(grads) if g is not None]
+        for i, grad in present:
+            if i not in self._sums:
+                self._sums[i] = torch.zeros_like(grad, dtype=torch.float32)
+        sums = [self._sums[i] for i, _ in present]
+        if keep is None:
+            assert not isinstance(scale, Tensor)
+            if sums:
+                torch._foreach_add_(sums, [g for _, g in present], alpha=scale)
+            return
+        for total, (_, grad) in zip(sums, present, strict=True):
+            # A factor of 0 would not do: NaN * 0 is NaN.
+            kept = torch.where(keep, grad, self._zero.to(grad.dtype))
+            if isinstance(scale, Tensor):
+                total.addcmul_(kept, scale)
+            else:
+                total.add_(kept, alpha=scale)
+
+    def norm_sq_of_sum(self) -> Tensor:
+        """|A_l|^2 of the local shards, shape (L,)."""
+        sums = [self._sums.get(i, self._zero) for i in range(len(self._layout.tensors))]
+        return torch.stack(torch._foreach_norm(sums)).square()
+
+    def zero_(self) -> None:
+        """Start afresh in the same buffers."""
+        if self._sums:
+            torch._foreach_zero_(list(self._sums.values()))
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the sums, by position."""
+        return {str(i): t.clone() for i, t in self._sums.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take copies of saved sums."""
+        for i, tensor in state.items():
+            like = self._layout.locals[int(i)]  # its memory layout makes the next sums bitwise
+            self._sums[int(i)] = torch.zeros_like(like, dtype=torch.float32).copy_(tensor)
+
+
+class SampledSums:
+    """One flat fp32 vector over the sampled coordinates of all tensors.
+
+    Args:
+        layout: The tensors and the sample.
+    """
+
+    def __init__(self, layout: WindowLayout) -> None:
+        self.measured = layout.sampled
+        self._sums = layout.sample.zeros()
+        self._zero = torch.zeros((), device=layout.device)
+
+    def norm_sq(
+        self, grads: Sequence[Tensor | None], sampled: FlatVector | None, scale: float | Tensor
+    ) -> Tensor:
+        """|g_l|^2 over the sampled coordinates; `sampled` holds them scaled already."""
+        assert sampled is not None
+        return torch.stack(torch._foreach_norm(sampled.parts)).square_()
+
+    def add_(
+        self,
+        grads: Sequence[Tensor | None],
+        sampled: FlatVector | None,
+        scale: float | Tensor,
+        keep: Tensor | None,
+    ) -> None:
+        """A_l += g_l, both over the sampled coordinates; arguments as in `ExactSums.add_`."""
+        assert sampled is not None
+        flat = sampled.flat
+        self._sums.flat.add_(flat if keep is None else torch.where(keep, flat, self._zero))
+
+    def norm_sq_of_sum(self) -> Tensor:
+        """|A_l|^2 over the sampled coordinates, shape (L,)."""
+        return torch.stack(torch._foreach_norm(self._sums.parts)).square()
+
+    def zero_(self) -> None:
+        """Start afresh in the same buffer."""
+        self._sums.flat.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the sums, by position."""
+        return {str(i): t.clone() for i, t in enumerate(self._sums.parts)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take copies of saved sums."""
+        for i, tensor in state.items():
+            self._sums.parts[int(i)].copy_(tensor)
