@@ -13,9 +13,10 @@ from poprisk_integrations.core.window import WindowRatio, window_signal_ratio
 from poprisk_integrations.diagnostics.coordinate_sample import FlatVector
 from poprisk_integrations.diagnostics.step_displacement import StepDisplacement
 from poprisk_integrations.diagnostics.window_layout import WindowLayout
+from poprisk_integrations.diagnostics.window_rows import StepRows
 from poprisk_integrations.diagnostics.window_state import check_state, copy_state, state_misfit
 from poprisk_integrations.diagnostics.window_sums import ExactSums, SampledSums
-from poprisk_integrations.distributed import is_dtensor, local_tensor, mean_over_ranks
+from poprisk_integrations.distributed import is_dtensor, mean_over_ranks
 
 __all__ = ["GradientWindow", "window_fits"]
 
@@ -108,26 +109,26 @@ class GradientWindow:
         if layout is None or (self._shard_group is None and all(g is None for g in gradients)):
             return
         assert self._sums is not None
-        read = [None if g is None else local_tensor(g) for g in gradients]
+        assert self._norm_sq is not None
+        read = layout.to_locals(gradients)
         scale = _plain_scale(scale, layout.on_host)
         sampled = self._sampled
         if sampled is not None:
             layout.sample.read(read, sampled)
             if isinstance(scale, Tensor) or scale != 1.0:
                 sampled.flat.mul_(scale)
-        row = self._sums.norm_sq(read, sampled, scale)
+        row = self._norm_sq.row(self._sums.norms(read, sampled))
+        row = _squared(row, 1.0 if self._sums.norms_are_scaled else scale)
         if layout.is_sharded:  # the same verdict on all shards: the total is finite or not
-            row = layout.sum(row)
-        self._norms.append(row)
-        total = row.sum()
-        if not layout.on_host:
-            self._sums.add_(read, sampled, scale, torch.isfinite(total))
-        elif math.isfinite(total):
+            row = layout.sum_row(row)
+        self._norm_sq.append(row)
+        if not isinstance(row, list):
+            self._sums.add_(read, sampled, scale, torch.isfinite(row.sum()))
+        elif math.isfinite(sum(row)):
             self._sums.add_(read, sampled, scale, None)
         if self._displacement is not None:
             assert sampled is not None
-            weights = [local_tensor(p) for p in tensors]
-            self._displacement.add(weights, sampled, on_host=layout.on_host)
+            self._displacement.add(layout.to_locals(tensors), sampled)
 
     @torch.no_grad()
     def close(self) -> WindowRatio | None:
@@ -138,19 +139,19 @@ class GradientWindow:
         Returns:
             F and the rest, or None where fewer than two finite steps were seen.
         """
-        layout, sums, norms, displacement = (
+        layout, sums, rows, displacement = (
             self._layout,
             self._sums,
-            self._norms,
+            self._norm_sq,
             self._displacement,
         )
-        if layout is None or sums is None or not norms:
+        if layout is None or sums is None or not rows:
             self._start_window()
             return None
-        blocks = [torch.stack(norms), layout.sum(sums.norm_sq_of_sum())[None]]
+        blocks = [rows.stacked(), layout.sum(sums.norms_of_sum().square())[None]]
         if displacement is not None:
-            moved = layout.max(torch.stack(displacement.moved))
-            blocks += [layout.sum(torch.stack(displacement.products)), moved]
+            products = displacement.rows.stacked()
+            blocks += [layout.sum(products[:, :-1].contiguous()), layout.max(products[:, -1:])]
         flat = mean_over_ranks(torch.cat([block.flatten() for block in blocks])).double().cpu()
         parts = flat.split_with_sizes([block.numel() for block in blocks])
         host = [part.view(block.shape) for part, block in zip(parts, blocks, strict=True)]
@@ -168,14 +169,14 @@ class GradientWindow:
             return result
         per_step = (host[2] * (layout.numel / layout.sampled.clamp(min=1))).sum(1)
         # A step that was not applied says nothing about the direction of those that were.
-        counts = is_finite & per_step.isfinite() & (host[3] > 0)
+        counts = is_finite & per_step.isfinite() & (host[3][:, 0] > 0)
         mean, error = mean_standard_error(per_step[counts])
         return replace(result, risk_decrease=mean, risk_decrease_se=error)
 
     def reset(self) -> None:
         """Forget the unfinished window, and the weights of the last step."""
         self._seen = 0  # steps offered, finite or not: known on the host
-        self._norms: list[Tensor] = []  # per counted or non-finite step |g_t,l|^2, shape (L,)
+        self._norm_sq: StepRows | None = None  # |g_t,l|^2 of every step, finite or not
         self._layout: WindowLayout | None = None
         self._sums: ExactSums | SampledSums | None = None
         self._sampled: FlatVector | None = None
@@ -195,20 +196,18 @@ class GradientWindow:
             "seen": self._seen,
             "counted": None,
             "sums": {},
-            "norms": None,
+            "norm_sq": None,
             "previous": {},
             "products": None,
-            "moved": None,
         }
-        if self._sums is not None and self._norms:
+        if self._sums is not None and self._norm_sq:
             state["sums"] = self._sums.state()
-            state["norms"] = torch.stack(self._norms)
-            state["counted"] = state["norms"].sum(1).isfinite().sum()
+            state["norm_sq"] = self._norm_sq.stacked()
+            state["counted"] = state["norm_sq"].sum(1).isfinite().sum()
         if displacement is not None and displacement.previous is not None:
             state["previous"] = {str(i): t.clone() for i, t in enumerate(displacement.previous)}
-            if displacement.products:
-                state["products"] = torch.stack(displacement.products)
-                state["moved"] = torch.stack(displacement.moved)
+            if displacement.rows:
+                state["products"] = displacement.rows.stacked()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -229,10 +228,9 @@ class GradientWindow:
 
     def _start_window(self) -> None:
         self._seen = 0
-        self._norms = []
-        if self._layout is not None:
-            assert self._sums is not None
+        if self._sums is not None and self._norm_sq is not None:
             self._sums.zero_()
+            self._norm_sq.load(None)
         if self._displacement is not None:
             self._displacement.start_window()
 
@@ -247,10 +245,11 @@ class GradientWindow:
             raise ValueError(f"The state of the window does not fit: {misfit}.")
         self.reset()
         self._layout, self._seen = layout, seen
+        self._norm_sq = StepRows(layout.device, layout.on_host)
         is_exact = layout.accumulator == "exact"
         self._sums = ExactSums(layout) if is_exact else SampledSums(layout)
         if self.measure_risk:
-            self._displacement = StepDisplacement(layout.sample)
+            self._displacement = StepDisplacement(layout)
         if self.measure_risk or not is_exact:
             self._sampled = layout.sample.zeros()
         if loaded is not None:
@@ -259,21 +258,18 @@ class GradientWindow:
 
     def _take(self, state: Mapping[str, Any], layout: WindowLayout) -> None:
         assert self._sums is not None
+        assert self._norm_sq is not None
         self._sums.load(state["sums"])
-        rows = 0
-        if state["norms"] is not None:
-            self._norms = list(state["norms"].to(layout.device).unbind())
-            rows = len(self._norms)
+        self._norm_sq.load(state["norm_sq"])
         displacement = self._displacement
         if displacement is None:
             return
         if state["previous"]:
-            displacement.previous = [state["previous"][str(i)] for i in range(len(layout.tensors))]
-        if state["products"] is not None:
-            displacement.products = list(state["products"].to(layout.device).unbind())
-            displacement.moved = list(state["moved"].to(layout.device).unbind())
-        else:  # the saved window did not measure it
-            displacement.start_window(rows)
+            displacement.previous = [state["previous"][str(i)] for i in range(len(layout.locals))]
+        if state["products"] is None:  # the saved window did not measure it
+            displacement.pad(len(self._norm_sq))
+        else:
+            displacement.rows.load(state["products"])
 
 
 def window_fits(
@@ -315,3 +311,10 @@ def _plain_scale(scale: float | Tensor, on_host: bool) -> float | Tensor:
     if is_dtensor(scale):
         scale = scale.full_tensor()  # type: ignore[attr-defined]
     return float(scale) if on_host else scale.to(torch.float32)  # type: ignore[union-attr]
+
+
+def _squared(row: Tensor | list[float], scale: float | Tensor) -> Tensor | list[float]:
+    if isinstance(row, Tensor):
+        return (row * scale).square_()
+    assert not isinstance(scale, Tensor)
+    return [(norm * scale) ** 2 for norm in row]

@@ -1,11 +1,14 @@
 """First-order decrease of the population risk along the steps that were really taken."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from poprisk_integrations.diagnostics.coordinate_sample import CoordinateSample, FlatVector
+from poprisk_integrations.diagnostics.coordinate_sample import FlatVector
+from poprisk_integrations.diagnostics.window_layout import WindowLayout
+from poprisk_integrations.diagnostics.window_rows import StepRows
 
 __all__ = ["StepDisplacement"]
 
@@ -23,17 +26,19 @@ class StepDisplacement:
     Only sampled coordinates are read; the sum is scaled up when the window closes.
 
     Args:
-        sample: Which coordinates.
+        layout: The tensors and the sample.
+
+    Attributes:
+        rows: Per step P_t,l over the sample, L numbers, and whether any weight had moved (> 0);
+            NaN without a step before.
     """
 
-    def __init__(self, sample: CoordinateSample) -> None:
-        self._sample = sample
-        self._before, self._now = sample.zeros(), sample.zeros()
+    def __init__(self, layout: WindowLayout) -> None:
+        self._sample, self._on_host = layout.sample, layout.on_host
+        self._before, self._now = layout.sample.zeros(), layout.sample.zeros()
         self._has_before = False
-        self._none = torch.full((len(sample.counts),), torch.nan, device=self._now.flat.device)
-        self._unmoved = torch.zeros((), device=self._none.device)
-        self.products: list[Tensor] = []  # per step P_t,l of the sample, NaN without a step before
-        self.moved: list[Tensor] = []  # per step 0-dim, > 0 if any weight had changed
+        self._columns = len(layout.locals) + 1
+        self.rows = StepRows(layout.device, layout.on_host)
 
     @property
     def previous(self) -> list[Tensor] | None:
@@ -41,41 +46,43 @@ class StepDisplacement:
         return self._before.parts if self._has_before else None
 
     @previous.setter
-    def previous(self, values: Sequence[Tensor] | None) -> None:
-        self._has_before = values is not None
-        if values is not None:
-            torch._foreach_copy_(self._before.parts, list(values))
+    def previous(self, values: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(self._before.parts, list(values))
+        self._has_before = True
 
-    def add(self, weights: Sequence[Tensor], grads: FlatVector, *, on_host: bool) -> None:
+    def add(self, weights: Sequence[Tensor], grads: FlatVector) -> None:
         """Multiply the displacement since the last call with fresh gradients.
 
         Args:
             weights: Local shards, before the optimizer's step.
             grads: Sampled gradients.
-            on_host: Whether values may be looked at without a device sync.
         """
         before, now = self._before, self._now
         self._sample.read(weights, now)
-        if not self._has_before:
-            self._has_before = True
-            self.products.append(self._none)
-            self.moved.append(self._unmoved)
-        else:
-            if on_host:  # ends at the first difference
-                moved = torch.tensor(float(not torch.equal(before.flat, now.flat)))
+        if self._has_before:
             before.flat.sub_(now.flat)
-            if not on_host:
-                moved = torch.dot(before.flat, before.flat)
-            pairs = zip(before.parts, grads.parts, strict=True)
-            self.products.append(torch.stack([torch.dot(d, g) for d, g in pairs]))
-            self.moved.append(moved)
+            products = [torch.dot(d, g) for d, g in zip(before.parts, grads.parts, strict=True)]
+            row = self.rows.row(products)
+            if not isinstance(row, list):
+                row = torch.cat([row, torch.dot(before.flat, before.flat)[None]])
+            else:  # products that are not all zero answer for free
+                row.append(float(any(row) or bool(before.flat.any())))
+            self.rows.append(row)
+        else:
+            self._has_before = True
+            self.pad(1)
         self._before, self._now = now, before
 
-    def start_window(self, unmeasured: int = 0) -> None:
-        """Forget the products, not the weights: the next displacement counts.
+    def pad(self, steps: int) -> None:
+        """Account for steps of which nothing is known."""
+        device = self._now.flat.device
+        for _ in range(steps):
+            self.rows.append(
+                [math.nan] * self._columns
+                if self._on_host
+                else torch.full((self._columns,), math.nan, device=device)
+            )
 
-        Args:
-            unmeasured: Steps of the window that have passed without this.
-        """
-        self.products = [self._none] * unmeasured
-        self.moved = [self._unmoved] * unmeasured
+    def start_window(self) -> None:
+        """Forget the products, not the weights: the next displacement counts."""
+        self.rows.load(None)

@@ -43,11 +43,13 @@ class WindowLayout:
 
     def __init__(self, tensors: Sequence[Tensor], accumulator: str, shard_group: Any) -> None:
         self.tensors = list(tensors)
+        self._ids = list(map(id, tensors))
         self.locals = [local_tensor(t) for t in tensors]
         self._shard_group = shard_group
         self.device = self.locals[0].device
         self.on_host = self.device.type == "cpu"
-        self.is_sharded = shard_group is not None or any(is_dtensor(t) for t in tensors)
+        self._has_dtensors = any(is_dtensor(t) for t in tensors)
+        self.is_sharded = shard_group is not None or self._has_dtensors
         largest = float(sum(t.numel() for t in self.locals))
         self.numel = self._over_shards([t.numel() for t in self.locals])
         if self.is_sharded:
@@ -61,13 +63,23 @@ class WindowLayout:
 
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the very tensors."""
-        return len(tensors) == len(self.tensors) and all(
-            a is b for a, b in zip(tensors, self.tensors, strict=True)
-        )
+        return list(map(id, tensors)) == self._ids
+
+    def to_locals(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Local shards of tensors or gradients, one per column."""
+        if not self._has_dtensors:
+            return values
+        return [None if v is None else local_tensor(v) for v in values]
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum columns (last dimension) over shards."""
         return sum_over_shards(values, self.tensors, self._shard_group)
+
+    def sum_row(self, row: Tensor | list[float]) -> Tensor | list[float]:
+        """The same for one row of a step, floats on the host."""
+        if isinstance(row, Tensor):
+            return self.sum(row)
+        return self.sum(torch.tensor(row, dtype=torch.float64)).tolist()
 
     def max(self, values: Tensor) -> Tensor:
         """Elementwise maximum over all shards of all tensors."""

@@ -9,7 +9,7 @@ from poprisk_integrations.diagnostics.window_layout import WindowLayout
 
 __all__ = ["check_state", "copy_state", "state_misfit"]
 
-KEYS = {"accumulator", "seen", "counted", "sums", "norms", "previous", "products", "moved"}
+KEYS = {"accumulator", "seen", "counted", "sums", "norm_sq", "previous", "products"}
 
 
 def check_state(state_dict: Mapping[str, Any]) -> None:
@@ -40,9 +40,9 @@ def state_misfit(state_dict: Mapping[str, Any], layout: WindowLayout) -> str | N
     saved, columns = state_dict["accumulator"], len(layout.locals)
     if saved not in ("auto", layout.accumulator):
         return f"it is of accumulator={saved!r}, the window has {layout.accumulator!r}"
-    norms = state_dict["norms"]
-    if norms is not None and norms.shape[1] != columns:
-        return f"it is of {norms.shape[1]} tensors, here are {columns}"
+    norm_sq = state_dict["norm_sq"]
+    if norm_sq is not None and norm_sq.shape[1] != columns:
+        return f"it is of {norm_sq.shape[1]} tensors, here are {columns}"
     sampled = [(count,) for count in layout.sample.counts]
     whole = [tuple(t.shape) for t in layout.locals]
     shapes = {"sums": whole if layout.accumulator == "exact" else sampled, "previous": sampled}

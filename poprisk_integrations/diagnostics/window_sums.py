@@ -16,7 +16,13 @@ class ExactSums:
 
     Args:
         layout: The tensors.
+
+    Attributes:
+        measured: Coordinates behind each number, over all shards.
+        norms_are_scaled: Whether `norms` has seen the scale.
     """
+
+    norms_are_scaled = False
 
     def __init__(self, layout: WindowLayout) -> None:
         self._layout = layout
@@ -24,21 +30,13 @@ class ExactSums:
         self._sums: dict[int, Tensor] = {}
         self._zero = torch.zeros((), device=layout.device)
 
-    def norm_sq(
-        self, grads: Sequence[Tensor | None], sampled: FlatVector | None, scale: float | Tensor
-    ) -> Tensor:
-        """|g_l|^2 of the local shards, shape (L,), fp32."""
+    def norms(self, grads: Sequence[Tensor | None], sampled: FlatVector | None) -> list[Tensor]:
+        """|g_l| of the local shards before scaling, L 0-dim tensors, fp32."""
         present = [g for g in grads if g is not None]
-        if not present:
-            return self._zero.expand(len(grads))
-        norms = list(torch._foreach_norm(present, 2, torch.float32))
-        if len(present) < len(grads):
-            found = iter(norms)
-            norms = [self._zero if g is None else next(found) for g in grads]
-        row = torch.stack(norms)
-        if isinstance(scale, Tensor) or scale != 1.0:
-            row.mul_(scale)
-        return row.square_()
+        if len(present) == len(grads):
+            return list(torch._foreach_norm(present, 2, torch.float32))
+        found = iter(torch._foreach_norm(present, 2, torch.float32) if present else ())
+        return [self._zero if g is None else next(found) for g in grads]
 
     def add_(
         self,
@@ -55,17 +53,17 @@ class ExactSums:
             scale: A number where values may be looked at.
             keep: 0-dim bool on the device; False adds nothing. None adds.
         """
-        present = [(i, g) for i, g in enumerate(grads) if g is not None]
-        for i, grad in present:
-            if i not in self._sums:
+        for i, grad in enumerate(grads):
+            if grad is not None and i not in self._sums:
                 self._sums[i] = torch.zeros_like(grad, dtype=torch.float32)
-        sums = [self._sums[i] for i, _ in present]
+        sums = [self._sums[i] for i, g in enumerate(grads) if g is not None]
+        present = [g for g in grads if g is not None]
         if keep is None:
             assert not isinstance(scale, Tensor)
             if sums:
-                torch._foreach_add_(sums, [g for _, g in present], alpha=scale)
+                torch._foreach_add_(sums, present, alpha=scale)
             return
-        for total, (_, grad) in zip(sums, present, strict=True):
+        for total, grad in zip(sums, present, strict=True):
             # A factor of 0 would not do: NaN * 0 is NaN.
             kept = torch.where(keep, grad, self._zero.to(grad.dtype))
             if isinstance(scale, Tensor):
@@ -73,10 +71,10 @@ class ExactSums:
             else:
                 total.add_(kept, alpha=scale)
 
-    def norm_sq_of_sum(self) -> Tensor:
-        """|A_l|^2 of the local shards, shape (L,)."""
+    def norms_of_sum(self) -> Tensor:
+        """|A_l| of the local shards, shape (L,)."""
         sums = [self._sums.get(i, self._zero) for i in range(len(self._layout.tensors))]
-        return torch.stack(torch._foreach_norm(sums)).square()
+        return torch.stack(torch._foreach_norm(sums))
 
     def zero_(self) -> None:
         """Start afresh in the same buffers."""
@@ -99,19 +97,23 @@ class SampledSums:
 
     Args:
         layout: The tensors and the sample.
+
+    Attributes:
+        measured: Coordinates behind each number, over all shards.
+        norms_are_scaled: Whether `norms` has seen the scale.
     """
+
+    norms_are_scaled = True
 
     def __init__(self, layout: WindowLayout) -> None:
         self.measured = layout.sampled
         self._sums = layout.sample.zeros()
         self._zero = torch.zeros((), device=layout.device)
 
-    def norm_sq(
-        self, grads: Sequence[Tensor | None], sampled: FlatVector | None, scale: float | Tensor
-    ) -> Tensor:
-        """|g_l|^2 over the sampled coordinates; `sampled` holds them scaled already."""
+    def norms(self, grads: Sequence[Tensor | None], sampled: FlatVector | None) -> list[Tensor]:
+        """|g_l| over the sampled coordinates, which hold it scaled."""
         assert sampled is not None
-        return torch.stack(torch._foreach_norm(sampled.parts)).square_()
+        return list(torch._foreach_norm(sampled.parts))
 
     def add_(
         self,
@@ -125,9 +127,9 @@ class SampledSums:
         flat = sampled.flat
         self._sums.flat.add_(flat if keep is None else torch.where(keep, flat, self._zero))
 
-    def norm_sq_of_sum(self) -> Tensor:
-        """|A_l|^2 over the sampled coordinates, shape (L,)."""
-        return torch.stack(torch._foreach_norm(self._sums.parts)).square()
+    def norms_of_sum(self) -> Tensor:
+        """|A_l| over the sampled coordinates, shape (L,)."""
+        return torch.stack(torch._foreach_norm(self._sums.parts))
 
     def zero_(self) -> None:
         """Start afresh in the same buffer."""

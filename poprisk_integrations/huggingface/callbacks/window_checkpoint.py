@@ -59,7 +59,7 @@ def load_window(directory: str, step: int, params: Sequence[Tensor]) -> dict[str
     state: dict[str, Any] = {
         "accumulator": metadata.get("accumulator"),
         "seen": int(metadata["seen"]),
-        **dict.fromkeys(("counted", "norms", "products", "moved")),
+        **dict.fromkeys(("counted", "norm_sq", "products")),
         "sums": {},
         "previous": {},
     }

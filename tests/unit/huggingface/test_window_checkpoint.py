@@ -51,4 +51,4 @@ def test_a_window_without_gradients_is_saved_too(tmp_path):
     window.add([torch.nn.Parameter(torch.zeros(2))])
     save_window(window, str(tmp_path), step=1)
     state = load_window(str(tmp_path), 1, _params())
-    assert (state["seen"], state["sums"], state["norms"]) == (1, {}, None)
+    assert (state["seen"], state["sums"], state["norm_sq"]) == (1, {}, None)
