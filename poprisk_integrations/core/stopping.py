@@ -11,14 +11,26 @@ __all__ = ["StoppingConfig", "StoppingDecision", "StoppingRule", "StoppingState"
 class StoppingConfig:
     """Settings of the rule.
 
+    The defaults were chosen on selection seeds of three tasks and frozen before the benchmark
+    (`recipes/benchmarks/early_stopping`).
+
     Args:
         kappa: Stop at this multiple of the onset time, >= 1. On reused data the criterion
             crosses at half the best time (quadratic loss, gradient flow), hence 2.
+        stretch: `kappa` grows with the fall of the gradient noise from its peak, up to this
+            factor, >= 1. Where examples are fitted without residue (clean labels), little noise
+            is left to memorise, and stopping early costs more than training on. 1 switches it
+            off.
         threshold: F below this is the onset, > 0.
+        confidence: F plus so many of its standard errors must be below the threshold, >= 0.
+            Above 0 it delays the stop of runs with few effective dimensions; 0 was best.
         arm_threshold: F must exceed this once before an onset counts, >= threshold. A run that
             starts at pure noise has learned nothing that it could forget. Fine-tuning of language
             models starts little above 1 (1.1 with windows of one epoch in `poprisk demo`), so the
             bar is low.
+        unarmed_windows: If no window ever armed the rule, the mean F of at least so many, plus
+            its standard error, below the threshold counts as an onset at the first of them. Steps
+            that overshoot make F < 1 from the start.
         rearm_threshold: F above this after the onset ...
         rearm_windows: ... for this many consecutive windows forgets the onset.
         min_steps: No stop before this many optimizer steps.
@@ -28,8 +40,11 @@ class StoppingConfig:
     """
 
     kappa: float = 2.0
+    stretch: float = 1.5
     threshold: float = 1.0
+    confidence: float = 0.0
     arm_threshold: float = 1.05
+    unarmed_windows: int = 3
     rearm_threshold: float = 1.3
     rearm_windows: int = 2
     min_steps: int = 0
@@ -37,8 +52,11 @@ class StoppingConfig:
     def __post_init__(self) -> None:
         checks = (
             ("kappa", self.kappa >= 1.0, ">= 1"),
+            ("stretch", self.stretch >= 1.0, ">= 1"),
             ("threshold", self.threshold > 0.0, "> 0"),
+            ("confidence", self.confidence >= 0.0, ">= 0"),
             ("arm_threshold", self.arm_threshold >= self.threshold, ">= threshold"),
+            ("unarmed_windows", self.unarmed_windows >= 2, ">= 2"),
             ("rearm_threshold", self.rearm_threshold >= self.threshold, ">= threshold"),
             ("rearm_windows", self.rearm_windows >= 1, ">= 1"),
             ("min_steps", self.min_steps >= 0, ">= 0"),
@@ -58,9 +76,16 @@ class StoppingState:
         windows: Windows seen.
         armed: Whether F has exceeded the arm threshold.
         signal_ratio: F of the last window.
-        onset_step: Optimizer step at which F first fell below the threshold.
-        onset_lr_sum: `lr_sum` at that step.
-        onset_ratio: F at that step.
+        window_end: `lr_sum` at the end of the last window.
+        window_middle: Training time in the middle of the last window; None before the first.
+        first_middle: The same of the first window.
+        mean_ratio: Mean F of the windows so far, while not armed.
+        mean_variance: Mean squared standard error of F over the same windows.
+        noise_peak: Largest noise of a window so far.
+        onset_step: Optimizer step at which F was first seen below the threshold.
+        onset_lr_sum: Training time at which F crossed the threshold, between two windows.
+        onset_ratio: F at the onset step.
+        onset_kappa: Multiple of the onset time at which the run stops.
         windows_above: Consecutive windows above the re-arm threshold since the onset.
         stop_step: Optimizer step of the stop; final once set.
         reason: One line about the last change of mind.
@@ -70,9 +95,16 @@ class StoppingState:
     windows: int = 0
     armed: bool = False
     signal_ratio: float | None = None
+    window_end: float = 0.0
+    window_middle: float | None = None
+    first_middle: float | None = None
+    mean_ratio: float = 0.0
+    mean_variance: float = 0.0
+    noise_peak: float = 0.0
     onset_step: int | None = None
     onset_lr_sum: float | None = None
     onset_ratio: float | None = None
+    onset_kappa: float | None = None
     windows_above: int = 0
     stop_step: int | None = None
     reason: str = "no window is complete yet"
@@ -97,9 +129,19 @@ class StoppingRule:
     """Stop at `kappa` times the moment when training gradients stopped carrying signal.
 
         armed    once F > arm_threshold
-        onset    first window with F < threshold, at training time tau_0 = sum of lr
-        stop     first step with tau >= kappa * tau_0
+        onset    first window of reused data with F + confidence * se < threshold; its time tau_0
+                 (a sum of learning rates) is where log F, put at the windows' middles, crosses
+                 log threshold. Never armed: see `unarmed_windows`
+        stop     first step with tau >= k tau_0,  k = kappa * clip(S_peak / S_onset, 1, stretch)
         re-arm   F > rearm_threshold for rearm_windows windows in a row forgets the onset
+
+    An onset needs data that have been seen before: in a first pass over the data no example can
+    have been memorised, and F < 1 there means that steps overshoot or that nothing is left to
+    learn. So the rule never stops training that sees each example once.
+
+    Where it must stay off: grokking and other delayed generalisation (memorising comes first,
+    the signal later; the stop falls between) and epoch-wise double descent. Sorted, packed,
+    re-weighted or curriculum data make batches that are not exchangeable, which F cannot see.
 
     Feed it the same numbers on every rank (reduce first): it knows no ranks, and its decision is
     a function of its state and input alone.
@@ -109,24 +151,37 @@ class StoppingRule:
 
     Example:
         >>> rule = StoppingRule(StoppingConfig(kappa=2.0))
-        >>> for step, ratio in enumerate([3.0, 0.8, 0.7, 0.6], start=1):
+        >>> for step, ratio in enumerate([2.0, 0.5, 0.4, 0.4], start=1):
         ...     decision = rule.update(step=step, lr=0.1, ratio=ratio)
         >>> decision.stop, rule.state.onset_step, rule.state.stop_step
-        (True, 2, 4)
+        (True, 2, 2)
     """
 
     def __init__(self, config: StoppingConfig | None = None) -> None:
         self.config = config if config is not None else StoppingConfig()
         self.state = StoppingState()
 
-    def update(self, *, step: int, lr: float, ratio: float | None = None) -> StoppingDecision:
+    def update(
+        self,
+        *,
+        step: int,
+        lr: float,
+        ratio: float | None = None,
+        ratio_se: float = 0.0,
+        noise: float = 0.0,
+        reused: bool = True,
+    ) -> StoppingDecision:
         """Account for one optimizer step, and for a window if one ended with it.
 
         Args:
             step: Optimizer steps so far, this one included.
-            lr: Learning rate of this step.
+            lr: Learning rate of this step, times the mean gate where the optimizer has one: only
+                an open gate lets time pass.
             ratio: F if a window ended at this step, else None. NaN (no noise measured) counts
                 as no window.
+            ratio_se: Its standard error.
+            noise: S of that window, summed over tensors; 0 if unknown.
+            reused: Whether the window's examples had been trained on before.
 
         Returns:
             The decision. Once `stop` is True it stays so.
@@ -134,9 +189,9 @@ class StoppingRule:
         before = self.state
         state = replace(before, lr_sum=before.lr_sum + lr)
         if ratio is not None and not math.isnan(ratio):
-            state = _after_window(self.config, state, step, ratio)
-        if state.stop_step is None and _is_due(self.config, state, step):
-            state = replace(state, stop_step=step, reason=_stop_reason(self.config, state, step))
+            state = _after_window(self.config, state, step, ratio, ratio_se, noise, reused)
+        if state.stop_step is None and _is_due(state, step, self.config):
+            state = replace(state, stop_step=step, reason=_stop_reason(state, step, self.config))
         self.state = state
         return StoppingDecision(
             stop=state.stop_step is not None,
@@ -152,9 +207,9 @@ class StoppingRule:
         state = self.state
         if state.stop_step is not None:
             return state.stop_step
-        if state.onset_lr_sum is None:
+        if state.onset_lr_sum is None or state.onset_kappa is None:
             return None
-        missing = self.config.kappa * state.onset_lr_sum - state.lr_sum
+        missing = state.onset_kappa * state.onset_lr_sum - state.lr_sum
         if missing > 0 and lr <= 0:
             return None
         # The sums are of floats: without the slack, rounding may add a step.
@@ -168,55 +223,112 @@ class StoppingRule:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; keys that an older version did not write keep their defaults."""
         known = {field.name for field in fields(StoppingState)}
-        self.state = StoppingState(**{k: v for k, v in state_dict.items() if k in known})
+        values = {k: v for k, v in state_dict.items() if k in known}
+        if values.get("onset_lr_sum") is not None:
+            values.setdefault("onset_kappa", self.config.kappa)
+        self.state = StoppingState(**values)
 
 
 def _after_window(
-    config: StoppingConfig, state: StoppingState, step: int, ratio: float
+    config: StoppingConfig,
+    before: StoppingState,
+    step: int,
+    ratio: float,
+    ratio_se: float,
+    noise: float,
+    reused: bool,
 ) -> StoppingState:
-    state = replace(state, windows=state.windows + 1, signal_ratio=ratio)
+    middle = (before.window_end + before.lr_sum) / 2
+    windows = before.windows + 1
+    state = replace(
+        before,
+        windows=windows,
+        signal_ratio=ratio,
+        window_end=before.lr_sum,
+        window_middle=middle,
+        noise_peak=max(before.noise_peak, noise),
+    )
+    if before.windows == 0:
+        state = replace(state, first_middle=middle)
+    if not before.armed:
+        state = replace(
+            state,
+            mean_ratio=before.mean_ratio + (ratio - before.mean_ratio) / windows,
+            mean_variance=before.mean_variance + (ratio_se**2 - before.mean_variance) / windows,
+        )
     if state.stop_step is not None:
         return state
     if state.onset_step is not None:
-        above = state.windows_above + 1 if ratio > config.rearm_threshold else 0
-        if above < config.rearm_windows:
-            return replace(state, windows_above=above)
-        return replace(
-            state,
-            onset_step=None,
-            onset_lr_sum=None,
-            onset_ratio=None,
-            windows_above=0,
-            reason=f"onset forgotten at step {step}: F = {ratio:.3g} is above "
-            f"{config.rearm_threshold:g} for {above} windows",
-        )
-    if state.armed and ratio < config.threshold and state.lr_sum > 0:
+        return _after_onset(config, state, step, ratio)
+    if not state.armed and ratio > config.arm_threshold:
+        return replace(state, armed=True, reason=f"armed at step {step}: F = {ratio:.3g}")
+    onset = _onset_time(config, before, state, ratio + config.confidence * ratio_se)
+    if onset is not None and onset > 0 and reused:
+        fall = state.noise_peak / noise if noise > 0 else 1.0
         return replace(
             state,
             onset_step=step,
-            onset_lr_sum=state.lr_sum,
+            onset_lr_sum=onset,
             onset_ratio=ratio,
+            onset_kappa=config.kappa * min(fall, config.stretch),
             windows_above=0,
             reason=f"onset at step {step}: F = {ratio:.3g} is below {config.threshold:g}",
         )
-    if not state.armed and ratio > config.arm_threshold:
-        return replace(state, armed=True, reason=f"armed at step {step}: F = {ratio:.3g}")
-    if not state.armed and state.windows == 1:
+    if not state.armed and windows == 1:
         return replace(state, reason=f"not armed: F = {ratio:.3g} at step {step}")
     return state
 
 
-def _is_due(config: StoppingConfig, state: StoppingState, step: int) -> bool:
-    if state.onset_lr_sum is None or step < config.min_steps:
+def _after_onset(
+    config: StoppingConfig, state: StoppingState, step: int, ratio: float
+) -> StoppingState:
+    above = state.windows_above + 1 if ratio > config.rearm_threshold else 0
+    if above < config.rearm_windows:
+        return replace(state, windows_above=above)
+    return replace(
+        state,
+        armed=True,
+        onset_step=None,
+        onset_lr_sum=None,
+        onset_ratio=None,
+        onset_kappa=None,
+        windows_above=0,
+        reason=f"onset forgotten at step {step}: F = {ratio:.3g} is above "
+        f"{config.rearm_threshold:g} for {above} windows",
+    )
+
+
+def _onset_time(
+    config: StoppingConfig, before: StoppingState, state: StoppingState, bound: float
+) -> float | None:
+    """Training time of the onset, or None if there is none in this window."""
+    if not state.armed:
+        # Independent windows; a correlation between them is what `unarmed_windows` is a guard for.
+        error = math.sqrt(state.mean_variance / state.windows)
+        is_low = state.mean_ratio + error < config.threshold
+        return state.first_middle if is_low and state.windows >= config.unarmed_windows else None
+    if bound >= config.threshold:
+        return None
+    middle, earlier, ratio = state.window_middle, before.window_middle, before.signal_ratio
+    assert middle is not None
+    if earlier is None or ratio is None or ratio <= config.threshold:
+        return middle
+    fall = math.log(ratio / config.threshold)
+    drop = math.log(config.threshold / max(bound, 1e-9 * config.threshold))
+    return earlier + (middle - earlier) * fall / (fall + drop)
+
+
+def _is_due(state: StoppingState, step: int, config: StoppingConfig) -> bool:
+    if state.onset_lr_sum is None or state.onset_kappa is None or step < config.min_steps:
         return False
     # Relative slack: kappa * sum and the longer sum round differently.
-    return state.lr_sum >= config.kappa * state.onset_lr_sum * (1 - 1e-9)
+    return state.lr_sum >= state.onset_kappa * state.onset_lr_sum * (1 - 1e-9)
 
 
-def _stop_reason(config: StoppingConfig, state: StoppingState, step: int) -> str:
+def _stop_reason(state: StoppingState, step: int, config: StoppingConfig) -> str:
     return (
         f"stopped at step {step}: the training gradients carry no more signal than noise since "
         f"step {state.onset_step} (F = {state.onset_ratio:.3g} < {config.threshold:g}), and "
-        f"{config.kappa:g} times that training time has passed; further training would mostly "
-        "memorise"
+        f"{state.onset_kappa:.3g} times that training time has passed; further training would "
+        "mostly memorise"
     )

@@ -7,20 +7,18 @@ from torch import Tensor
 
 from poprisk_integrations.optim._rounding import hash32
 
-__all__ = ["SAMPLED_COORDINATES", "CoordinateSample", "run_length", "sample_runs", "sampled_count"]
+__all__ = ["SAMPLED_COORDINATES", "CoordinateSample", "sample_coordinates", "sampled_count"]
 
 # Per tensor. A squared norm of m coordinates of a Gaussian has a relative spread of sqrt(2 / m),
 # 0.6 % here, which is below what a window of some hundred batches leaves of noise in F itself.
 SAMPLED_COORDINATES = 65_536
-
-_LONG_RUN = 16  # fp32 numbers of a cache line
 
 
 def sampled_count(local_numel: int, global_numel: int) -> int:
     """How many coordinates of a local shard are read.
 
     All of a tensor that has no more than `SAMPLED_COORDINATES`; of a larger one the shard's
-    share of that number, in whole runs, so that all shards together stay below it.
+    share of that number, so that all shards together stay below it.
 
     Example:
         >>> sampled_count(1000, 1000), sampled_count(10**6, 10**6), sampled_count(10**6, 4 * 10**6)
@@ -28,53 +26,37 @@ def sampled_count(local_numel: int, global_numel: int) -> int:
     """
     if global_numel <= SAMPLED_COORDINATES:
         return local_numel
-    share = SAMPLED_COORDINATES * local_numel // global_numel
-    return share - share % run_length(global_numel)
+    return SAMPLED_COORDINATES * local_numel // global_numel
 
 
-def run_length(global_numel: int) -> int:
-    """Neighbours that are read together: 16 of moderate tensors, 1 of large ones.
+def sample_coordinates(numel: int, count: int, position: int) -> Tensor | None:
+    """Stratified sample: one coordinate of each of `count` strata of equal size.
 
-    A gather of whole cache lines takes half the time. It is used where the sample holds an eighth
-    of the tensor or more, i.e. one run in each 128 coordinates: every row of a weight of that
-    width is still seen. In an embedding of many rows single coordinates reach more of them.
-    """
-    return _LONG_RUN if global_numel <= 8 * SAMPLED_COORDINATES else 1
-
-
-def sample_runs(numel: int, count: int, run: int, position: int) -> Tensor | None:
-    """Stratified sample: one run of coordinates in each of m strata of equal size.
-
-        n = numel / run, m = count / run      runs in the tensor and in the sample
-        stratum i = [i n / m, (i + 1) n / m)  rounded down at both ends
-        its run   = its start + hash(i, position) mod its size
-    Ascending, without repeats, each run as likely as any other; the hash keeps the sample out of
-    step with rows and columns. The same in every process and every run of a program. Up to
-    run - 1 coordinates at the end of a tensor are never read.
+        stratum i   = [i n / m, (i + 1) n / m), rounded down at both ends
+        coordinate  = its start + hash(i, position) mod its size
+    Ascending, without repeats, every coordinate as likely as any other; the hash keeps the
+    sample out of step with rows and columns. The same in every process and every run.
 
     Args:
-        numel: Coordinates of the tensor.
-        count: Coordinates to read, a multiple of `run`, or all.
-        run: From `run_length`.
+        numel: n, coordinates of the tensor.
+        count: m <= n.
         position: Place of the tensor in its list: tensors of one shape get different samples.
 
     Returns:
-        Shape (m,): run j holds the coordinates j * run to (j + 1) * run - 1. int32 where it can
-        hold n, else int64; None if all coordinates are taken.
+        Shape (m,), int32 where it can hold n, else int64; None if all coordinates are taken.
 
     Example:
-        >>> sample_runs(10, 10, 1, 0) is None, len(sample_runs(10, 4, 1, 0))
+        >>> sample_coordinates(10, 10, 0) is None, len(sample_coordinates(10, 4, 0))
         (True, 4)
     """
     if count >= numel:
         return None
-    runs, drawn = numel // run, count // run
-    dtype = torch.int32 if runs < 2**31 else torch.int64
-    if drawn == 0:
+    dtype = torch.int32 if numel < 2**31 else torch.int64
+    if count == 0:
         return torch.empty(0, dtype=dtype)
-    edges = torch.arange(drawn + 1) * runs // drawn
+    edges = torch.arange(count + 1) * numel // count
     key = hash32(torch.tensor(position, dtype=torch.int32))
-    draw = hash32(torch.arange(drawn, dtype=torch.int32) ^ key) & 0x7FFFFFFF
+    draw = hash32(torch.arange(count, dtype=torch.int32) ^ key) & 0x7FFFFFFF
     return (edges[:-1] + draw % edges.diff()).to(dtype)
 
 
@@ -94,12 +76,9 @@ class CoordinateSample:
         self._shapes = [t.shape for t in tensors]
         self._device = tensors[0].device
         indices = [
-            sample_runs(tensor.numel(), count, run_length(numel), position)
-            for position, (tensor, count, numel) in enumerate(
-                zip(tensors, self.counts, numels, strict=True)
-            )
+            sample_coordinates(tensor.numel(), count, position)
+            for position, (tensor, count) in enumerate(zip(tensors, self.counts, strict=True))
         ]
-        self._runs = [run_length(numel) for numel in numels]
         self._whole = [i for i, index in enumerate(indices) if index is None]
         self._drawn = [(i, x.to(self._device)) for i, x in enumerate(indices) if x is not None]
 
@@ -128,17 +107,10 @@ class CoordinateSample:
             tensor, part = tensors[i], out.parts[i]
             if tensor is None:
                 part.zero_()
+            elif tensor.dtype == part.dtype:
+                torch.index_select(tensor.reshape(-1), 0, index, out=part)
             else:
-                _gather(tensor.reshape(-1), index, self._runs[i], part)
-
-
-def _gather(flat: Tensor, index: Tensor, run: int, out: Tensor) -> None:
-    if run > 1:
-        flat, out = flat[: flat.numel() // run * run].view(-1, run), out.view(-1, run)
-    if flat.dtype == out.dtype:
-        torch.index_select(flat, 0, index, out=out)
-    else:
-        out.copy_(torch.index_select(flat, 0, index))
+                part.copy_(torch.index_select(tensor.reshape(-1), 0, index))
 
 
 class FlatVector:

@@ -1,0 +1,86 @@
+"""Our rule on a trace: the package's `StoppingRule`, fed step by step with recorded windows."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from poprisk_integrations.core import StoppingConfig, StoppingRule
+
+__all__ = ["DEFAULT", "VARIANTS", "learning_rates", "ratios", "stop_steps"]
+
+DEFAULT = StoppingConfig()
+PLAIN = {"stretch": 1.0, "unarmed_windows": 10**9}
+# name: (which F, configuration, whether the gate slows training time)
+VARIANTS = {
+    "poprisk": ("white", DEFAULT, True),
+    "kappa 1": ("white", replace(DEFAULT, kappa=1.0), True),
+    "kappa 3": ("white", replace(DEFAULT, kappa=3.0), True),
+    "confidence 1": ("white", replace(DEFAULT, confidence=1.0), True),
+    "no stretch": ("white", replace(DEFAULT, stretch=1.0), True),
+    "no gate clock": ("white", DEFAULT, False),
+    "armed only": ("white", replace(DEFAULT, unarmed_windows=10**9), True),
+    "pooled": ("pooled", DEFAULT, True),
+    "pooled, plain": ("pooled", replace(DEFAULT, **PLAIN), False),
+}
+
+Trace = dict[str, np.ndarray]
+
+
+def ratios(trace: Trace, kind: str) -> np.ndarray:
+    """F per window and member, shape (W, M): whitened per coordinate, or pooled per tensor.
+
+    Windows of more than one epoch see each example several times: their sum averages the noise of
+    one epoch only, so F is divided by the number of passes.
+    """
+    steps, numel = float(trace["full/window_steps"]), trace["full/numel"]
+    passes = max(1.0, steps / float(trace["full/epoch_steps"]))
+    if kind == "white":
+        return trace["full/w_white"] / passes
+    per_tensor = trace["full/w_signal"] / (steps * trace["full/w_noise"])
+    return (per_tensor * (numel / numel.sum())).sum(-1) / passes
+
+
+def learning_rates(trace: Trace, schedule: str) -> np.ndarray:
+    """Of each step of the run on all data."""
+    total, lr = int(trace["full/total_steps"]), float(trace["full/lr"])
+    if schedule == "constant":
+        return np.full(total, lr)
+    return 0.5 * lr * (1 + np.cos(math.pi * np.arange(total) / total))
+
+
+def stop_steps(
+    trace: Trace, schedule: str, kind: str, config: StoppingConfig, use_gate: bool, stream: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Step of the stop (the run's length if it never stops) and of the onset (-1), per member."""
+    values, errors = ratios(trace, kind), trace["full/w_pooled_spread"]
+    noise = trace["full/w_noise"].sum(-1)
+    ends = trace["full/w_step"].astype(int)
+    lrs = learning_rates(trace, schedule)
+    total, members = len(lrs), values.shape[1]
+    gate = trace.get("full/w_mean_gate") if use_gate else None
+    stops, onsets = np.full(members, total), np.full(members, -1)
+    which = np.minimum(np.searchsorted(ends, np.arange(1, total + 1)), len(ends) - 1)
+    for m in range(members):
+        rule = StoppingRule(config)
+        weights = np.ones(len(ends)) if gate is None else gate[:, m]
+        steps = lrs * weights[which]
+        window = 0
+        for step in range(1, total + 1):
+            if window < len(ends) and ends[window] == step:
+                decision = rule.update(
+                    step=step,
+                    lr=steps[step - 1],
+                    ratio=float(values[window, m]),
+                    ratio_se=float(errors[window, m]),
+                    noise=float(noise[window, m]),
+                    reused=not stream and window > 0,
+                )
+                window += 1
+            else:
+                decision = rule.update(step=step, lr=steps[step - 1])
+            if decision.stop:
+                stops[m] = step
+                break
+        onsets[m] = -1 if rule.state.onset_step is None else rule.state.onset_step
+    return stops, onsets
