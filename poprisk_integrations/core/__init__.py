@@ -6,7 +6,13 @@ from poprisk_integrations.core.alpha import (
     finite_alpha,
     resolve_alpha,
 )
+from poprisk_integrations.core.diagnosis import diagnose, explain
 from poprisk_integrations.core.gate import default_lambda_pop, gate_factor, open_mask
+from poprisk_integrations.core.learning_rate_cut import (
+    LearningRateCutConfig,
+    LearningRateCutRule,
+    LearningRateCutState,
+)
 from poprisk_integrations.core.noise import (
     deviation_scale,
     ema_mean_variance,
@@ -33,6 +39,9 @@ from poprisk_integrations.core.stopping import (
 from poprisk_integrations.core.window import WindowRatio, window_signal_ratio
 
 __all__ = [
+    "LearningRateCutConfig",
+    "LearningRateCutRule",
+    "LearningRateCutState",
     "StoppingConfig",
     "StoppingDecision",
     "StoppingRule",
@@ -42,7 +51,9 @@ __all__ = [
     "chi2_quantile_1dof",
     "default_lambda_pop",
     "deviation_scale",
+    "diagnose",
     "ema_mean_variance",
+    "explain",
     "finite_alpha",
     "gate_factor",
     "gradient_scale",

@@ -23,6 +23,9 @@ class WindowRatio:
             the last step were repeated, in units of the loss, may be negative; NaN if not
             measured (`diagnostics.GradientWindow`).
         risk_decrease_se: Its standard error, serial correlation allowed for.
+        agreement: Mean over the window of the product of gradients one step apart, in units of
+            the noise and weighted like `ratio`, may be negative; NaN if not measured.
+        agreement_se: Its standard error, serial correlation allowed for.
     """
 
     ratio: float
@@ -32,6 +35,8 @@ class WindowRatio:
     ratio_se: float = math.nan
     risk_decrease: float = math.nan
     risk_decrease_se: float = math.nan
+    agreement: float = math.nan
+    agreement_se: float = math.nan
 
 
 def window_signal_ratio(

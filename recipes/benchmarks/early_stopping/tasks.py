@@ -4,15 +4,15 @@ A member is one (condition, seed): its own data, its own initial weights. All me
 have the same shapes, so they train side by side in stacked tensors, shape (M, ...).
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from language import language_task
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-
-from language import language_task
 
 __all__ = ["TASKS", "Task", "build"]
 
@@ -64,7 +64,7 @@ def mlp(*widths: int, act: type[nn.Module] = nn.ReLU) -> Callable[[], nn.Module]
 
     def make() -> nn.Module:
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), act()]
         return nn.Sequential(*layers[:-1])
 
@@ -227,7 +227,7 @@ class HeatNet(nn.Module):
 
 
 def heat_loss(prediction: Tensor, y: Tensor) -> Tensor:
-    """y holds (target, is data, is collocation): data error + 0.1 squared residual."""
+    """Data error + 0.1 squared residual; y holds (target, is data, is collocation)."""
     u, residual = prediction.unbind(-1)
     target, is_data, inner = y.unbind(-1)
     return ((u - target).square() * is_data + 0.1 * residual.square() * inner).mean()
@@ -240,7 +240,7 @@ def heat_error(prediction: Tensor, clean: Tensor) -> Tensor:
 
 
 def heat(seeds: range, n: int = 128) -> Task:
-    """T4: heat equation u_t = 0.1 u_xx on the unit square, initial condition with noise sd 0.5, 128 points.
+    """T4: heat equation u_t = 0.1 u_xx on the unit square; initial condition with noise sd 0.5.
 
     A quarter of the points lie at t = 0 (noisy targets), a quarter on the boundary, the rest
     inside.
