@@ -18,7 +18,7 @@ from poprisk_integrations.diagnostics.window_state import check_state, copy_stat
 from poprisk_integrations.diagnostics.window_sums import ExactSums, SampledSums
 from poprisk_integrations.distributed import is_dtensor, mean_over_ranks
 
-__all__ = ["GradientWindow", "window_fits"]
+__all__ = ["GradientWindow"]
 
 
 class GradientWindow:
@@ -26,23 +26,23 @@ class GradientWindow:
 
     Call `add` once per optimizer step, before the step, when the gradients are complete: averaged
     over micro-batches and ranks, unscaled, and best unclipped (`scale` undoes both). Gradients
-    are read, never written. No host sync before the window closes, but for one reduction of L
-    numbers per step where tensors are sharded. A step with a non-finite gradient (a skipped fp16
-    step) is left out, decided on the device. Windows of one process, or of ranks in step, close
-    with F, its standard error and the population-risk decrease of the steps that were taken
+    are read, never written. A step with a non-finite gradient (a skipped fp16 step) is left out,
+    decided on the device: no host sync before the window closes, and no communication, but for
+    one reduction of L numbers per step where tensors are sharded. A window closes with F, its
+    standard error, and the population-risk decrease along the steps that were taken
     (`core.WindowRatio`, `StepDisplacement`).
 
     Args:
         steps: Optimizer steps in a window, >= 2.
         accumulator: "exact" keeps one fp32 buffer per trained parameter, 4 bytes each. "sample"
             reads at most 65,536 fixed coordinates of each tensor (`CoordinateSample`), also for
-            |g_t|^2 and to tell whether a step is finite: a 7B model takes 300 MB with
-            `measure_risk`, 180 MB without, instead of 27 GB. "auto": exact while a process trains
-            at most 25 million parameters, where it costs 100 MB or less.
+            |g_t|^2 and to tell whether a step is finite: 180 MB for a model of 7B parameters
+            instead of 27 GB. "auto": exact while a process trains at most 25 million parameters,
+            where it costs 100 MB or less.
         shard_group: Process group over which tensors that are no DTensors are sharded (FSDP1,
             DeepSpeed ZeRO). A rank may hold an empty shard, or no gradient where others do.
         measure_risk: Whether to measure the risk decrease, from the sampled coordinates with
-            either accumulator.
+            either accumulator: two more fp32 numbers per coordinate, 120 MB for 7B parameters.
 
     Raises:
         ValueError: If `steps` < 2 or `accumulator` is unknown.
@@ -145,6 +145,8 @@ class GradientWindow:
             self._norm_sq,
             self._displacement,
         )
+        if self._loaded is not None:  # of tensors that never came
+            self.reset()
         if layout is None or sums is None or not rows:
             self._start_window()
             return None
@@ -213,7 +215,8 @@ class GradientWindow:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue an unfinished window; tensors move to their parameters' device.
 
-        The tensors are compared with the parameters at the next `add`; `window_fits` asks before.
+        The tensors are compared with the parameters at the next `add`;
+        `window_fits` asks before.
 
         Raises:
             ValueError: If the state is of another accumulator or of an older version.
@@ -270,27 +273,6 @@ class GradientWindow:
             displacement.pad(len(self._norm_sq))
         else:
             displacement.rows.load(state["products"])
-
-
-def window_fits(
-    state_dict: Mapping[str, Any], params: Iterable[Tensor], shard_group: Any = None
-) -> bool:
-    """Whether a window's state belongs to parameters of these shapes.
-
-    Args:
-        state_dict: From `GradientWindow.state_dict`.
-        params: As in `GradientWindow.add`.
-        shard_group: As in `GradientWindow`; all of its ranks must call.
-    """
-    try:
-        check_state(state_dict)
-    except ValueError:
-        return False
-    tensors = _columns(params, None)[0]
-    if not tensors:
-        return not state_dict["sums"]
-    layout = WindowLayout(tensors, state_dict["accumulator"], shard_group)
-    return state_misfit(state_dict, layout) is None
 
 
 def _columns(

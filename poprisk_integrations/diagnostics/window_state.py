@@ -1,13 +1,13 @@
 """Whether the saved state of a window can be continued, and by which tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from poprisk_integrations.diagnostics.window_layout import WindowLayout
 
-__all__ = ["check_state", "copy_state", "state_misfit"]
+__all__ = ["check_state", "copy_state", "state_misfit", "window_fits"]
 
 KEYS = {"accumulator", "seen", "counted", "sums", "norm_sq", "previous", "products"}
 
@@ -56,3 +56,22 @@ def state_misfit(state_dict: Mapping[str, Any], layout: WindowLayout) -> str | N
     if len(state_dict["previous"]) not in (0, columns):
         return f"it is of {len(state_dict['previous'])} tensors, here are {columns}"
     return None
+
+
+def window_fits(
+    state_dict: Mapping[str, Any], params: Iterable[Tensor], shard_group: Any = None
+) -> bool:
+    """Whether a window's state belongs to parameters of these shapes.
+
+    Args:
+        state_dict: From `GradientWindow.state_dict`.
+        params: The parameters; those that require no gradient are passed over.
+        shard_group: As in `GradientWindow`; all of its ranks must call.
+    """
+    tensors = [p for p in params if p.requires_grad]
+    if KEYS - set(state_dict):
+        return False
+    if not tensors:
+        return not state_dict["sums"]
+    layout = WindowLayout(tensors, state_dict["accumulator"], shard_group)
+    return state_misfit(state_dict, layout) is None

@@ -26,3 +26,44 @@ def window_ratio(windows):
             num += d * float(a @ a) / (t * s)
             den += d
     return num / den
+
+
+def window_ratio_error(windows):
+    """Standard error of F under pure noise, from the list of (T, d_l) arrays."""
+    sizes, shares = [], []
+    for g in windows:
+        s = sum(np.var(g[:, k], ddof=1) for k in range(g.shape[1]))
+        if s > 0:
+            sizes.append(g.shape[1])
+            shares.append([float(row @ row) / s for row in g])
+    pooled = np.average(np.array(shares), axis=0, weights=sizes)
+    return float(np.std(pooled, ddof=1))
+
+
+def displacement_decrease(weights, grads):
+    """P_t for t = 2, 3, ...: weights[t] are those that the gradient grads[t] was taken at."""
+    terms = []
+    for t in range(1, len(weights)):
+        total = 0.0
+        for k in range(len(weights[t])):
+            total -= (weights[t][k] - weights[t - 1][k]) * grads[t][k]
+        terms.append(total)
+    return terms
+
+
+def bartlett_error(values, lags):
+    """Newey-West standard error of the mean, over its value for iid data of variance 1."""
+    count, mean = len(values), sum(values) / len(values)
+
+    def weight(lag):
+        return 1 - lag / (lags + 1)
+
+    found = expected = 0.0
+    for i in range(count):
+        for j in range(count):
+            if abs(i - j) <= lags:
+                k = weight(abs(i - j))
+                found += k * (values[i] - mean) * (values[j] - mean) / count**2
+                # E (e_i - e_bar)(e_j - e_bar) of independent e; c_j alone is biased like it
+                expected += k * ((i == j) - 1 / count) / count
+    return (found / expected) ** 0.5

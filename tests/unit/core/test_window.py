@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from poprisk_integrations.core import population_risk_decrease, window_signal_ratio
-from tests.reference.risk import window_ratio
+from tests.reference.risk import window_ratio, window_ratio_error
 
 
 def ratio_of(tensors):
@@ -61,3 +61,56 @@ def test_pure_signal_never_crosses():
 def test_one_step_is_no_window():
     with pytest.raises(ValueError, match="Invalid steps: 1"):
         ratio_of([torch.ones(1, 3)])
+
+
+def with_error(tensors):
+    """F and its error of a list of (T, d) gradient histories."""
+    return window_signal_ratio(
+        torch.stack([g.sum(0).square().sum() for g in tensors]),
+        torch.stack([g.square().sum() for g in tensors]),
+        torch.tensor([float(g.shape[1]) for g in tensors]),
+        steps=tensors[0].shape[0],
+        norm_sq=torch.stack([g.square().sum(1) for g in tensors], dim=1),
+    )
+
+
+def test_error_equals_twin():
+    tensors = [torch.randn(10, d, dtype=torch.float64) + 0.2 for d in (3, 7, 1)]
+    tensors.append(torch.zeros(10, 5).double())
+    result = with_error(tensors)
+    assert result.ratio_se == pytest.approx(
+        window_ratio_error([g.numpy() for g in tensors]), rel=1e-10
+    )
+    assert with_error([torch.zeros(4, 3)]).ratio_se != with_error([torch.zeros(4, 3)]).ratio_se
+    assert ratio_of(tensors).ratio_se != ratio_of(tensors).ratio_se
+
+
+def errors_over_windows(draw, windows=400):
+    """Mean reported error over the true spread of F."""
+    results = [with_error(draw()) for _ in range(windows)]
+    ratios = torch.tensor([r.ratio for r in results])
+    reported = torch.tensor([r.ratio_se for r in results]).square().mean().sqrt()
+    return float(reported / ratios.std())
+
+
+def spectrum(d, power):
+    return torch.arange(1, d + 1, dtype=torch.float64) ** (-power / 2)
+
+
+@pytest.mark.parametrize(("steps", "power"), [(12, 1.0), (40, 1.0), (40, 2.0)])
+def test_error_of_pure_noise_is_right(steps, power):
+    """A batch that is noisy in one tensor is noisy in the other: they share their directions."""
+    scale = spectrum(60, power)
+
+    def draw():
+        x = torch.randn(steps, 60, dtype=torch.float64) * scale
+        return [x, 3 * x[:, :20] + 0.1 * torch.randn(steps, 20, dtype=torch.float64)]
+
+    assert errors_over_windows(draw) == pytest.approx(1.0, abs=0.15)
+
+
+def test_error_under_signal_is_too_small_and_under_heavy_tails_too_large():
+    scale = spectrum(60, 1.0)
+    assert errors_over_windows(lambda: [torch.randn(30, 60).double() * scale + 0.3 * scale]) < 0.8
+    tails = torch.distributions.StudentT(5.0)
+    assert errors_over_windows(lambda: [tails.sample((30, 60)).double() * scale]) > 1.1

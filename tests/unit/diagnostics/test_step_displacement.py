@@ -1,0 +1,134 @@
+"""The risk decrease of a window: the lagged product along the steps that were taken."""
+
+import math
+
+import pytest
+import torch
+
+from poprisk_integrations.diagnostics import GradientWindow
+from tests.reference.risk import bartlett_error, displacement_decrease
+
+SHAPES = ((4, 3), (5,), (0,))
+
+
+def walk(steps, seed=0, dtype=torch.float32):
+    """(weights, gradients) of a run, each per step and tensor."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
+
+    return [(draw(), draw()) for _ in range(steps)]
+
+
+def feed(window, params, rows):
+    for weights, grads in rows:
+        for p, w, g in zip(params, weights, grads, strict=True):
+            p.data.copy_(w)
+            p.grad = g.clone()
+        window.add(params)
+
+
+def make(dtype=torch.float32):
+    return [torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for s in SHAPES]
+
+
+def twin(rows):
+    def flat(tensors):
+        return torch.cat([t.flatten() for t in tensors]).double().tolist()
+
+    return displacement_decrease([flat(w) for w, _ in rows], [flat(g) for _, g in rows])
+
+
+@pytest.mark.parametrize("accumulator", ["exact", "sample"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_twin_over_two_windows(accumulator, dtype):
+    """The first term of a run is missing; a window takes over the weights of the one before."""
+    rows, params = walk(12, dtype=dtype), make(dtype)
+    window = GradientWindow(6, accumulator=accumulator)
+    terms = twin(rows)
+    for start, expected in ((0, terms[:5]), (6, terms[5:])):
+        feed(window, params, rows[start : start + 6])
+        result = window.close()
+        assert result.risk_decrease == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+        assert result.risk_decrease_se == pytest.approx(bartlett_error(expected, 2), rel=1e-4)
+
+
+def test_terms_of_skipped_steps_are_left_out():
+    rows, params = walk(8), make()
+    rows[3][1][0].fill_(math.inf)  # the step is skipped: the weights stay ...
+    rows[4] = (rows[3][0], rows[4][1])  # ... and say nothing about a direction
+    window = GradientWindow(8)
+    feed(window, params, rows)
+    result = window.close()
+    kept = [t for i, t in enumerate(twin(rows), start=1) if i not in (3, 4)]
+    assert result.steps == 7
+    assert result.risk_decrease == pytest.approx(sum(kept) / len(kept), rel=1e-4)
+
+
+def test_a_zero_product_of_a_step_that_moved_counts():
+    p = torch.nn.Parameter(torch.zeros(2))
+    window = GradientWindow(4)
+    for weight, grad in ((0.0, 1.0), (1.0, 0.0), (2.0, 0.0), (3.0, -6.0)):
+        p.data[0], p.grad = weight, torch.tensor([grad, 1.0])
+        window.add([p])
+    assert window.close().risk_decrease == pytest.approx((0 + 0 + 6) / 3)
+
+
+def test_fewer_than_two_terms_are_nan():
+    params, window = make(), GradientWindow(2)
+    feed(window, params, walk(2))
+    result = window.close()
+    assert math.isnan(result.risk_decrease)
+    assert math.isnan(result.risk_decrease_se)
+
+
+def test_large_tensors_are_scaled_up_from_the_sample():
+    p = torch.nn.Parameter(torch.zeros(500, 400))
+    window = GradientWindow(3, accumulator="exact")
+    for step in range(3):
+        p.data.fill_(-float(step))
+        p.grad = torch.full((500, 400), 0.5 + step)
+        window.add([p])
+    assert window.close().risk_decrease == pytest.approx(200_000 * 2.0, rel=1e-5)
+
+
+def test_is_unbiased_for_the_decrease_along_the_last_step():
+    """SGD at constant slope mu in noise: the step -lr g decreases the loss by lr |mu|^2."""
+    generator = torch.Generator().manual_seed(0)
+    mu, lr, steps = torch.full((50,), 0.2), 0.1, 4000
+    p, window = torch.nn.Parameter(torch.zeros(50)), GradientWindow(steps)
+    for _ in range(steps):
+        p.grad = mu + torch.randn(50, generator=generator)
+        window.add([p])
+        p.data.sub_(p.grad, alpha=lr)
+    result = window.close()
+    assert abs(result.risk_decrease - lr * 50 * 0.04) < 3 * result.risk_decrease_se
+    assert result.risk_decrease_se < 0.1 * lr * 50 * 0.04
+
+
+def test_its_error_is_right_for_the_correlated_terms_of_momentum():
+    generator = torch.Generator().manual_seed(1)
+    means, errors = [], []
+    p, velocity, window = torch.nn.Parameter(torch.zeros(30)), torch.zeros(30), GradientWindow(40)
+    for _ in range(40 * 150):
+        p.grad = 0.1 + torch.randn(30, generator=generator)
+        window.add([p])
+        velocity.mul_(0.9).add_(p.grad)
+        p.data.sub_(velocity, alpha=0.01)
+        if window.is_full:
+            result = window.close()
+            means.append(result.risk_decrease)
+            errors.append(result.risk_decrease_se)
+    spread = torch.tensor(means[1:]).std()
+    reported = torch.tensor(errors[1:]).square().mean().sqrt()
+    assert 0.8 < float(reported / spread) < 1.2
+
+
+def test_can_be_switched_off():
+    params, window = make(), GradientWindow(6, measure_risk=False)
+    feed(window, params, walk(6))
+    assert window.state_dict()["previous"] == {}
+    result = window.close()
+    assert math.isnan(result.risk_decrease)
+    assert not math.isnan(result.ratio_se)
