@@ -7,6 +7,8 @@ classes. The first is used where both are installed.
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from poprisk_integrations._imports import require
@@ -27,15 +29,23 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "callbacks_of",
     "can_stop_early",
     "checkpoint_saved_at",
     "gradients_stay_scaled",
     "has_step_hooks",
     "is_fast_dev_run",
+    "is_logger_step",
+    "loss_scale",
     "rank_zero_info",
     "rank_zero_warn",
     "strategy_is",
 ]
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """All callbacks, in the order in which they are called."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined] # set outside of the class
 
 
 def can_stop_early(trainer: Trainer) -> bool:
@@ -72,6 +82,19 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
 def is_fast_dev_run(trainer: Trainer) -> bool:
     """Whether this is a trial run of a few batches, which decides nothing."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined] # set outside of the class
+
+
+def is_logger_step(trainer: Trainer) -> bool:
+    """Whether Lightning hands the logged values of this step to loggers, after the callbacks."""
+    connector = getattr(trainer, "_logger_connector", None)
+    return bool(getattr(connector, "should_update_logs", False))
+
+
+def loss_scale(trainer: Trainer) -> Tensor:
+    """Present factor of the fp16 grad scaler, 0-dim on the device, without a sync."""
+    one = torch.ones((), device=trainer.strategy.root_device)
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return one if scaler is None else scaler.scale(one)
 
 
 def strategy_is(trainer: Trainer, *names: str) -> bool:

@@ -1,94 +1,106 @@
 """Stops a Lightning Trainer without validation data."""
 
-import math
-from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch.optim import Optimizer
 
-from poprisk_integrations.core import StoppingConfig, StoppingRule, StoppingState
-from poprisk_integrations.distributed import mean_over_ranks
+from poprisk_integrations.core import StoppingConfig
 from poprisk_integrations.lightning._upstream import (
     Callback,
     LightningModule,
     Trainer,
+    callbacks_of,
     can_stop_early,
     checkpoint_saved_at,
     is_fast_dev_run,
     rank_zero_info,
     rank_zero_warn,
 )
-from poprisk_integrations.lightning.callbacks.gradient_reader import GradientReader
+from poprisk_integrations.lightning.callbacks.arguments import (
+    check_choice,
+    check_epoch_steps,
+    check_window,
+)
 from poprisk_integrations.lightning.callbacks.onset_checkpoint import (
     check_onset_checkpoint,
     load_weights_back,
     onset_path,
 )
-from poprisk_integrations.lightning.callbacks.refusals import (
-    only_optimizer,
-    refuse_scaled_gradients,
-    refuse_strategy,
-)
-from poprisk_integrations.lightning.callbacks.run_length import (
-    micro_batches_per_step,
-    window_steps,
-)
+from poprisk_integrations.lightning.callbacks.refusals import refuse_second_stop, refuse_strategy
+from poprisk_integrations.lightning.callbacks.resume import find_state, resume_feed
+from poprisk_integrations.lightning.callbacks.run_length import run_steps, why_no_stop
+from poprisk_integrations.lightning.callbacks.step_feed import NO_FEED, StepFeed
+from poprisk_integrations.lightning.callbacks.step_log import StepLog
+from poprisk_integrations.lightning.callbacks.stop_judge import StopJudge
+from poprisk_integrations.lightning.callbacks.stop_report import report_directory, write_report
 
 __all__ = ["PopRiskEarlyStopping"]
 
-_ACTIONS = ("stop", "monitor")
-_RESTORES = ("stop", "onset", None)
-_NONE = -1.0  # in logged metrics, which must be finite numbers
+_NAME = "PopRiskEarlyStopping"
+_SETTINGS = ("kappa", "threshold", "min_steps")  # of the rule, not of what is measured
 
 
 class PopRiskEarlyStopping(Callback):
     """Ends training at `kappa` times the moment when gradients stopped carrying signal.
 
     F compares the summed gradient of a window of optimizer steps with the noise of its steps
-    (`core.window`); when it falls below `threshold`, batches no longer agree on where to go.
-    `core.StoppingRule` decides. Any torch optimizer, no validation data, one fp32 buffer of the
-    parameters' size.
+    (`core.window`); when it falls below `threshold` on data seen before, batches no longer agree
+    on where to go. `core.StoppingRule` decides. Any torch optimizer, no validation data.
 
-    Gradients are read in `on_before_optimizer_step`: averaged over micro-batches and ranks,
-    unscaled and unclipped. Lightning divides each micro-batch's loss by
-    `accumulate_grad_batches` also where an epoch ends early and fewer were summed; such a step is
-    left out of the window. A step that the fp16 grad scaler skipped counts for nothing.
-    Training time is the sum of learning rates, each read at its step, before schedulers (of
-    groups with different ones the largest: the rule compares sums with each other, so a common
-    factor cancels).
+    Gradients are read in `on_before_optimizer_step`: averaged over micro-batches (also of the
+    short step that may end an epoch) and ranks, unscaled and unclipped, whole or sharded
+    (FSDPStrategy, ModelParallelStrategy). A step that the fp16 grad scaler skipped counts for
+    nothing. Training time is the sum of learning rates, each read at its step, before schedulers
+    (of groups with different ones the largest), times PopRiskAdamW's mean gate, sampled at the
+    last step of each window for the next: a closed gate lets no time pass.
 
     The decision is taken after optimizer steps, from numbers that were averaged over ranks, so
     all ranks stop together and report the same reason. It waits for the trainer's `min_epochs`
     and `min_steps`, and is taken back if the signal returns meanwhile. Note that Lightning reads
     `Trainer(min_steps=...)` as at least one whole epoch; `min_steps` of this callback does not.
 
-    Logs `poprisk/signal_ratio` (F of the last window), `poprisk/onset_step` and
-    `poprisk/predicted_stop_step` (at the present learning rate) from the first step on, each -1
-    while there is none, for loggers and for `ModelCheckpoint(monitor=...)`. The state is in the
-    checkpoint, with an unfinished window (fp32, of the parameters' size): a resumed run equals
-    one that was never interrupted. Under ModelParallelStrategy an unfinished window starts
-    afresh on resume.
+    The aim is the least loss under the noise of the training data. It must be off where
+    generalisation comes after memorising (grokking, epoch-wise double descent). It never stops a
+    run that sees each example once. It cannot see that data are sorted, packed or a curriculum:
+    their batches are not exchangeable. Dropout and fresh augmentation add to the noise and make
+    it stop earlier.
+
+    Logs, from the first step on, `poprisk/signal_ratio` (F of the last window) and its standard
+    error `_se`, `poprisk/risk_decrease` and `_se` (C, first-order gain of repeating a step),
+    `poprisk/agreement` and `_se` (U, product of consecutive gradients), `poprisk/onset_step` and
+    `poprisk/predicted_stop_step` (at the present learning rate): -1 while there is none, but 0
+    for C and U, which may be negative (their `_se` is -1 then). Decisions reach the loggers at
+    their step, whatever `log_every_n_steps`. Where the run keeps files, a stopping callback
+    leaves `poprisk_stop.json` in the logger's directory, else in ModelCheckpoint's.
+
+    The state is in the checkpoint, with an unfinished window: a resumed run equals one that was
+    never interrupted. With other settings, another world size, batch size, accumulation or
+    window, and under sharding strategies, training time continues and the unfinished window
+    starts afresh, with a warning.
 
     Args:
         kappa: Stop at this multiple of the training time of the onset, >= 1.
-        window: Optimizer steps per window, >= 2, or "auto": one epoch, a third of an epoch for
+        window: Optimizer steps per window, >= 4, or "auto": one epoch, a third of an epoch for
             runs of under eight, a twentieth of the run if the length of an epoch is unknown; at
             least 8 (`diagnostics.auto_window_steps`).
         threshold: F below this is the onset, > 0. An onset counts once F has exceeded 1.05 times
             this; two windows in a row above 1.3 times this take it back.
         min_steps: No stop before this many optimizer steps.
-        action: "stop", or "monitor" to log and change nothing.
+        action: "stop", or "monitor" to log and change nothing. At most one stops.
         restore: Which weights are the run's result. "stop": those of the last step, as they are.
             "onset": those of the onset; a checkpoint is saved there, into ModelCheckpoint's
             directory or `default_root_dir`, and loaded back into the module when `fit` ends.
             None: as "stop", and `best_model_path` stays empty.
+        accumulator: "exact", "sample" (of each tensor, for large models) or "auto", see
+            `diagnostics.GradientWindow`.
+        epoch_steps: Optimizer steps of one pass over the data, for loaders of unknown length, or
+            that repeat or draw their data inside. None for the trainer's own count. Larger than
+            the run for a stream without end.
 
     Raises:
         ValueError: If an argument is outside its range.
-        MisconfigurationException: When `fit` starts, for manual optimization, DeepSpeed, FSDP1
-            (all hide complete gradients; ModelParallelStrategy, FSDP2, does not), and fused
-            optimizers under fp16, whose gradients are still scaled.
+        MisconfigurationException: When `fit` starts, for manual optimization, an optimizer that
+            trains nothing, two stopping callbacks, and DeepSpeed.
 
     Example:
         >>> callback = PopRiskEarlyStopping(kappa=3.0, window=20)
@@ -104,12 +116,14 @@ class PopRiskEarlyStopping(Callback):
         min_steps: int = 0,
         action: Literal["stop", "monitor"] = "stop",
         restore: Literal["stop", "onset"] | None = "stop",
+        accumulator: Literal["auto", "exact", "sample"] = "auto",
+        epoch_steps: int | None = None,
     ) -> None:
-        if window != "auto" and (type(window) is not int or window < 2):
-            raise ValueError(f"Invalid window: {window!r}. Must be 'auto' or an integer >= 2.")
-        for name, value, allowed in (("action", action, _ACTIONS), ("restore", restore, _RESTORES)):
-            if value not in allowed:
-                raise ValueError(f"Invalid {name}: {value!r}. Must be one of {allowed}.")
+        check_window(window)
+        check_choice("action", action, ("stop", "monitor"))
+        check_choice("restore", restore, ("stop", "onset", None))
+        check_choice("accumulator", accumulator, ("auto", "exact", "sample"))
+        check_epoch_steps(epoch_steps)
         defaults = StoppingConfig()
         self._config = StoppingConfig(
             kappa=kappa,
@@ -121,42 +135,48 @@ class PopRiskEarlyStopping(Callback):
         self.window = window
         self.action = action
         self.restore = restore
+        self.accumulator = accumulator
+        self.epoch_steps = epoch_steps
         self._reset()
 
     def _reset(self) -> None:
-        self._rule = StoppingRule(self._config)
-        self._verdict: StoppingState | None = None  # due, but the trainer may not stop yet
-        self._reader: GradientReader | None = None  # None outside of training
-        self._saved_window: dict[str, Any] | None = None
-        self._step = 0
-        self._lr = 0.0
-        self._micro_batches = 0  # since the last optimizer step
-        self._logged: tuple[int, dict[str, float]] | None = None  # with the epoch
-        self._warned = False
+        self._judge = StopJudge(self._config, _NAME)
+        self._feed: StepFeed | None = None  # None outside of training
+        self._saved_feed: dict[str, Any] | None = None
+        self._setup: dict[str, Any] = {}
+        self._log = StepLog()
         self._onset_path = ""
         self._stop_path = ""
 
     @property
     def state_key(self) -> str:
-        """Callbacks that differ in what they measure or when they stop keep states apart."""
+        """Callbacks that differ in what they measure, decide or do keep states apart."""
         c = self._config
-        arguments = (c.kappa, self.window, c.threshold, c.min_steps)
-        return f"{type(self).__qualname__}{arguments!r}"
+        arguments = (self.action, c.kappa, self.window, c.threshold, c.min_steps)
+        return f"{_NAME}{(*arguments, self.accumulator, self.epoch_steps)!r}"
 
     @property
     def stopped_step(self) -> int | None:
         """Optimizer step of the stop; None if this callback stopped nothing."""
-        return self._rule.state.stop_step if self.action == "stop" else None
+        return self._judge.state.stop_step if self.action == "stop" else None
 
     @property
     def onset_step(self) -> int | None:
         """Optimizer step of the onset; None if there is none."""
-        return self._rule.state.onset_step
+        return self._judge.state.onset_step
 
     @property
     def stopping_reason(self) -> str:
-        """One line about the last change of mind, the same on all ranks."""
-        return self._rule.state.reason
+        """The last change of mind, and what the last window says; the same on all ranks."""
+        return self._judge.reason
+
+    @property
+    def history(self) -> list[dict[str, int | float | None]]:
+        """One dict per window: step, lr_sum, and F, C, U, their standard errors and the noise.
+
+        None where something was not measured.
+        """
+        return self._judge.history
 
     @property
     def best_model_path(self) -> str:
@@ -168,99 +188,114 @@ class PopRiskEarlyStopping(Callback):
         return {"onset": self._onset_path, "stop": self._stop_path}.get(str(self.restore), "")
 
     def metrics(self) -> dict[str, float]:
-        """The present values of all that this callback logs; -1 for none."""
-        values = {
-            "poprisk/signal_ratio": self._rule.state.signal_ratio,
-            "poprisk/onset_step": self.onset_step,
-            "poprisk/predicted_stop_step": self._rule.predicted_stop_step(self._step, self._lr),
-        }
-        return {name: _NONE if value is None else float(value) for name, value in values.items()}
+        """The present values of all that this callback logs."""
+        feed = self._feed
+        return self._judge.metrics(*((0, 0.0) if feed is None else (feed.step, feed.reader.lr)))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what hides gradients, and start afresh: a checkpoint is loaded after this."""
+        """Refuse what cannot work, and start afresh: a checkpoint is loaded after this."""
         if stage == "fit":
             self._reset()
-            refuse_strategy(trainer, self.restore)
+            refuse_strategy(trainer, _NAME, self.restore)
+            ours = [c for c in callbacks_of(trainer) if isinstance(c, PopRiskEarlyStopping)]
+            refuse_second_stop(ours)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continue also from the state of a callback that had other arguments."""
+        if self.state_key in (checkpoint.get("callbacks") or {}):
+            return
+        keys = [callback.state_key for callback in callbacks_of(trainer)]
+        found = find_state(checkpoint, self.state_key, keys)
+        if found is not None:
+            self.load_state_dict(found)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the window, or continue the checkpoint's."""
-        optimizer = only_optimizer(trainer, pl_module)
-        refuse_scaled_gradients(trainer, optimizer)
+        feed = StepFeed(
+            trainer,
+            pl_module,
+            owner=_NAME,
+            window=self.window,
+            accumulator=self.accumulator,
+            epoch_steps=self.epoch_steps,
+        )
         if is_fast_dev_run(trainer):
+            feed.release()
             return
+        self._feed = feed
         if self._saves_onset:
             check_onset_checkpoint(trainer, self.onset_step, self._onset_path)
-        steps = window_steps(trainer, self.window, must_stop=self.action == "stop")
-        self._reader = GradientReader(optimizer, steps)
-        self._step = trainer.global_step
-        saved, self._saved_window = self._saved_window, None
-        lost = self._reader.resume(saved) if trainer.global_step > 0 else None
-        if lost is not None:
-            rank_zero_warn(
-                f"PopRiskEarlyStopping: {lost}. An unfinished window starts afresh, so the stop "
-                "may come at another step."
-            )
-        if self._rule.state.stop_step is not None:
+        settings = {name: getattr(self._config, name) for name in _SETTINGS}
+        before, self._setup = self._setup, {**settings, **feed.setup_of(trainer)}
+        if trainer.global_step > 0:
+            self._resume(trainer, feed, before)
+        total, shortest = run_steps(trainer), self._config.min_steps
+        problem = why_no_stop(total, feed.steps, feed.epoch_steps, shortest)
+        if problem is not None and self.action == "stop":
+            rank_zero_warn(f"{_NAME}: it can never stop early: {problem}")
+        if self._judge.state.stop_step is not None:
             self._resume_stopped(trainer)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count micro-batches. The count is not saved: Lightning drops their gradients too."""
-        self._micro_batches += 1
+        if self._feed is not None:
+            self._feed.count_micro_batch()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Take in this step's gradients and learning rate."""
-        is_complete = self._micro_batches == micro_batches_per_step(trainer)
-        self._micro_batches = 0
-        if self._reader is not None:
-            self._reader.read(optimizer, count=is_complete)
-            self._lr = self._reader.lr
+        if self._feed is not None:
+            self._feed.read(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Decide after an optimizer step, and log."""
-        if self._reader is None or trainer.global_step == self._step:
+        feed = self._feed
+        if feed is None or not feed.has_stepped(trainer):
             return
-        self._step = trainer.global_step
-        lr = self._reader.take_lr()
-        ratio = self._close_window(trainer) if self._reader.window.is_full else None
-        before = self._rule.state
-        if before.onset_step is not None:
-            lr = _over_ranks(trainer, lr)  # from here on any step may be the last
-        decision = self._rule.update(step=self._step, lr=lr, ratio=ratio)
-        self._verdict = None
-        if decision.stop and before.stop_step is None:
-            # Taken back until the trainer may act on it: the rule never changes a verdict.
-            self._verdict = self._rule.state
-            self._rule.state = replace(self._rule.state, stop_step=None, reason=before.reason)
-            self._act_on_verdict(trainer)
+        before, is_closed = self._judge.state, feed.is_full
+        decision = self._judge.after_step(trainer, feed)
+        has_acted = self._act_on_verdict(trainer)
         if decision.onset and self._saves_onset:
-            self._onset_path = onset_path(trainer, self._step)
+            self._onset_path = onset_path(trainer, feed.step)
             trainer.save_checkpoint(self._onset_path, weights_only=False)
         elif self.onset_step is None:
             self._onset_path = ""
-        self._log(trainer, pl_module)
+        self._log.write(
+            trainer,
+            pl_module,
+            feed.step,
+            self.metrics,
+            is_new=is_closed,
+            is_decision=has_acted or before.onset_step != self.onset_step,
+        )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act on a verdict that had to wait for the end of the epoch."""
-        self._act_on_verdict(trainer)
+        if self._feed is not None and self._act_on_verdict(trainer) and not trainer.barebones:
+            self._log.write_now(trainer, self._feed.step, self.metrics())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the result is; load the onset's weights back."""
-        if self._reader is None:
+        """Note where the result is, load the onset's weights back, leave a report."""
+        if self._feed is None:
             return
         if self._saves_onset and self._onset_path:
             load_weights_back(pl_module, self._onset_path)
             rank_zero_info(
-                f"PopRiskEarlyStopping: loaded the weights of step {self.onset_step} back from "
+                f"{_NAME}: loaded the weights of step {self.onset_step} back from "
                 f"{self._onset_path}"
             )
         if self.stopped_step is not None:
             step, callbacks = self.stopped_step, trainer.checkpoint_callbacks
             paths = (checkpoint_saved_at(callback, step) for callback in callbacks)
             self._stop_path = next(filter(None, paths), self._stop_path)
+        directory = report_directory(trainer) if self.action == "stop" else None
+        if directory is not None and trainer.is_global_zero:
+            write_report(directory, self._report(trainer))
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -274,20 +309,20 @@ class PopRiskEarlyStopping(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, None and tensors: safe for `weights_only` loading."""
-        window = self._saved_window
-        if self._reader is not None:
-            window = self._reader.state_dict()
+        feed = self._saved_feed if self._feed is None else self._feed.state_dict()
         return {
-            "rule": self._rule.state_dict(),
-            "window": window,
+            **self._judge.state_dict(),
+            **(NO_FEED if feed is None else feed),
+            "setup": dict(self._setup),
             "onset_path": self._onset_path,
             "stop_path": self._stop_path,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; the window follows when training starts and devices are known."""
-        self._rule.load_state_dict(state_dict["rule"])
-        self._saved_window = state_dict["window"]
+        self._judge.load_state_dict(state_dict)
+        self._saved_feed = {k: state_dict.get(k, none) for k, none in NO_FEED.items()}
+        self._setup = dict(state_dict.get("setup", {}))
         self._onset_path = state_dict["onset_path"]
         self._stop_path = state_dict["stop_path"]
 
@@ -295,56 +330,51 @@ class PopRiskEarlyStopping(Callback):
     def _saves_onset(self) -> bool:
         return self.action == "stop" and self.restore == "onset"
 
-    def _resume_stopped(self, trainer: Trainer) -> None:
-        if not can_stop_early(trainer):
-            self._rule.state = replace(self._rule.state, stop_step=None)
-        elif self.action == "stop":
-            trainer.should_stop = True
-            rank_zero_info(
-                f"PopRiskEarlyStopping: the checkpoint's run has {self.stopping_reason}. To train "
-                "on, set action='monitor'."
-            )
-
-    def _close_window(self, trainer: Trainer) -> float:
-        assert self._reader is not None
-        closed = self._reader.window.close()
-        # A scheduler fed with numbers of one rank only would let training times drift apart.
-        lr_sum = _over_ranks(trainer, self._rule.state.lr_sum)
-        self._rule.state = replace(self._rule.state, lr_sum=lr_sum)
-        ratio = math.nan if closed is None else closed.ratio
-        if math.isnan(ratio) and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"PopRiskEarlyStopping: the window that ended at step {self._step} had fewer than "
-                "two steps with finite, varying gradients and does not count."
-            )
-        return ratio
-
-    def _act_on_verdict(self, trainer: Trainer) -> None:
-        if self._verdict is None or not can_stop_early(trainer):
-            return
-        self._rule.state, self._verdict = self._verdict, None
+    def _act_on_verdict(self, trainer: Trainer) -> bool:
+        if not can_stop_early(trainer) or not self._judge.accept():
+            return False
         if self.action == "stop":
             trainer.should_stop = True
         prefix = "" if self.action == "stop" else "would have "
-        rank_zero_info(f"PopRiskEarlyStopping: {prefix}{self.stopping_reason}")
+        rank_zero_info(f"{_NAME}: {prefix}{self.stopping_reason}")
+        return True
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = self.metrics()
-        # Lightning keeps a value until the epoch ends, and its `log` takes a millisecond.
-        if trainer.barebones or self._logged == (trainer.current_epoch, values):
+    def _resume(self, trainer: Trainer, feed: StepFeed, before: dict[str, Any]) -> None:
+        saved, self._saved_feed = self._saved_feed, None
+        if saved is None:
+            rank_zero_warn(
+                f"{_NAME}: it knows nothing of the steps before {trainer.global_step}; training "
+                "time counts from there."
+            )
             return
-        self._logged = (trainer.current_epoch, values)
-        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        warning = resume_feed(feed, saved, before, self._setup, _SETTINGS)
+        if warning is not None:
+            rank_zero_warn(f"{_NAME}: {warning}")
+        if any(before.get(name, self._setup[name]) != self._setup[name] for name in _SETTINGS):
+            self._judge.judge_anew()
+
+    def _resume_stopped(self, trainer: Trainer) -> None:
+        if not can_stop_early(trainer):
+            self._judge.judge_anew()
+        elif self.action == "stop":
+            trainer.should_stop = True
+            rank_zero_info(
+                f"{_NAME}: the checkpoint's run has {self.stopping_reason}. To train on, set "
+                "action='monitor'."
+            )
+
+    def _report(self, trainer: Trainer) -> dict[str, Any]:
+        return {
+            "stopped": self.stopped_step is not None,
+            "global_step": trainer.global_step,
+            **self._judge.state_dict()["rule"],
+            "reason": self.stopping_reason,
+            "best_model_path": self.best_model_path,
+            "setup": self._setup,
+            "history": self.history,
+        }
 
     def _release(self) -> None:
-        if self._reader is not None:
-            self._saved_window = self._reader.release()
-            self._reader = None
-
-
-def _over_ranks(trainer: Trainer, value: float) -> float:
-    if trainer.world_size == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=trainer.strategy.root_device)
-    return float(mean_over_ranks(tensor))
+        if self._feed is not None:
+            self._saved_feed = self._feed.release()
+            self._feed = None

@@ -1,13 +1,15 @@
 """What the stopping rule needs from an optimizer, step by step: gradients and training time."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from poprisk_integrations.core import WindowRatio
 from poprisk_integrations.diagnostics import GradientWindow, window_fits
 from poprisk_integrations.distributed import is_dtensor
+from poprisk_integrations.lightning.callbacks.gate_clock import GateClock
 
 __all__ = ["GradientReader"]
 
@@ -15,50 +17,83 @@ __all__ = ["GradientReader"]
 class GradientReader:
     """Feeds a window with an optimizer's gradients, and knows which steps were applied.
 
-    Call `read` when the gradients are complete and `take_lr` when the step is over. It registers
-    a hook on the optimizer's step, which does not fire when a grad scaler skips the step; call
-    `release` at the end.
+    Call `read` when the gradients are complete, `take_lr` when the step is over, and `close` after
+    that where the window is full. It registers a hook on the optimizer's step, which does not
+    fire when a grad scaler skips the step; call `release` at the end.
 
     Args:
         optimizer: Any torch optimizer.
-        steps: Optimizer steps per window, >= 2.
+        steps: Optimizer steps per window.
+        accumulator: As in `GradientWindow`.
+        shard_group: As in `GradientWindow`.
+        epoch_steps: As in `GradientWindow`.
+        device: Of the process group's tensors.
 
     Attributes:
         window: The window.
-        is_sharded: Whether each rank holds its own part of the window (DTensor gradients).
-        lr: The learning rate of the last step, of groups with different ones the largest.
+        clock: Mean gate of the last sample, 1 without one.
+        is_sharded: Whether each rank holds its own part of the window.
+        lr: The learning rate of the last step, of groups with different ones the largest, times
+            the mean gate.
     """
 
-    def __init__(self, optimizer: Optimizer, steps: int) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        steps: int,
+        *,
+        accumulator: Literal["auto", "exact", "sample"] = "auto",
+        shard_group: Any = None,
+        epoch_steps: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         params = _trained_parameters(optimizer)
-        self.window = GradientWindow(steps)
-        self.is_sharded = any(is_dtensor(p) for p in params)
+        self.window = GradientWindow(
+            steps, accumulator=accumulator, shard_group=shard_group, epoch_steps=epoch_steps
+        )
+        self.clock = GateClock(optimizer, device)
+        self.is_sharded = shard_group is not None or any(is_dtensor(p) for p in params)
         self.lr = 0.0
         self._params = params
         self._was_applied = False
         self._handle = optimizer.register_step_post_hook(self._note_applied)
 
     @torch.no_grad()
-    def read(self, optimizer: Optimizer, *, count: bool) -> None:
+    def read(
+        self, optimizer: Optimizer, *, scale: float | Tensor = 1.0, count: bool = True
+    ) -> None:
         """Read the learning rate and, unless `count` is False, the gradients of one step.
 
         A change of the set of trained parameters starts the window afresh: its sums go by
         position.
+
+        Args:
+            optimizer: The optimizer, before its step.
+            scale: Makes the gradients those of the mean loss of the step's examples.
+            count: Whether there are new gradients.
         """
-        self.lr = max((float(g["lr"]) for g in optimizer.param_groups if g["params"]), default=0.0)
+        groups = optimizer.param_groups
+        lr = max((float(g["lr"]) for g in groups if g["params"]), default=0.0)
+        self.lr = lr * self.clock.gate
         params = _trained_parameters(optimizer)
-        if len(params) != len(self._params) or any(
-            p is not q for p, q in zip(params, self._params, strict=True)
-        ):
+        if [*map(id, params)] != [*map(id, self._params)]:
             self.window.reset()
         self._params = params
         if count:
-            self.window.add(params)
+            self.window.add(params, scale=scale)
+            if self.window.is_full:
+                self.clock.sample()
 
     def take_lr(self) -> float:
-        """The learning rate of the step that has just ended; 0 if it was skipped."""
+        """`lr` of the step that has just ended; 0 if it was skipped."""
+        self.clock.end_step()
         applied, self._was_applied = self._was_applied, False
         return self.lr if applied else 0.0
+
+    def close(self) -> WindowRatio | None:
+        """Close the window, and take the mean gate of its last step for the next. All ranks."""
+        self.clock.update()
+        return self.window.close()
 
     def state_dict(self) -> dict[str, Any] | None:
         """The unfinished window, on its devices; None where it is sharded.
@@ -91,11 +126,14 @@ class GradientReader:
             The unfinished window on the CPU, as `state_dict`.
         """
         self._handle.remove()
+        self.clock.end_step()
         state = self.state_dict()
         return None if state is None else _on_cpu(state)
 
     def _note_applied(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._was_applied = True
+        # Fused optimizers under a grad scaler are told what it found, and skip by themselves.
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._was_applied = found_inf is None or not bool(found_inf)
 
 
 def _trained_parameters(optimizer: Optimizer) -> list[Tensor]:

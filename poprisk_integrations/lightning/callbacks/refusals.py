@@ -1,4 +1,7 @@
-"""Set-ups in which a callback would not see complete, unscaled gradients."""
+"""Set-ups in which a callback would not see complete gradients, or could not do its work."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
@@ -6,29 +9,50 @@ from poprisk_integrations.lightning._upstream import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    gradients_stay_scaled,
     strategy_is,
 )
 
-__all__ = ["only_optimizer", "refuse_engine", "refuse_scaled_gradients", "refuse_strategy"]
+__all__ = ["only_optimizer", "refuse_engine", "refuse_second_stop", "refuse_strategy"]
 
 
-def refuse_strategy(trainer: Trainer, restore: str | None) -> None:
-    """Refuse DeepSpeed and FSDP1, and `restore="onset"` where checkpoints are sharded.
+def refuse_strategy(trainer: Trainer, owner: str, restore: str | None = None) -> None:
+    """Refuse DeepSpeed, and `restore="onset"` where checkpoints are sharded.
+
+    Args:
+        trainer: Any.
+        owner: Name of the callback.
+        restore: Which weights the callback is to restore.
 
     Raises:
         MisconfigurationException: Naming the strategy and what to use instead.
     """
     name = type(trainer.strategy).__name__
-    if strategy_is(trainer, "DeepSpeedStrategy", "FSDPStrategy"):
+    if strategy_is(trainer, "DeepSpeedStrategy"):
         raise MisconfigurationException(
-            f"PopRiskEarlyStopping cannot run under {name}, which shows callbacks no complete "
-            "gradients. Use DDPStrategy or ModelParallelStrategy (FSDP2)."
+            f"{owner} cannot run under {name}, whose engine keeps complete gradients to itself. "
+            "Use DDPStrategy, FSDPStrategy or ModelParallelStrategy (FSDP2)."
         )
-    if restore == "onset" and strategy_is(trainer, "ModelParallelStrategy"):
+    if restore == "onset" and strategy_is(trainer, "FSDPStrategy", "ModelParallelStrategy"):
         raise MisconfigurationException(
-            f"Invalid restore: 'onset'. Under {name} checkpoints are sharded and cannot be loaded "
+            f"Invalid restore: 'onset'. Under {name} weights are sharded and cannot be loaded "
             "back when fit ends. Use restore='stop' or None."
+        )
+
+
+def refuse_second_stop(callbacks: Sequence[Any]) -> None:
+    """Refuse two callbacks that may both end the run: the first would hide the second.
+
+    Args:
+        callbacks: All early-stopping callbacks of this package in a trainer.
+
+    Raises:
+        MisconfigurationException: Saying what to change.
+    """
+    stops = [callback for callback in callbacks if callback.action == "stop"]
+    if len(stops) > 1:
+        raise MisconfigurationException(
+            f"Invalid action: 'stop' on {len(stops)} PopRiskEarlyStopping callbacks of one "
+            "Trainer. Set action='monitor' on all but one."
         )
 
 
@@ -47,36 +71,36 @@ def refuse_engine(trainer: Trainer) -> None:
         )
 
 
-def only_optimizer(trainer: Trainer, pl_module: LightningModule) -> Optimizer:
+def only_optimizer(trainer: Trainer, pl_module: LightningModule, owner: str) -> Optimizer:
     """The optimizer of automatic optimization.
 
+    Args:
+        trainer: Fitting.
+        pl_module: Its module.
+        owner: Name of the callback.
+
     Raises:
-        MisconfigurationException: For manual optimization, LBFGS, or optimizers not of torch.
+        MisconfigurationException: For manual optimization, LBFGS, optimizers not of torch, and
+            where nothing is trained.
     """
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
-            "PopRiskEarlyStopping needs automatic optimization with one optimizer: with "
+            f"{owner} needs automatic optimization with one optimizer: with "
             f"automatic_optimization=False, {type(pl_module).__name__} steps by itself, with "
             f"{len(trainer.optimizers)} optimizer(s), and may clip gradients before."
+        )
+    if not trainer.optimizers:
+        raise MisconfigurationException(
+            f"{owner} needs an optimizer, and configure_optimizers returned none."
         )
     optimizer = trainer.optimizers[0]
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LBFGS):
         raise MisconfigurationException(
-            "PopRiskEarlyStopping needs a torch.optim.Optimizer that evaluates one gradient per "
-            f"step, found {type(optimizer).__name__}."
+            f"{owner} needs a torch.optim.Optimizer that evaluates one gradient per step, found "
+            f"{type(optimizer).__name__}."
+        )
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise MisconfigurationException(
+            f"{owner} needs parameters to train: none of the optimizer's requires a gradient."
         )
     return optimizer
-
-
-def refuse_scaled_gradients(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuse optimizers that unscale fp16 gradients in their own step.
-
-    Raises:
-        MisconfigurationException: Naming the optimizer and the setting to change.
-    """
-    if gradients_stay_scaled(trainer, optimizer):
-        raise MisconfigurationException(
-            f"PopRiskEarlyStopping cannot read the gradients of a fused {type(optimizer).__name__} "
-            "under 16-mixed precision: they are still multiplied by the loss scale. Use "
-            "fused=False, or bf16-mixed."
-        )

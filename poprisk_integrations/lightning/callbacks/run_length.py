@@ -1,36 +1,40 @@
 """How long a run and its epochs are, in optimizer steps."""
 
 from poprisk_integrations.diagnostics import auto_window_steps
-from poprisk_integrations.lightning._upstream import Trainer, rank_zero_warn
+from poprisk_integrations.lightning._upstream import Trainer
 
-__all__ = ["complete_steps", "micro_batches_per_step", "total_steps", "window_steps"]
+__all__ = [
+    "SHORTEST_WINDOW",
+    "loader_batch_size",
+    "run_steps",
+    "steps_per_epoch",
+    "total_steps",
+    "why_no_stop",
+    "window_steps",
+]
 
-
-def complete_steps(micro_batches: int, accumulation: int) -> int:
-    """Optimizer steps of an epoch without the short one that may end it.
-
-    Lightning steps at the end of an epoch with the micro-batches that it has.
-
-    Args:
-        micro_batches: Of one epoch on one rank.
-        accumulation: Micro-batches per optimizer step.
-
-    Example:
-        >>> complete_steps(8, 3), complete_steps(9, 3), complete_steps(2, 3)
-        (2, 3, 1)
-    """
-    return max(1, micro_batches // accumulation)
+SHORTEST_WINDOW = 4  # F compares a sum with the noise of its terms: fewer do not tell the noise
 
 
-def micro_batches_per_step(trainer: Trainer) -> int:
-    """Micro-batches of a complete optimizer step.
-
-    An epoch shorter than the accumulation makes one step, each time of as many micro-batches.
+def steps_per_epoch(trainer: Trainer) -> int | None:
+    """Optimizer steps of one epoch, a short last one included; None if unknown.
 
     Args:
         trainer: Fitting, so that it knows its data.
     """
-    return int(min(trainer.accumulate_grad_batches, trainer.num_training_batches))
+    if trainer.num_training_batches == float("inf"):
+        return None
+    return max(1, -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches))
+
+
+def loader_batch_size(trainer: Trainer) -> int | None:
+    """Examples in a batch of one rank; None where the loader does not say."""
+    loader = trainer.train_dataloader
+    for owner in (loader, getattr(loader, "batch_sampler", None)):
+        size = getattr(owner, "batch_size", None)
+        if isinstance(size, int):
+            return size
+    return None
 
 
 def total_steps(epoch_steps: int | None, max_epochs: int | None, max_steps: int) -> int | None:
@@ -51,31 +55,61 @@ def total_steps(epoch_steps: int | None, max_epochs: int | None, max_steps: int)
     return min(limits, default=None)
 
 
-def window_steps(trainer: Trainer, window: int | str, *, must_stop: bool = False) -> int:
+def run_steps(trainer: Trainer) -> int | None:
+    """`total_steps` of this trainer's run."""
+    return total_steps(steps_per_epoch(trainer), trainer.max_epochs, trainer.max_steps)
+
+
+def window_steps(trainer: Trainer, window: int | str, pass_steps: int | None) -> int:
     """Length of a window in optimizer steps.
 
     Args:
         trainer: Fitting, so that it knows its data.
         window: A length, or "auto" for `diagnostics.auto_window_steps`.
-        must_stop: Whether to warn if the run is too short for a stop.
+        pass_steps: Optimizer steps of one pass over the data; None if unknown.
 
     Raises:
         ValueError: If `window` is "auto" and nothing is known about the length of the run.
     """
-    length = trainer.num_training_batches
-    epoch_steps = None
-    if length != float("inf"):
-        epoch_steps = complete_steps(int(length), trainer.accumulate_grad_batches)
-    total = total_steps(epoch_steps, trainer.max_epochs, trainer.max_steps)
-    if window == "auto" and epoch_steps is None and total is None:
+    if isinstance(window, int):
+        return window
+    total = run_steps(trainer)
+    if pass_steps is None and total is None:
         raise ValueError(
             "Invalid window: 'auto'. The data has no length and the run no max_steps; set the "
-            "window to an integer >= 2."
+            f"window to an integer >= {SHORTEST_WINDOW}, or epoch_steps."
         )
-    steps = window if isinstance(window, int) else auto_window_steps(total, epoch_steps)
-    if must_stop and total is not None and total < 2 * steps:
-        rank_zero_warn(
-            f"PopRiskEarlyStopping: the run has {total} steps, fewer than two windows of {steps}: "
-            "it can never stop early. Set a smaller window."
+    return auto_window_steps(total, pass_steps)
+
+
+def why_no_stop(
+    total: int | None, window: int, pass_steps: int | None, min_steps: int
+) -> str | None:
+    """Why a run cannot stop early, and what to change; None if it can.
+
+    Args:
+        total: Optimizer steps of the run; None if it has no known end.
+        window: Of a window.
+        pass_steps: Of one pass over the data; None if unknown.
+        min_steps: No stop before.
+
+    Example:
+        >>> why_no_stop(100, 8, 50, 0) is None, why_no_stop(50, 8, 50, 0) is None
+        (True, False)
+    """
+    if total is None:
+        return None
+    if min_steps > total:
+        return f"min_steps={min_steps} is beyond the run's {total} steps. Set a smaller min_steps."
+    first = window if pass_steps is None else -(-pass_steps // window) * window
+    if total >= first + window:
+        return None
+    if pass_steps is not None and total <= pass_steps:
+        return (
+            f"the run's {total} steps are one pass over the data, in which no example can have "
+            "been memorised. Train longer, or set action='monitor'."
         )
-    return steps
+    return (
+        f"the first window of {window} steps on data seen before would end at step "
+        f"{first + window}, the run at {total}. Set a smaller window."
+    )

@@ -7,7 +7,6 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from poprisk_integrations.lightning import PopRiskEarlyStopping
-from poprisk_integrations.lightning._upstream import MisconfigurationException
 from tests.integration.lightning import toy
 
 pytestmark = toy.third_party_warnings
@@ -102,18 +101,31 @@ def test_a_window_spans_the_same_bits_as_the_hook_saw(tmp_path):
 class TestShortSteps:
     """8 micro-batches by 3: the third step of an epoch has 2, each divided by 3."""
 
-    def test_are_left_out_of_the_window(self, tmp_path):
-        stop, recorder = PopRiskEarlyStopping(window=100, action="monitor"), Recorder()
-        trainer = toy.trainer(tmp_path, [stop, recorder], max_epochs=2, accumulate_grad_batches=3)
+    def test_are_the_mean_of_their_own_examples(self, tmp_path):
+        stop = PopRiskEarlyStopping(window=100, action="monitor")
+        trainer = toy.trainer(tmp_path, [stop], max_epochs=1, accumulate_grad_batches=3)
         trainer.fit(Frozen(), toy.loader())
         sums, counted = window_sums(stop)
-        assert trainer.global_step == 6
-        assert counted == 4
-        complete = [g for i, g in enumerate(recorder.grads) if i % 3 != 2]
-        expected = [torch.zeros_like(g) for g in complete[0]]
-        for grads in complete:
-            expected = [t + g for t, g in zip(expected, grads, strict=True)]
-        toy.assert_same(sums, expected)
+        assert trainer.global_step == counted == 3
+        # Steps of 96, 96 and 64 examples, each the gradient of their mean loss.
+        expected = sums_by_hand(toy.loader(batch_size=96))
+        for found, by_hand in zip(sums, expected, strict=True):
+            torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-5 * float(by_hand.norm()))
+
+    def test_the_ratio_is_that_of_joined_batches(self, tmp_path):
+        """F and U of a run with short steps equal those of their joined batches."""
+        ratios = []
+        for batch_size, accumulate in ((32, 3), (96, 1)):
+            stop = PopRiskEarlyStopping(window=6, action="monitor")
+            trainer = toy.trainer(
+                tmp_path, [stop], max_epochs=2, accumulate_grad_batches=accumulate
+            )
+            trainer.fit(Frozen(), toy.loader(batch_size=batch_size))
+            (record,) = stop.history
+            assert record["risk_decrease"] is None  # no weight moved
+            ratios.append({k: v for k, v in record.items() if v is not None})
+        assert ratios[0]["step"] == 6
+        assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
 
     def test_count_as_training_time(self, tmp_path):
         stop = PopRiskEarlyStopping(window=100, action="monitor")
@@ -121,12 +133,15 @@ class TestShortSteps:
         trainer.fit(toy.Classifier(toy.sgd), toy.loader())
         assert stop.state_dict()["rule"]["lr_sum"] == pytest.approx(6 * 0.5)
 
-    def test_an_epoch_shorter_than_the_accumulation_is_not_short(self, tmp_path):
+    def test_an_epoch_shorter_than_the_accumulation_is_a_mean_too(self, tmp_path):
         stop = PopRiskEarlyStopping(window=100, action="monitor")
         trainer = toy.trainer(tmp_path, [stop], max_epochs=3, accumulate_grad_batches=20)
         trainer.fit(Frozen(), toy.loader())
-        assert trainer.global_step == 3
-        assert window_sums(stop)[1] == 3
+        sums, counted = window_sums(stop)
+        assert trainer.global_step == counted == 3
+        (whole,) = toy.loader(batch_size=256)
+        for found, by_hand in zip(sums, sums_by_hand([whole] * 3), strict=True):
+            torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-5 * float(by_hand.norm()))
 
     def test_a_skipped_training_step_is_left_out(self, tmp_path):
         class Skips(Frozen):
@@ -173,12 +188,39 @@ class TestLossScaling:
         assert (rule["windows"], rule["lr_sum"]) == (0, 0.0)
         assert stop.metrics()["poprisk/signal_ratio"] == -1
 
-    def test_fused_optimizers_are_refused(self, tmp_path):
-        model = toy.Classifier(lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True))
-        trainer = toy.trainer(tmp_path, [PopRiskEarlyStopping(window=8)], plugins=[scaler_on_cpu()])
-        with pytest.raises(MisconfigurationException, match="fused AdamW under 16-mixed"):
-            trainer.fit(model, toy.loader())
-        assert trainer.global_step == 0
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    def test_those_that_fused_optimizers_see_scaled_are_unscaled(self, tmp_path, accumulate):
+        class Fused(Frozen):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.0, fused=True)
+
+        stop, recorder = PopRiskEarlyStopping(window=100, action="monitor"), Recorder()
+        trainer = toy.trainer(
+            tmp_path,
+            [stop, recorder],
+            max_epochs=1,
+            plugins=[scaler_on_cpu()],
+            accumulate_grad_batches=accumulate,
+        )
+        trainer.fit(Fused(), toy.loader())
+        sums, counted = window_sums(stop)
+        assert counted == trainer.global_step
+        scaled = torch.stack([torch.stack([g.norm() for g in grads]) for grads in recorder.grads])
+        assert float(scaled.mean()) > 10.0  # the hook's gradients still are
+        expected = sums_by_hand(toy.loader(batch_size=32 * accumulate))
+        for found, by_hand in zip(sums, expected, strict=True):
+            torch.testing.assert_close(found, by_hand, rtol=0, atol=5e-3 * float(by_hand.norm()))
+
+    def test_steps_that_a_fused_optimizer_skips_count_for_nothing(self, tmp_path):
+        plugin = scaler_on_cpu(init_scale=2.0**24, backoff_factor=2.0**-4)
+        stop = PopRiskEarlyStopping(window=100, action="monitor")
+        model = toy.Classifier(lambda p: torch.optim.AdamW(p, lr=0.5, fused=True))
+        trainer = toy.trainer(tmp_path, [stop], max_epochs=2, plugins=[plugin])
+        trainer.fit(model, toy.loader())
+        (applied,) = {int(s["step"]) for s in trainer.optimizers[0].state.values()}
+        assert 0 < applied < trainer.global_step == 16
+        assert window_sums(stop)[1] == applied
+        assert stop.state_dict()["rule"]["lr_sum"] == pytest.approx(0.5 * applied)
 
     def test_fused_optimizers_without_a_scaler_are_fine(self, tmp_path):
         model = toy.Classifier(lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True))
@@ -189,17 +231,21 @@ class TestLossScaling:
     def test_stops_like_the_unscaled_run(self, tmp_path):
         stop = PopRiskEarlyStopping(window=8)
         toy.trainer(tmp_path, [stop], plugins=[scaler_on_cpu()]).fit(toy.Classifier(), toy.loader())
-        assert stop.stopped_step == 64
+        assert stop.stopped_step == 45
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("make_optimizer", [toy.adamw, toy.gated])
 def test_stops_in_bfloat16(tmp_path, precision, make_optimizer):
-    stop = PopRiskEarlyStopping(window=8)
-    toy.trainer(tmp_path, [stop], max_epochs=20, precision=precision).fit(
-        toy.Classifier(make_optimizer), toy.loader()
-    )
-    assert stop.stopped_step == 2 * stop.onset_step
+    kappa = 1.2 if make_optimizer is toy.gated else 2.0  # a closing gate lets little time pass
+    steps = []
+    for settings in ({}, {"precision": precision}):
+        stop = PopRiskEarlyStopping(kappa=kappa, window=8)
+        toy.trainer(tmp_path, [stop], max_epochs=20, **settings).fit(
+            toy.Classifier(make_optimizer), toy.loader()
+        )
+        steps.append(stop.stopped_step)
+    assert steps[1] == pytest.approx(steps[0], abs=6)
 
 
 def test_unfreezing_a_layer_starts_the_window_afresh(tmp_path):

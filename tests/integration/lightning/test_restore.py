@@ -31,7 +31,7 @@ def fit(root, stop, callbacks=(), ckpt_path=None, model=None, **kwargs):
 def test_onset_restores_the_weights_of_the_onset(tmp_path):
     stop = PopRiskEarlyStopping(window=8, restore="onset")
     model, trainer, weights = fit(tmp_path, stop)
-    assert trainer.global_step == stop.stopped_step == 64
+    assert trainer.global_step == stop.stopped_step == 45
     assert stop.best_model_path == str(tmp_path / "poprisk-onset-step=32.ckpt")
     toy.assert_same(model.state_dict(), weights[32])
     saved = torch.load(stop.best_model_path, weights_only=True)
@@ -40,7 +40,7 @@ def test_onset_restores_the_weights_of_the_onset(tmp_path):
 
 def test_onset_is_restored_also_where_the_run_ends_before_the_stop(tmp_path):
     stop = PopRiskEarlyStopping(window=8, restore="onset")
-    model, _, weights = fit(tmp_path, stop, max_epochs=6)
+    model, _, weights = fit(tmp_path, stop, max_epochs=5)
     assert stop.stopped_step is None
     toy.assert_same(model.state_dict(), weights[32])
 
@@ -63,7 +63,7 @@ def test_resume_from_the_onset_equals_the_uninterrupted_run(tmp_path):
     fit(tmp_path, first)
     again = PopRiskEarlyStopping(window=8, restore="onset")
     model, trainer, weights = fit(tmp_path, again, ckpt_path=first.best_model_path)
-    assert trainer.global_step == 64
+    assert trainer.global_step == 45
     toy.assert_same(again.state_dict(), first.state_dict())
     toy.assert_same(model.state_dict(), torch.load(first.best_model_path)["state_dict"])
     assert min(weights) == 33
@@ -75,7 +75,7 @@ def test_a_missing_onset_checkpoint_is_an_error_before_any_step(tmp_path):
 
     class Save(Callback):
         def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 40:
+            if trainer.global_step == 36:
                 trainer.save_checkpoint(path)
 
     fit(tmp_path, PopRiskEarlyStopping(window=8, restore="stop"), [Save()])
@@ -105,19 +105,19 @@ def test_a_checkpoint_that_cannot_be_loaded_safely_is_named(tmp_path):
 
 def test_stop_names_the_checkpoint_that_was_saved_there(tmp_path):
     stop = PopRiskEarlyStopping(window=8)
-    every = ModelCheckpoint(tmp_path / "a", every_n_train_steps=8, save_top_k=-1)
+    every = ModelCheckpoint(tmp_path / "a", every_n_train_steps=15, save_top_k=-1)
     model, _, weights = fit(tmp_path, stop, [every], enable_checkpointing=True)
     saved = torch.load(stop.best_model_path, weights_only=True)
-    assert saved["global_step"] == 64
+    assert saved["global_step"] == 45
     toy.assert_same(saved["state_dict"], model.state_dict())
-    toy.assert_same(model.state_dict(), weights[64])
+    toy.assert_same(model.state_dict(), weights[45])
 
 
 def test_stop_names_nothing_where_nothing_was_saved(tmp_path):
     stop = PopRiskEarlyStopping(window=8)
     rarely = ModelCheckpoint(tmp_path / "a", every_n_train_steps=24)
     fit(tmp_path, stop, [rarely], enable_checkpointing=True)
-    assert stop.stopped_step == 64
+    assert stop.stopped_step == 45
     assert stop.best_model_path == ""
 
 

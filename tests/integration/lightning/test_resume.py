@@ -72,14 +72,15 @@ class SaveAt(Callback):
     ],
 )
 def test_resumed_equals_uninterrupted_bitwise(tmp_path, make_optimizer, window, step, where):
-    whole_stop = PopRiskEarlyStopping(window=window)
+    kappa = 1.2 if make_optimizer is toy.gated else 2.0  # a closing gate lets little time pass
+    whole_stop = PopRiskEarlyStopping(kappa=kappa, window=window)
     saver = SaveAt(tmp_path, step)
     whole = fit(tmp_path, whole_stop, make_optimizer, callbacks=[saver])
     saved = torch.load(saver.path, weights_only=True)  # numbers, strings and tensors only
     seen = saved["callbacks"][whole_stop.state_key]["window"]["seen"]
     assert seen == step % window
 
-    stop = PopRiskEarlyStopping(window=window)
+    stop = PopRiskEarlyStopping(kappa=kappa, window=window)
     resumed = fit(tmp_path, stop, make_optimizer, ckpt_path=saver.path)
 
     assert whole_stop.stopped_step == whole[1].global_step
@@ -104,19 +105,19 @@ def test_resume_with_accumulation_and_a_short_last_step(tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 def test_a_run_that_had_stopped_stays_stopped(tmp_path):
     saver = ModelCheckpoint(tmp_path / "c", filename="last")
-    first = PopRiskEarlyStopping(window=8)
+    first = PopRiskEarlyStopping(kappa=1.2, window=8)
     whole = fit(tmp_path, first, toy.gated, callbacks=[saver], enable_checkpointing=True)
     path = saver.best_model_path
     assert first.best_model_path == path  # saved at the epoch's end, at the step of the stop
 
-    again = PopRiskEarlyStopping(window=8)
+    again = PopRiskEarlyStopping(kappa=1.2, window=8)
     resumed = fit(tmp_path, again, toy.gated, ckpt_path=path)
     assert resumed[1].global_step == whole[1].global_step == again.stopped_step
     toy.assert_same(resumed[0].state_dict(), whole[0].state_dict())
 
-    trains_on = PopRiskEarlyStopping(window=8, action="monitor")
+    trains_on = PopRiskEarlyStopping(kappa=1.2, window=8, action="monitor")
     longer = fit(tmp_path, trains_on, toy.gated, ckpt_path=path)
-    assert longer[1].global_step == 240
+    assert longer[1].current_epoch == 30
     assert trains_on.onset_step == first.onset_step
 
 
@@ -125,7 +126,7 @@ def test_a_second_fit_starts_afresh(tmp_path):
     fit(tmp_path, stop, toy.adamw)
     first = stop.state_dict()
     _, trainer = fit(tmp_path, stop, toy.adamw)
-    assert trainer.global_step == stop.stopped_step == 64
+    assert trainer.global_step == stop.stopped_step == 45
     toy.assert_same(stop.state_dict(), first)
 
 
@@ -167,7 +168,7 @@ def test_popriskoptimizer_loads_checkpoints_of_adamw_and_of_ours(tmp_path, make_
 
 def test_popriskoptimizer_resumes_bitwise(tmp_path):
     saver = SaveAt(tmp_path, 20)
-    whole_stop, stop = PopRiskEarlyStopping(window=8), PopRiskEarlyStopping(window=8)
+    whole_stop, stop = (PopRiskEarlyStopping(kappa=1.2, window=8) for _ in range(2))
     optimizer = PopRiskOptimizer(gate="hard")
     whole = fit(tmp_path, whole_stop, toy.adamw, callbacks=[optimizer, saver])
     resumed = fit(

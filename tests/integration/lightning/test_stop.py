@@ -1,7 +1,9 @@
 """The stop on real fits: where it fires, where it does not, what it says and logs."""
 
 import csv
+import itertools
 import logging
+import math
 
 import pytest
 import torch
@@ -45,14 +47,28 @@ def held_out_loss(model):
         return float(torch.nn.functional.cross_entropy(model.net(x), y))
 
 
-@pytest.mark.parametrize("make_optimizer", [toy.adamw, toy.gated, toy.sgd])
-def test_stops_a_memorising_run_before_its_held_out_loss_rises(tmp_path, make_optimizer):
-    stop = PopRiskEarlyStopping(window=8)
+def stop_by_hand(history, kappa):
+    """Step of the stop at a constant rate from the windows' F, for noise that has not fallen."""
+    ends = [0, *(record["step"] for record in history)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+    logs = [math.log(record["signal_ratio"]) for record in history]
+    first = next(i for i, x in enumerate(logs) if x < 0)
+    share = logs[first - 1] / (logs[first - 1] - logs[first])
+    onset = middles[first - 1] + share * (middles[first] - middles[first - 1])
+    return math.ceil(kappa * onset)
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "kappa"), [(toy.adamw, 2.0), (toy.gated, 1.2), (toy.sgd, 2.0)]
+)
+def test_stops_a_memorising_run_before_its_held_out_loss_rises(tmp_path, make_optimizer, kappa):
+    stop = PopRiskEarlyStopping(kappa=kappa, window=8)
     model, trainer = toy.Classifier(make_optimizer), toy.trainer(tmp_path, [stop], max_epochs=50)
     trainer.fit(model, toy.loader())
 
-    assert stop.stopped_step == trainer.global_step == 2 * stop.onset_step
-    assert trainer.global_step < 50 * toy.STEPS_PER_EPOCH
+    assert stop.stopped_step == trainer.global_step < 50 * toy.STEPS_PER_EPOCH
+    if make_optimizer is not toy.gated:  # its time depends on the gate
+        assert stop.stopped_step == stop_by_hand(stop.history, kappa)
 
     to_the_end = toy.Classifier(make_optimizer)
     toy.trainer(tmp_path, max_epochs=50).fit(to_the_end, toy.loader())
@@ -70,6 +86,7 @@ def test_does_not_stop_a_clean_stream(tmp_path, optimizer_class):
     assert stop.stopped_step is None
     assert stop.onset_step is None
     assert "armed" in stop.stopping_reason  # it measured, and found signal
+    assert "batches still agree" in stop.stopping_reason or "memorising" in stop.stopping_reason
 
 
 def test_says_once_why_it_stopped(tmp_path, caplog):
@@ -80,6 +97,7 @@ def test_says_once_why_it_stopped(tmp_path, caplog):
     assert lines == [f"PopRiskEarlyStopping: {stop.stopping_reason}"]
     assert f"stopped at step {stop.stopped_step}" in lines[0]
     assert f"since step {stop.onset_step}" in lines[0]
+    assert "batches agree no more than noise does: memorising (F = 0.5" in lines[0]
 
 
 def test_logs_finite_numbers_from_the_first_step(tmp_path):
@@ -105,7 +123,8 @@ def test_every_line_of_a_logger_has_the_present_values(tmp_path):
     )
     with open(tmp_path / "lightning_logs/version_0/metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [*range(2, 64, 3), 63]  # and at the stop
+    # Every third step, and at the onset at once; the stop is at step 45.
+    assert [int(row["step"]) for row in rows] == sorted([*range(2, 45, 3), 31])
     onsets = [float(row["poprisk/onset_step"]) for row in rows]
     assert onsets == [32.0 if int(row["step"]) >= 31 else -1.0 for row in rows]
     assert all(row["poprisk/signal_ratio"] for row in rows)
@@ -137,7 +156,7 @@ def test_other_callbacks_can_monitor_it(tmp_path):
 @pytest.mark.parametrize("make_optimizer", [toy.adamw, toy.gated])
 def test_monitoring_leaves_the_run_bitwise_the_same(tmp_path, make_optimizer):
     watched, alone = toy.Classifier(make_optimizer), toy.Classifier(make_optimizer)
-    stop = PopRiskEarlyStopping(window=8, action="monitor")
+    stop = PopRiskEarlyStopping(window=8, kappa=1.2, action="monitor")
     torch.manual_seed(0)
     with_it = toy.trainer(tmp_path, [stop], gradient_clip_val=0.5, max_epochs=15)
     with_it.fit(watched, toy.loader(shuffle=True))
@@ -175,6 +194,8 @@ def test_training_time_is_the_sum_of_learning_rates_before_the_scheduler(tmp_pat
     stop = PopRiskEarlyStopping(window=8)
     trainer = toy.trainer(tmp_path, [stop], max_epochs=50)
     trainer.fit(Falling(), toy.loader())
-    assert stop.onset_step == 32
-    # Steps 1-40 at 1e-2, then 1e-3: 2 * 0.32 = 0.40 + 240 * 1e-3.
-    assert stop.stopped_step == trainer.global_step == 280
+    by_hand = stop_by_hand([r for r in stop.history if r["step"] <= 40], 2.0)
+    assert by_hand == 45  # after 0.45 units of time, less what is rounded up
+    # Steps 1-40 at 1e-2, then 1e-3.
+    assert 40 + 10 * (by_hand - 41) < stop.stopped_step <= 40 + 10 * (by_hand - 40)
+    assert stop.stopped_step == trainer.global_step

@@ -16,7 +16,10 @@ from poprisk_integrations.lightning import PopRiskEarlyStopping, PopRiskMonitor,
         ({"kappa": float("nan")}, "Invalid kappa: nan"),
         ({"threshold": 0.0}, "Invalid threshold: 0.0"),
         ({"min_steps": -1}, "Invalid min_steps: -1"),
-        ({"window": 1}, "Invalid window: 1. Must be 'auto' or an integer >= 2"),
+        ({"window": 3}, "Invalid window: 3. Must be 'auto' or an integer >= 4"),
+        ({"accumulator": "half"}, "Invalid accumulator: 'half'. Must be one of"),
+        ({"epoch_steps": 0}, "Invalid epoch_steps: 0. Must be None or an integer >= 1"),
+        ({"epoch_steps": 1.5}, "Invalid epoch_steps: 1.5"),
         ({"window": 8.0}, "Invalid window: 8.0"),
         ({"window": True}, "Invalid window: True"),
         ({"window": "epoch"}, "Invalid window: 'epoch'"),
@@ -38,6 +41,8 @@ def test_early_stopping_defaults():
         "min_steps": 0,
         "action": "stop",
         "restore": "stop",
+        "accumulator": "auto",
+        "epoch_steps": None,
     }
 
 
@@ -49,17 +54,28 @@ def test_thresholds_for_arming_scale_with_the_threshold():
 def test_state_keys_tell_rules_apart():
     keys = {
         PopRiskEarlyStopping(**arguments).state_key
-        for arguments in ({}, {"kappa": 3.0}, {"window": 9}, {"threshold": 2.0}, {"min_steps": 1})
+        for arguments in (
+            {},
+            {"kappa": 3.0},
+            {"window": 9},
+            {"threshold": 2.0},
+            {"min_steps": 1},
+            {"action": "monitor"},
+            {"accumulator": "exact"},
+            {"epoch_steps": 5},
+        )
     }
-    assert len(keys) == 5
-    # What is done about a verdict is no part of the state's meaning.
-    assert PopRiskEarlyStopping(action="monitor", restore=None).state_key in keys
+    assert len(keys) == 8
+    assert PopRiskEarlyStopping(restore=None).state_key in keys  # nothing is measured for it
 
 
 def test_a_fresh_callback_has_nothing_to_report():
     stop = PopRiskEarlyStopping()
     assert (stop.stopped_step, stop.onset_step, stop.best_model_path) == (None, None, "")
-    assert set(stop.metrics().values()) == {-1.0}
+    may_be_negative = {"poprisk/risk_decrease", "poprisk/agreement"}
+    for name, value in stop.metrics().items():
+        assert value == (0.0 if name in may_be_negative else -1.0)
+    assert stop.history == []
 
 
 @pytest.mark.parametrize("every_n_steps", [0, -1, 1.5, True, "50"])

@@ -1,0 +1,64 @@
+"""When a callback's present values go to Lightning, and when straight to the user's loggers."""
+
+from collections.abc import Callable, Mapping
+
+from poprisk_integrations.lightning._upstream import (
+    LightningModule,
+    Trainer,
+    is_logger_step,
+)
+
+__all__ = ["StepLog"]
+
+
+class StepLog:
+    """Logs values that rarely change, and no decision too late.
+
+    Lightning's `log` takes a tenth of a millisecond per value and keeps it until the epoch ends,
+    so it is called at the first step of an epoch, when a value is new, and, if one has drifted
+    since, on the steps that Lightning hands to loggers (every `log_every_n_steps`). Between
+    those, a decision is written to the loggers directly.
+    """
+
+    def __init__(self) -> None:
+        self._epoch: int | None = None
+        self._values: Mapping[str, float] | None = None
+
+    def write(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        step: int,
+        values: Callable[[], Mapping[str, float]],
+        *,
+        is_new: bool,
+        is_decision: bool,
+    ) -> None:
+        """Log after an optimizer step, in `on_train_batch_end`.
+
+        Args:
+            trainer: Training.
+            pl_module: Its module.
+            step: Optimizer steps so far.
+            values: Gives the present values.
+            is_new: Whether something was measured at this step.
+            is_decision: Whether something was decided at this step.
+        """
+        if trainer.barebones:
+            return
+        is_logged_now = is_logger_step(trainer)
+        is_due = is_new or is_decision or self._epoch != trainer.current_epoch
+        if not is_due and not is_logged_now:
+            return
+        present = values()
+        if is_due or present != self._values:
+            self._epoch, self._values = trainer.current_epoch, present
+            pl_module.log_dict(dict(present), on_step=True, on_epoch=False, batch_size=1)
+        if is_decision and not is_logged_now:
+            self.write_now(trainer, step, present)
+
+    def write_now(self, trainer: Trainer, step: int, values: Mapping[str, float]) -> None:
+        """Write one line to every logger, of the step that has just ended."""
+        for logger in trainer.loggers:
+            line = {**values, "epoch": trainer.current_epoch}
+            logger.log_metrics(line, step=step - 1)  # Lightning counts lines from 0
