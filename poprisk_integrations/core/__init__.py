@@ -36,7 +36,7 @@ from poprisk_integrations.core.stopping import (
     StoppingRule,
     StoppingState,
 )
-from poprisk_integrations.core.window import WindowRatio, window_signal_ratio
+from poprisk_integrations.core.window import WindowRatio, coordinate_ratio, window_signal_ratio
 
 __all__ = [
     "LearningRateCutConfig",
@@ -49,6 +49,7 @@ __all__ = [
     "WindowRatio",
     "calibrated_alpha",
     "chi2_quantile_1dof",
+    "coordinate_ratio",
     "default_lambda_pop",
     "deviation_scale",
     "diagnose",

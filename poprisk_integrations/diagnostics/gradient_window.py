@@ -11,6 +11,7 @@ from torch import Tensor
 from poprisk_integrations.core.standard_error import mean_standard_error
 from poprisk_integrations.core.window import WindowRatio, window_signal_ratio
 from poprisk_integrations.diagnostics.coordinate_sample import FlatVector
+from poprisk_integrations.diagnostics.gradient_agreement import GradientAgreement
 from poprisk_integrations.diagnostics.step_displacement import StepDisplacement
 from poprisk_integrations.diagnostics.window_layout import WindowLayout
 from poprisk_integrations.diagnostics.window_rows import StepRows
@@ -18,7 +19,9 @@ from poprisk_integrations.diagnostics.window_state import check_state, copy_stat
 from poprisk_integrations.diagnostics.window_sums import ExactSums, SampledSums
 from poprisk_integrations.distributed import is_dtensor, mean_over_ranks
 
-__all__ = ["GradientWindow"]
+__all__ = ["SHORTEST_WINDOW", "GradientWindow"]
+
+SHORTEST_WINDOW = 4  # with fewer, the variance of a coordinate has no mean inverse
 
 
 class GradientWindow:
@@ -29,32 +32,34 @@ class GradientWindow:
     are read, never written. A step with a non-finite gradient (a skipped fp16 step) is left out,
     decided on the device: no host sync before the window closes, and no communication, but for
     one reduction of L numbers per step where tensors are sharded. A window closes with F, its
-    standard error, and the population-risk decrease along the steps that were taken
-    (`core.WindowRatio`, `StepDisplacement`).
+    standard error, the population-risk decrease along the steps that were taken, and the
+    agreement of consecutive batches (`core.WindowRatio`, `StepDisplacement`, `GradientAgreement`).
 
     Args:
-        steps: Optimizer steps in a window, >= 2.
-        accumulator: "exact" keeps one fp32 buffer per trained parameter, 4 bytes each. "sample"
+        steps: Optimizer steps in a window, >= 4.
+        accumulator: "exact" keeps two fp32 buffers per trained parameter, 8 bytes each. "sample"
             reads at most 65,536 fixed coordinates of each tensor (`CoordinateSample`), also for
-            |g_t|^2 and to tell whether a step is finite: 180 MB for a model of 7B parameters
-            instead of 27 GB. "auto": exact while a process trains at most 25 million parameters,
-            where it costs 100 MB or less.
+            |g_t|^2 and to tell whether a step is finite: 16 bytes per sampled coordinate, 300 MB
+            for a model of 7B parameters instead of 54 GB. "auto": exact while a process trains at
+            most 25 million parameters, where it costs 200 MB or less.
         shard_group: Process group over which tensors that are no DTensors are sharded (FSDP1,
             DeepSpeed ZeRO). A rank may hold an empty shard, or no gradient where others do.
-        measure_risk: Whether to measure the risk decrease, from the sampled coordinates with
-            either accumulator: two more fp32 numbers per coordinate, 120 MB for 7B parameters.
+        measure_risk: Whether to measure risk decrease and agreement, from the sampled coordinates
+            with either accumulator: 12 to 16 bytes more per sampled coordinate.
+        epoch_steps: Optimizer steps of one pass over the data; None if unknown. A longer window
+            sees each example more than once, which F allows for.
 
     Raises:
-        ValueError: If `steps` < 2 or `accumulator` is unknown.
+        ValueError: If `steps` < 4 or `accumulator` is unknown.
 
     Example:
         >>> p = torch.nn.Parameter(torch.zeros(()))
-        >>> window = GradientWindow(steps=2)
-        >>> for g in (1.0, 3.0):
+        >>> window = GradientWindow(steps=5)
+        >>> for g in (1.0, 3.0, 2.0, 1.0, 3.0):  # sum 10, variance 1
         ...     p.grad = torch.tensor(g)
         ...     window.add([p])
-        >>> window.is_full, window.close().ratio
-        (True, 4.0)
+        >>> window.is_full, round(window.close().ratio, 3)  # (5-3)/(5-1) * 10^2 / (5 * 1)
+        (True, 10.0)
     """
 
     def __init__(
@@ -64,9 +69,12 @@ class GradientWindow:
         accumulator: Literal["auto", "exact", "sample"] = "auto",
         shard_group: Any = None,
         measure_risk: bool = True,
+        epoch_steps: int | None = None,
     ) -> None:
-        if steps < 2:
-            raise ValueError(f"Invalid steps: {steps}. A window needs at least 2 optimizer steps.")
+        if steps < SHORTEST_WINDOW:
+            raise ValueError(
+                f"Invalid steps: {steps}. A window needs at least {SHORTEST_WINDOW} optimizer steps."
+            )
         if accumulator not in ("auto", "exact", "sample"):
             raise ValueError(
                 f"Invalid accumulator: {accumulator!r}. Must be 'auto', 'exact' or 'sample'."
@@ -74,6 +82,7 @@ class GradientWindow:
         self.steps = steps
         self.accumulator = accumulator
         self.measure_risk = measure_risk
+        self._passes = max(1.0, steps / epoch_steps) if epoch_steps else 1.0
         self._shard_group = shard_group
         self.reset()
 
@@ -128,7 +137,9 @@ class GradientWindow:
             self._sums.add_(read, sampled, scale, None)
         if self._displacement is not None:
             assert sampled is not None
+            assert self._agreement is not None
             self._displacement.add(layout.to_locals(tensors), sampled)
+            self._agreement.add(sampled)
 
     @torch.no_grad()
     def close(self) -> WindowRatio | None:
@@ -137,43 +148,62 @@ class GradientWindow:
         One host sync. All ranks get the same bits, so all decide alike.
 
         Returns:
-            F and the rest, or None where fewer than two finite steps were seen.
+            F and the rest, or None where fewer than four finite steps were seen.
         """
-        layout, sums, rows, displacement = (
-            self._layout,
-            self._sums,
-            self._norm_sq,
-            self._displacement,
-        )
+        layout, sums, rows = self._layout, self._sums, self._norm_sq
+        displacement, agreement = self._displacement, self._agreement
         if self._loaded is not None:  # of tensors that never came
             self.reset()
         if layout is None or sums is None or not rows:
             self._start_window()
             return None
-        blocks = [rows.stacked(), layout.sum(sums.norms_of_sum().square())[None]]
-        if displacement is not None:
+        norm_sq = rows.stacked()
+        counted = norm_sq.sum(1).isfinite().sum()
+        blocks = [
+            norm_sq,
+            layout.sum(sums.norms_of_sum().square())[None],
+            layout.sum(sums.coordinate_ratios(int(counted) if layout.on_host else counted)),
+        ]
+        if displacement is not None and agreement is not None:
             products = displacement.rows.stacked()
             blocks += [layout.sum(products[:, :-1].contiguous()), layout.max(products[:, -1:])]
+            blocks.append(layout.sum(agreement.rows.stacked()))
         flat = mean_over_ranks(torch.cat([block.flatten() for block in blocks])).double().cpu()
         parts = flat.split_with_sizes([block.numel() for block in blocks])
         host = [part.view(block.shape) for part, block in zip(parts, blocks, strict=True)]
         self._start_window()
         is_finite = host[0].sum(1).isfinite()
         steps = int(is_finite.sum())
-        if steps < 2:
+        if steps < SHORTEST_WINDOW:
             return None
         scale = layout.numel / sums.measured.clamp(min=1)
         norm_sq = host[0][is_finite] * scale
         result = window_signal_ratio(
-            host[1][0] * scale, norm_sq.sum(0), layout.numel, steps, norm_sq=norm_sq
+            host[1][0] * scale,
+            norm_sq.sum(0),
+            layout.numel,
+            steps,
+            norm_sq=norm_sq,
+            passes=self._passes,
         )
-        if displacement is None:
+        white, alive = (host[2] * scale).sum(1).tolist()
+        if alive > 0 and not math.isnan(result.ratio):
+            result = replace(result, ratio=white / alive / self._passes)
+        if displacement is None or agreement is None:
             return result
-        per_step = (host[2] * (layout.numel / layout.sampled.clamp(min=1))).sum(1)
+        scale = layout.numel / layout.sampled.clamp(min=1)
+        per_step = (host[3] * scale).sum(1)
         # A step that was not applied says nothing about the direction of those that were.
-        counts = is_finite & per_step.isfinite() & (host[3][:, 0] > 0)
-        mean, error = mean_standard_error(per_step[counts])
-        return replace(result, risk_decrease=mean, risk_decrease_se=error)
+        counts = is_finite & per_step.isfinite() & (host[4][:, 0] > 0)
+        gain, gain_se = mean_standard_error(per_step[counts])
+        agreed, agreed_se = mean_standard_error(_in_units_of_noise(host[5] * scale, result, layout))
+        return replace(
+            result,
+            risk_decrease=gain,
+            risk_decrease_se=gain_se,
+            agreement=agreed,
+            agreement_se=agreed_se,
+        )
 
     def reset(self) -> None:
         """Forget the unfinished window, and the weights of the last step."""
@@ -183,6 +213,7 @@ class GradientWindow:
         self._sums: ExactSums | SampledSums | None = None
         self._sampled: FlatVector | None = None
         self._displacement: StepDisplacement | None = None
+        self._agreement: GradientAgreement | None = None
         self._loaded: dict[str, Any] | None = None  # waits for the tensors that it belongs to
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,18 +229,26 @@ class GradientWindow:
             "seen": self._seen,
             "counted": None,
             "sums": {},
+            "squares": {},
             "norm_sq": None,
             "previous": {},
             "products": None,
+            "last_grads": {},
+            "agreements": None,
         }
         if self._sums is not None and self._norm_sq:
-            state["sums"] = self._sums.state()
+            state["sums"], state["squares"] = self._sums.state()
             state["norm_sq"] = self._norm_sq.stacked()
             state["counted"] = state["norm_sq"].sum(1).isfinite().sum()
         if displacement is not None and displacement.previous is not None:
             state["previous"] = {str(i): t.clone() for i, t in enumerate(displacement.previous)}
             if displacement.rows:
                 state["products"] = displacement.rows.stacked()
+        agreement = self._agreement
+        if agreement is not None and agreement.last_grads is not None:
+            state["last_grads"] = {str(i): t.clone() for i, t in enumerate(agreement.last_grads)}
+            if agreement.rows:
+                state["agreements"] = agreement.rows.stacked()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -234,8 +273,9 @@ class GradientWindow:
         if self._sums is not None and self._norm_sq is not None:
             self._sums.zero_()
             self._norm_sq.load(None)
-        if self._displacement is not None:
+        if self._displacement is not None and self._agreement is not None:
             self._displacement.start_window()
+            self._agreement.start_window()
 
     def _layout_of(self, tensors: Sequence[Tensor]) -> WindowLayout:
         if self._layout is not None and self._layout.is_of(tensors):
@@ -253,6 +293,7 @@ class GradientWindow:
         self._sums = ExactSums(layout) if is_exact else SampledSums(layout)
         if self.measure_risk:
             self._displacement = StepDisplacement(layout)
+            self._agreement = GradientAgreement(layout)
         if self.measure_risk or not is_exact:
             self._sampled = layout.sample.zeros()
         if loaded is not None:
@@ -262,17 +303,32 @@ class GradientWindow:
     def _take(self, state: Mapping[str, Any], layout: WindowLayout) -> None:
         assert self._sums is not None
         assert self._norm_sq is not None
-        self._sums.load(state["sums"])
+        self._sums.load(state["sums"], state["squares"])
         self._norm_sq.load(state["norm_sq"])
-        displacement = self._displacement
-        if displacement is None:
+        displacement, agreement = self._displacement, self._agreement
+        if displacement is None or agreement is None:
             return
+        columns, steps = range(len(layout.locals)), len(self._norm_sq)
         if state["previous"]:
-            displacement.previous = [state["previous"][str(i)] for i in range(len(layout.locals))]
-        if state["products"] is None:  # the saved window did not measure it
-            displacement.pad(len(self._norm_sq))
-        else:
-            displacement.rows.load(state["products"])
+            displacement.previous = [state["previous"][str(i)] for i in columns]
+        if state["last_grads"]:
+            agreement.last_grads = [state["last_grads"][str(i)] for i in columns]
+        for part, saved in (
+            (displacement, state["products"]),
+            (agreement, state["agreements"]),
+        ):
+            if saved is None:  # the saved window did not measure it
+                part.pad(steps)
+            else:
+                part.rows.load(saved)
+
+
+def _in_units_of_noise(products: Tensor, window: WindowRatio, layout: WindowLayout) -> Tensor:
+    """Sum over tensors of w_l U_t,l / S_l, one number per step with a finite product."""
+    noisy = window.per_tensor.isfinite()
+    weight = torch.where(noisy, layout.numel, 0.0)
+    per_step = products @ torch.where(noisy, weight / weight.sum() / window.noise, 0.0)
+    return per_step[per_step.isfinite()]
 
 
 def _columns(

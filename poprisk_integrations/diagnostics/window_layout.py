@@ -16,7 +16,7 @@ from poprisk_integrations.distributed import (
 
 __all__ = ["LARGEST_EXACT", "WindowLayout"]
 
-# Elements per process up to which "auto" keeps a whole buffer, of 4 bytes each: 100 MB.
+# Elements per process up to which "auto" keeps whole buffers, of 8 bytes each: 200 MB.
 LARGEST_EXACT = 25_000_000
 
 

@@ -9,7 +9,18 @@ from poprisk_integrations.diagnostics.window_layout import WindowLayout
 
 __all__ = ["check_state", "copy_state", "state_misfit", "window_fits"]
 
-KEYS = {"accumulator", "seen", "counted", "sums", "norm_sq", "previous", "products"}
+KEYS = {
+    "accumulator",
+    "seen",
+    "counted",
+    "sums",
+    "squares",
+    "norm_sq",
+    "previous",
+    "products",
+    "last_grads",
+    "agreements",
+}
 
 
 def check_state(state_dict: Mapping[str, Any]) -> None:
@@ -45,7 +56,8 @@ def state_misfit(state_dict: Mapping[str, Any], layout: WindowLayout) -> str | N
         return f"it is of {norm_sq.shape[1]} tensors, here are {columns}"
     sampled = [(count,) for count in layout.sample.counts]
     whole = [tuple(t.shape) for t in layout.locals]
-    shapes = {"sums": whole if layout.accumulator == "exact" else sampled, "previous": sampled}
+    summed = whole if layout.accumulator == "exact" else sampled
+    shapes = {"sums": summed, "squares": summed, "previous": sampled, "last_grads": sampled}
     for key, expected in shapes.items():
         for position, tensor in state_dict[key].items():
             found = tuple(tensor.shape)

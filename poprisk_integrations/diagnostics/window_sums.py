@@ -1,10 +1,11 @@
-"""The sums A_l = sum_t g_t of a window: of all coordinates, or of the sampled ones."""
+"""Sums of a window, of g and of g^2 per coordinate: of all coordinates, or of the sampled ones."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from poprisk_integrations.core.window import coordinate_ratio
 from poprisk_integrations.diagnostics.coordinate_sample import FlatVector
 from poprisk_integrations.diagnostics.window_layout import WindowLayout
 
@@ -12,7 +13,7 @@ __all__ = ["ExactSums", "SampledSums"]
 
 
 class ExactSums:
-    """One fp32 buffer per tensor, made when its first gradient comes.
+    """Two fp32 buffers per tensor, made when its first gradient comes.
 
     Args:
         layout: The tensors.
@@ -28,6 +29,7 @@ class ExactSums:
         self._layout = layout
         self.measured = layout.numel
         self._sums: dict[int, Tensor] = {}
+        self._squares: dict[int, Tensor] = {}
         self._zero = torch.zeros((), device=layout.device)
 
     def norms(self, grads: Sequence[Tensor | None], sampled: FlatVector | None) -> list[Tensor]:
@@ -45,7 +47,7 @@ class ExactSums:
         scale: float | Tensor,
         keep: Tensor | None,
     ) -> None:
-        """A_l += scale g_l.
+        """A += scale g, Q += (scale g)^2.
 
         Args:
             grads: Local shards.
@@ -56,44 +58,61 @@ class ExactSums:
         for i, grad in enumerate(grads):
             if grad is not None and i not in self._sums:
                 self._sums[i] = torch.zeros_like(grad, dtype=torch.float32)
-        sums = [self._sums[i] for i, g in enumerate(grads) if g is not None]
-        present = [g for g in grads if g is not None]
+                self._squares[i] = torch.zeros_like(grad, dtype=torch.float32)
+        present = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         if keep is None:
             assert not isinstance(scale, Tensor)
-            if sums:
-                torch._foreach_add_(sums, present, alpha=scale)
+            if present:
+                values = [grad for _, grad in present]
+                torch._foreach_add_([self._sums[i] for i, _ in present], values, alpha=scale)
+                squares = [self._squares[i] for i, _ in present]
+                torch._foreach_addcmul_(squares, values, values, value=scale**2)
             return
-        for total, grad in zip(sums, present, strict=True):
+        for i, grad in present:
             # A factor of 0 would not do: NaN * 0 is NaN.
-            kept = torch.where(keep, grad, self._zero.to(grad.dtype))
-            if isinstance(scale, Tensor):
-                total.addcmul_(kept, scale)
-            else:
-                total.add_(kept, alpha=scale)
+            kept = torch.where(keep, grad, self._zero.to(grad.dtype)).float()
+            if isinstance(scale, Tensor) or scale != 1.0:
+                kept = kept * scale
+            self._sums[i].add_(kept)
+            self._squares[i].addcmul_(kept, kept)
+
+    def coordinate_ratios(self, steps: int | Tensor) -> Tensor:
+        """`core.coordinate_ratio` of the local shards, shape (2, L)."""
+        nothing = self._zero.expand(2)
+        positions = range(len(self._layout.locals))
+        parts = [
+            coordinate_ratio(self._sums[i], self._squares[i], steps) if i in self._sums else nothing
+            for i in positions
+        ]
+        return torch.stack(parts, 1)
 
     def norms_of_sum(self) -> Tensor:
         """|A_l| of the local shards, shape (L,)."""
-        sums = [self._sums.get(i, self._zero) for i in range(len(self._layout.tensors))]
+        sums = [self._sums.get(i, self._zero) for i in range(len(self._layout.locals))]
         return torch.stack(torch._foreach_norm(sums))
 
     def zero_(self) -> None:
         """Start afresh in the same buffers."""
         if self._sums:
-            torch._foreach_zero_(list(self._sums.values()))
+            torch._foreach_zero_([*self._sums.values(), *self._squares.values()])
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies of the sums, by position."""
-        return {str(i): t.clone() for i, t in self._sums.items()}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of the sums and of the sums of squares, by position."""
+        return (
+            {str(i): t.clone() for i, t in self._sums.items()},
+            {str(i): t.clone() for i, t in self._squares.items()},
+        )
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, sums: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> None:
         """Take copies of saved sums."""
-        for i, tensor in state.items():
-            like = self._layout.locals[int(i)]  # its memory layout makes the next sums bitwise
-            self._sums[int(i)] = torch.zeros_like(like, dtype=torch.float32).copy_(tensor)
+        for saved, own in ((sums, self._sums), (squares, self._squares)):
+            for i, tensor in saved.items():
+                like = self._layout.locals[int(i)]  # its memory layout makes the next sums bitwise
+                own[int(i)] = torch.zeros_like(like, dtype=torch.float32).copy_(tensor)
 
 
 class SampledSums:
-    """One flat fp32 vector over the sampled coordinates of all tensors.
+    """Two flat fp32 vectors over the sampled coordinates of all tensors.
 
     Args:
         layout: The tensors and the sample.
@@ -107,7 +126,7 @@ class SampledSums:
 
     def __init__(self, layout: WindowLayout) -> None:
         self.measured = layout.sampled
-        self._sums = layout.sample.zeros()
+        self._sums, self._squares = layout.sample.zeros(), layout.sample.zeros()
         self._zero = torch.zeros((), device=layout.device)
 
     def norms(self, grads: Sequence[Tensor | None], sampled: FlatVector | None) -> list[Tensor]:
@@ -122,24 +141,35 @@ class SampledSums:
         scale: float | Tensor,
         keep: Tensor | None,
     ) -> None:
-        """A_l += g_l, both over the sampled coordinates; arguments as in `ExactSums.add_`."""
+        """A += g, Q += g^2 over the sampled coordinates; arguments as in `ExactSums.add_`."""
         assert sampled is not None
-        flat = sampled.flat
-        self._sums.flat.add_(flat if keep is None else torch.where(keep, flat, self._zero))
+        flat = sampled.flat if keep is None else torch.where(keep, sampled.flat, self._zero)
+        self._sums.flat.add_(flat)
+        self._squares.flat.addcmul_(flat, flat)
+
+    def coordinate_ratios(self, steps: int | Tensor) -> Tensor:
+        """`core.coordinate_ratio` over the sampled coordinates, shape (2, L)."""
+        pairs = zip(self._sums.parts, self._squares.parts, strict=True)
+        return torch.stack([coordinate_ratio(a, q, steps) for a, q in pairs], 1)
 
     def norms_of_sum(self) -> Tensor:
         """|A_l| over the sampled coordinates, shape (L,)."""
         return torch.stack(torch._foreach_norm(self._sums.parts))
 
     def zero_(self) -> None:
-        """Start afresh in the same buffer."""
+        """Start afresh in the same buffers."""
         self._sums.flat.zero_()
+        self._squares.flat.zero_()
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies of the sums, by position."""
-        return {str(i): t.clone() for i, t in enumerate(self._sums.parts)}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of the sums and of the sums of squares, by position."""
+        return (
+            {str(i): t.clone() for i, t in enumerate(self._sums.parts)},
+            {str(i): t.clone() for i, t in enumerate(self._squares.parts)},
+        )
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, sums: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> None:
         """Take copies of saved sums."""
-        for i, tensor in state.items():
-            self._sums.parts[int(i)].copy_(tensor)
+        for saved, own in ((sums, self._sums), (squares, self._squares)):
+            for i, tensor in saved.items():
+                own.parts[int(i)].copy_(tensor)

@@ -14,8 +14,35 @@ def pair_sum(g):
     return total / (b * (b - 1))
 
 
+def whitened_ratio(windows, passes=1.0):
+    """F, every coordinate in units of its own variance, from the list of (T, d_l) arrays."""
+    found = []
+    for g in windows:
+        t = len(g)
+        for k in range(g.shape[1]):
+            if np.any(g[:, k] != 0):
+                variance = np.var(g[:, k], ddof=1)
+                signal = t * np.mean(g[:, k]) ** 2
+                found.append(min(signal / variance, 100.0) * (t - 3) / (t - 1))
+    return float(np.mean(found)) / passes
+
+
+def agreement_terms(windows):
+    """Product of consecutive gradients in units of the noise, size-weighted, for t = 2, 3, ..."""
+    sizes = [g.shape[1] for g in windows]
+    noises = [sum(np.var(g[:, k], ddof=1) for k in range(g.shape[1])) for g in windows]
+    return [
+        sum(
+            size * float(g[t] @ g[t - 1]) / noise
+            for g, size, noise in zip(windows, sizes, noises, strict=True)
+        )
+        / sum(sizes)
+        for t in range(1, len(windows[0]))
+    ]
+
+
 def window_ratio(windows):
-    """F from the list of per-tensor arrays of shape (T, d_l), size-weighted."""
+    """F, pooled per tensor, from the list of per-tensor arrays of shape (T, d_l), size-weighted."""
     num = den = 0.0
     for g in windows:
         t, d = g.shape

@@ -13,21 +13,23 @@ from poprisk_integrations.diagnostics import GradientWindow, window_fits
 __all__ = ["WINDOW_FILE", "load_window", "save_window"]
 
 WINDOW_FILE = "poprisk_window.safetensors"
+_BY_POSITION = ("sums", "squares", "previous", "last_grads")
 
 
-def save_window(window: GradientWindow, directory: str, step: int) -> None:
+def save_window(window: GradientWindow, directory: str, step: int, name: str = WINDOW_FILE) -> None:
     """Write the unfinished window; a file of this name is either whole or absent.
 
     Args:
         window: The window.
         directory: The checkpoint's directory.
         step: Optimizer steps so far.
+        name: Of the file.
     """
     state = window.state_dict()
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    for key in ("sums", "previous"):
+    for key in _BY_POSITION:
         tensors |= {f"{key}.{i}": t for i, t in state[key].items()}
-    path = os.path.join(directory, WINDOW_FILE)
+    path = os.path.join(directory, name)
     save_file(
         {name: t.contiguous() for name, t in tensors.items()},
         f"{path}.tmp",
@@ -40,31 +42,33 @@ def save_window(window: GradientWindow, directory: str, step: int) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def load_window(directory: str, step: int, params: Sequence[Tensor]) -> dict[str, Any] | None:
+def load_window(
+    directory: str, step: int, params: Sequence[Tensor], name: str = WINDOW_FILE
+) -> dict[str, Any] | None:
     """State for `GradientWindow.load_state_dict`, or None if there is none that fits.
 
     Args:
         directory: The checkpoint's directory.
         step: Optimizer steps of the checkpoint.
         params: The optimizer's parameters: shapes must match.
+        name: Of the file.
     """
-    path = os.path.join(directory, WINDOW_FILE)
+    path = os.path.join(directory, name)
     if not os.path.isfile(path):
         return None
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not iterable)
     if metadata.get("step") != str(step):
         return None
     state: dict[str, Any] = {
         "accumulator": metadata.get("accumulator"),
         "seen": int(metadata["seen"]),
-        **dict.fromkeys(("counted", "norm_sq", "products")),
-        "sums": {},
-        "previous": {},
+        **dict.fromkeys(("counted", "norm_sq", "products", "agreements")),
+        **{key: {} for key in _BY_POSITION},
     }
-    for name, tensor in tensors.items():
-        key, _, position = name.partition(".")
+    for entry, tensor in tensors.items():
+        key, _, position = entry.partition(".")
         if position:
             state.setdefault(key, {})[position] = tensor
         else:

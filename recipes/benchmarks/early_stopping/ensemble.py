@@ -21,6 +21,7 @@ __all__ = ["LRS", "OPTIMIZERS", "train"]
 OPTIMIZERS = ("AdamW", "PopRiskAdamW", "SGD")
 LRS = {"AdamW": (3e-4, 1e-3, 3e-3), "PopRiskAdamW": (3e-4, 1e-3, 3e-3), "SGD": (0.01, 0.03, 0.1)}
 EVALUATIONS_OF_A_STREAM = 20
+LARGEST_RATIO = 100.0  # as in core.window
 
 
 def make_optimizer(name: str, params: list[Tensor], lr: float, decay: float) -> Any:
@@ -246,8 +247,9 @@ class _Recorder:
         gate_up, gate_down = [], []
         for place, (a, q) in enumerate(zip(self.sums, self.sq, strict=True)):
             s = (q - a.square() / steps) / (steps - 1)
-            alive = s > 1e-12 * q
+            alive = q > 0
             ratio = torch.where(alive, a.square() / steps / s.clamp_min(1e-30), 0.0)
+            ratio.clamp_(max=LARGEST_RATIO)
             white = white + ratio.flatten(1).sum(1)
             count = count + alive.float().flatten(1).sum(1)
             weight = torch.where(alive, (q / steps).clamp_min(1e-30).rsqrt(), 0.0)

@@ -1,8 +1,12 @@
 import pytest
 import torch
 
-from poprisk_integrations.core import population_risk_decrease, window_signal_ratio
-from tests.reference.risk import window_ratio, window_ratio_error
+from poprisk_integrations.core import (
+    coordinate_ratio,
+    population_risk_decrease,
+    window_signal_ratio,
+)
+from tests.reference.risk import whitened_ratio, window_ratio, window_ratio_error
 
 
 def ratio_of(tensors):
@@ -114,3 +118,30 @@ def test_error_under_signal_is_too_small_and_under_heavy_tails_too_large():
     assert errors_over_windows(lambda: [torch.randn(30, 60).double() * scale + 0.3 * scale]) < 0.8
     tails = torch.distributions.StudentT(5.0)
     assert errors_over_windows(lambda: [tails.sample((30, 60)).double() * scale]) > 1.1
+
+
+def coordinate_ratio_of(g):
+    sums = coordinate_ratio(g.sum(0), g.square().sum(0), g.shape[0])
+    return float(sums[0] / sums[1])
+
+
+@pytest.mark.parametrize("steps", [8, 25])
+def test_whitened_noise_has_mean_one_whatever_its_scale(steps):
+    scale = 10.0 ** torch.linspace(-3, 3, 2000, dtype=torch.float64)
+    found = [
+        coordinate_ratio_of(torch.randn(steps, 2000, dtype=torch.float64) * scale)
+        for _ in range(40)
+    ]
+    assert sum(found) / 40 == pytest.approx(1.0, abs=0.03)
+
+
+def test_whitened_equals_twin_and_leaves_dead_coordinates_out():
+    g = torch.randn(12, 30, dtype=torch.float64) + 0.3
+    g[:, 5:9] = 0
+    assert coordinate_ratio_of(g) == pytest.approx(whitened_ratio([g.numpy()]), rel=1e-10)
+
+
+def test_a_coordinate_that_is_hit_once_counts_one_less_two_in_t():
+    g = torch.zeros(20, 3, dtype=torch.float64)
+    g[4, 0], g[9, 1], g[15, 2] = 0.1, -7.0, 3.0
+    assert coordinate_ratio_of(g) == pytest.approx(1 - 2 / 19, rel=1e-6)

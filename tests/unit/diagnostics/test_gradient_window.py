@@ -5,7 +5,13 @@ import torch
 
 from poprisk_integrations.diagnostics import GradientWindow
 from poprisk_integrations.diagnostics.window_layout import LARGEST_EXACT, WindowLayout
-from tests.reference.risk import window_ratio, window_ratio_error
+from tests.reference.risk import (
+    agreement_terms,
+    bartlett_error,
+    whitened_ratio,
+    window_ratio,
+    window_ratio_error,
+)
 
 
 def make():
@@ -26,10 +32,12 @@ def feed(window, params, row):
     window.add(params)
 
 
+def arrays(rows):
+    return [torch.stack([r[i].flatten() for r in rows]).double().numpy() for i in (0, 1)]
+
+
 def twin(rows):
-    return window_ratio(
-        [torch.stack([r[i].flatten() for r in rows]).double().numpy() for i in (0, 1)]
-    )
+    return whitened_ratio(arrays(rows))
 
 
 def test_equals_twin_and_starts_afresh():
@@ -51,8 +59,12 @@ def test_error_equals_twin(accumulator):
     for row in rows:
         feed(window, params, row)
     result = window.close()
-    tensors = [torch.stack([r[i].flatten() for r in rows]).double().numpy() for i in (0, 1)]
+    tensors = arrays(rows)
     assert result.ratio == pytest.approx(twin(rows), rel=1e-5)
+    assert result.pooled_ratio == pytest.approx(window_ratio(tensors), rel=1e-5)
+    terms = agreement_terms(tensors)
+    assert result.agreement == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert result.agreement_se == pytest.approx(bartlett_error(terms, 2), rel=1e-4)
     assert result.ratio_se == pytest.approx(window_ratio_error(tensors), rel=1e-5)
 
 
@@ -87,7 +99,7 @@ def test_decision_on_the_device_equals_that_on_the_host(monkeypatch, accumulator
         decide_on_device(monkeypatch)
     host, device = results
     assert host.steps == device.steps == 5
-    for name in ("ratio", "ratio_se", "risk_decrease", "risk_decrease_se"):
+    for name in ("ratio", "ratio_se", "risk_decrease", "risk_decrease_se", "agreement"):
         assert getattr(host, name) == pytest.approx(getattr(device, name), rel=1e-4), name
     assert torch.allclose(host.noise, device.noise, rtol=1e-5)
 
@@ -113,17 +125,38 @@ def test_explicit_gradients_are_taken_instead_of_the_parameters():
         window.add(params, grads=[None])
 
 
+def test_a_window_of_several_passes_is_compared_with_the_noise_of_one():
+    params, rows = make(), histories(6)
+    window = GradientWindow(steps=6, epoch_steps=4)
+    for row in rows:
+        feed(window, params, row)
+    result = window.close()
+    assert result.ratio == pytest.approx(twin(rows) / 1.5, rel=1e-5)
+    assert result.pooled_ratio == pytest.approx(window_ratio(arrays(rows)) / 1.5, rel=1e-5)
+
+
+def test_a_gradient_that_never_changes_does_not_decide_for_all():
+    """Of 17 coordinates one is constant: it counts 100, not infinity."""
+    params, rows = make(), histories(12)
+    for row in rows:
+        row[0][0, 0] = 0.1
+    window = GradientWindow(steps=12)
+    for row in rows:
+        feed(window, params, row)
+    assert window.close().ratio < (16 * 5 + 100) / 17
+
+
 def test_auto_is_exact_up_to_a_size():
     for numel, expected in ((LARGEST_EXACT, "exact"), (LARGEST_EXACT + 1, "sample")):
         param = torch.nn.Parameter(torch.empty(numel, device="meta"))
         param.grad = torch.empty(numel, device="meta")
-        window = GradientWindow(steps=2)
+        window = GradientWindow(steps=4)
         window.add([param])
         assert window.state_dict()["accumulator"] == expected
 
 
 def test_other_parameters_in_mid_window_are_refused():
-    params, window, rows = make(), GradientWindow(steps=2), histories(2)
+    params, window, rows = make(), GradientWindow(steps=4), histories(2)
     feed(window, params, rows[0])
     with pytest.raises(ValueError, match="have changed within a window"):
         feed(window, params[:2], rows[1][:2])
@@ -142,15 +175,15 @@ def test_a_step_with_a_bad_gradient_is_left_out(bad):
 
 
 def test_only_bad_gradients_are_no_window():
-    params, window = make(), GradientWindow(steps=3)
-    for _ in range(3):
+    params, window = make(), GradientWindow(steps=4)
+    for _ in range(4):
         feed(window, params, [torch.full_like(p, float("nan")) for p in params])
     assert window.close() is None
 
 
 def test_no_gradients_are_no_window():
-    params, window = make(), GradientWindow(steps=2)
-    for _ in range(2):
+    params, window = make(), GradientWindow(steps=4)
+    for _ in range(4):
         window.add(params)
     assert window.is_full
     assert window.close() is None
@@ -170,15 +203,17 @@ def test_a_missing_gradient_counts_as_zero():
 def test_frozen_parameters_are_left_out():
     params = make()
     params[0].requires_grad_(False)
-    window = GradientWindow(steps=2)
-    for value in (1.0, 3.0):
+    window = GradientWindow(steps=4)
+    for value in (1.0, 3.0, 3.0, 1.0):  # sum 8, variance 4/3
         params[1].grad = torch.full((5,), value)
         window.add(params)
-    assert window.close().ratio == pytest.approx(4.0)
+    result = window.close()
+    assert result.pooled_ratio == pytest.approx(12.0)
+    assert result.ratio == pytest.approx(12.0 / 3)
 
 
 def test_gradients_are_not_written():
-    params, window, rows = make(), GradientWindow(steps=3), histories(1)
+    params, window, rows = make(), GradientWindow(steps=4), histories(1)
     feed(window, params, rows[0])
     assert all(torch.equal(p.grad, g) for p, g in zip(params, rows[0], strict=True))
 
@@ -195,16 +230,16 @@ def test_bfloat16_gradients_are_summed_in_float32():
 
 def test_no_host_sync_before_the_close():
     param = torch.nn.Parameter(torch.empty(3, device="meta"))
-    window = GradientWindow(steps=2)
-    for _ in range(2):
+    window = GradientWindow(steps=4)
+    for _ in range(4):
         param.grad = torch.empty(3, device="meta")
         window.add([param])  # .item(), bool() or float() of a meta tensor would raise
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         window.close()
 
 
-def test_a_window_of_one_step_is_refused():
+def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="Invalid steps: 1"):
         GradientWindow(steps=1)
     with pytest.raises(ValueError, match="Invalid accumulator: 'sketch'"):
-        GradientWindow(steps=2, accumulator="sketch")
+        GradientWindow(steps=4, accumulator="sketch")

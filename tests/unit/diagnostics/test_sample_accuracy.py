@@ -38,13 +38,8 @@ def language_model():
     return model, loss
 
 
-@pytest.mark.parametrize(("problem", "error"), [(classifier, 0.05), (language_model, 0.2)])
-def test_sample_is_within_five_percent_in_95_percent_of_the_windows(problem, error):
-    """Where signal and noise are of one size, which is where the rule decides.
-
-    Far above that the signal of the language model sits in the few rows of the frequent tokens,
-    of which the sample holds half of the coordinates: up to 15 % at F = 25.
-    """
+@pytest.mark.parametrize("problem", [classifier, language_model])
+def test_sample_is_within_five_percent_in_95_percent_of_the_windows(problem):
     model, loss = problem()
     params = list(model.parameters())
     assert sum(p.numel() > 65_536 for p in params) >= 2
@@ -64,10 +59,7 @@ def test_sample_is_within_five_percent_in_95_percent_of_the_windows(problem, err
     ratios = torch.tensor([[r.ratio for r in pair] for pair in results])
     errors = torch.tensor([[r.ratio_se for r in pair] for pair in results])
     off = (ratios[:, 1] / ratios[:, 0] - 1).abs()
-    near = ratios[:, 0] < 5
-    assert near.sum() >= 8
-    assert (off[near] < 0.05).float().mean() >= 0.95
-    assert off.max() < error
+    assert (off < 0.05).float().mean() >= 0.95
     assert ((errors[:, 1] / errors[:, 0] - 1).abs() < 0.3).all()
     # Both windows read the risk decrease from the same sample.
     assert all(a.risk_decrease == b.risk_decrease for a, b in results)
