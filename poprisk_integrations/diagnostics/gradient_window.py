@@ -73,7 +73,7 @@ class GradientWindow:
     ) -> None:
         if steps < SHORTEST_WINDOW:
             raise ValueError(
-                f"Invalid steps: {steps}. A window needs at least {SHORTEST_WINDOW} optimizer steps."
+                f"Invalid steps: {steps}. A window needs at least {SHORTEST_WINDOW} steps."
             )
         if accumulator not in ("auto", "exact", "sample"):
             raise ValueError(

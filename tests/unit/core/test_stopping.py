@@ -1,11 +1,12 @@
 import json
+import math
 
 import pytest
 
 from poprisk_integrations.core import StoppingConfig, StoppingRule, StoppingState
 
 
-def run(ratios, lrs=None, window=4, **config):
+def run(ratios, lrs=None, window=4, noises=None, reused_from=1, se=0.0, **config):
     """Feed one ratio per window; return the rule and the step of the stop (or None)."""
     rule = StoppingRule(StoppingConfig(**config))
     step = 0
@@ -13,35 +14,90 @@ def run(ratios, lrs=None, window=4, **config):
         for i in range(window):
             step += 1
             lr = 0.1 if lrs is None else lrs[step - 1]
-            decision = rule.update(step=step, lr=lr, ratio=ratio if i == window - 1 else None)
+            ends = i == window - 1
+            decision = rule.update(
+                step=step,
+                lr=lr,
+                ratio=ratio if ends else None,
+                ratio_se=se,
+                noise=1.0 if noises is None else noises[k],
+                reused=k >= reused_from,
+            )
             if decision.stop:
                 return rule, step
-        del k
     return rule, None
 
 
-def test_stops_at_kappa_times_the_onset():
+def crossing(before, after, earlier, later, threshold=1.0):
+    """Where the straight line through (earlier, log before), (later, log after) meets log 1."""
+    x0, x1 = math.log(before / threshold), math.log(after / threshold)
+    return earlier + (later - earlier) * x0 / (x0 - x1)
+
+
+def test_stops_at_kappa_times_the_crossing():
+    """Windows of 4 steps: F = 2 in the middle of the second (0.6), 0.9 in that of the third (1)."""
     rule, stop = run([3.0, 2.0, 0.9, 0.8, 0.8, 0.8, 0.8], kappa=2.0)
     assert rule.state.onset_step == 12
-    assert stop == 24
+    time = crossing(2.0, 0.9, 0.6, 1.0)
+    assert rule.state.onset_lr_sum == pytest.approx(time)
+    assert stop == math.ceil(2 * time / 0.1)
     assert "since step 12" in rule.state.reason
     assert "F = 0.9" in rule.state.reason
 
 
-@pytest.mark.parametrize(("kappa", "stop"), [(1.0, 8), (1.5, 12), (3.0, 24)])
-def test_kappa_scales_the_stop(kappa, stop):
-    assert run([3.0] + [0.5] * 9, kappa=kappa)[1] == stop
+@pytest.mark.parametrize("kappa", [1.0, 1.5, 2.5, 4.0])
+def test_kappa_scales_the_stop(kappa):
+    time = crossing(3.0, 0.5, 0.2, 0.6)
+    expected = max(8, math.ceil(kappa * time / 0.1))  # no earlier than it is known
+    assert run([3.0] + [0.5] * 9, kappa=kappa)[1] == expected
+
+
+def test_an_onset_right_after_another_low_window_is_at_its_middle():
+    """The window before was low too, but of the first pass."""
+    rule, _ = run([3.0, 0.9, 0.8, 0.8, 0.8], reused_from=2)
+    assert rule.state.onset_step == 12
+    assert rule.state.onset_lr_sum == pytest.approx(1.0)
 
 
 def test_time_is_measured_in_learning_rates():
     lrs = [0.1] * 8 + [0.05] * 100  # half speed after the onset: twice the steps
-    assert run([3.0] + [0.5] * 9, lrs=lrs)[1] == 8 + 16
+    time = crossing(3.0, 0.5, 0.2, 0.6)
+    expected = 8 + math.ceil((2 * time - 0.8) / 0.05) if 2 * time > 0.8 else 8
+    assert run([3.0] + [0.5] * 9, lrs=lrs)[1] == expected
 
 
-def test_must_be_armed_first():
-    rule, stop = run([0.9] * 10)
+def test_never_in_a_first_pass():
+    """Steps that overshoot make F < 1 without any memorising."""
+    rule, stop = run([3.0, 0.5, 0.4, 0.4, 0.3] * 3, reused_from=10**9)
     assert stop is None
+    assert rule.state.onset_step is None
+
+
+@pytest.mark.parametrize(("noise", "kappa"), [(1.0, 2.0), (0.8, 2.5), (0.1, 3.0)])
+def test_kappa_grows_where_the_noise_has_fallen(noise, kappa):
+    rule, _ = run([3.0, 2.0, 0.9], noises=[0.5, 1.0, noise])
+    assert rule.state.onset_kappa == pytest.approx(kappa)
+    rule, _ = run([3.0, 2.0, 0.9], noises=[0.5, 1.0, noise], stretch=1.0)
+    assert rule.state.onset_kappa == 2.0
+
+
+def test_confidence_asks_for_more():
+    assert run([3.0] + [0.8] * 4, se=0.3)[0].state.onset_step == 8
+    assert run([3.0] + [0.8] * 4, se=0.3, confidence=1.0)[0].state.onset_step is None
+
+
+def test_never_armed_but_low_from_the_start():
+    """F < 1 from the first window on: the onset is in its middle, once three windows agree."""
+    rule, stop = run([0.7] * 10, se=0.1)
     assert not rule.state.armed
+    assert (rule.state.onset_step, stop) == (12, 12)
+    assert rule.state.onset_lr_sum == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("ratios", "se"), [([0.95] * 10, 0.3), ([1.02] * 10, 0.0)])
+def test_never_armed_and_not_clearly_low_is_left_alone(ratios, se):
+    rule, stop = run(ratios, se=se)
+    assert stop is None
     assert "not armed" in rule.state.reason
 
 
@@ -56,7 +112,7 @@ def test_rearms_when_the_signal_returns():
     assert "forgotten at step 16" in rule.state.reason
     rule, stop = run([3.0, 0.9, 1.4, 0.9, 1.4, 0.9], kappa=3.0)  # never twice in a row
     assert rule.state.onset_step == 8
-    assert stop == 24
+    assert stop == math.ceil(3 * crossing(3.0, 0.9, 0.2, 0.6) / 0.1)
 
 
 def test_min_steps_delays_but_does_not_forget():
@@ -93,8 +149,8 @@ def test_predicted_stop_is_the_stop():
         if decision.stop:
             break
     assert predictions[:7] == [None] * 7
-    assert set(predictions[7:]) == {20}
-    assert step == 20
+    assert set(predictions[7:]) == {step}
+    assert step == math.ceil(2.5 * crossing(3.0, 0.5, 0.2, 0.6) / 0.1)
 
 
 def test_no_prediction_without_a_learning_rate():
@@ -120,7 +176,7 @@ def test_resumed_equals_uninterrupted_through_json():
                 rule = StoppingRule()
                 rule.load_state_dict(saved)
             ratio = ratios[step // 4 - 1] if step % 4 == 0 else None
-            if rule.update(step=step, lr=0.1, ratio=ratio).stop:
+            if rule.update(step=step, lr=0.1, ratio=ratio, noise=1.0).stop:
                 break
         assert (step, rule.state) == (stop, whole.state)
 
@@ -129,6 +185,8 @@ def test_state_of_another_version_loads():
     rule = StoppingRule()
     rule.load_state_dict({"lr_sum": 1.0, "from_the_future": 3})
     assert rule.state == StoppingState(lr_sum=1.0)
+    rule.load_state_dict({"lr_sum": 1.0, "onset_step": 8, "onset_lr_sum": 0.8})  # of 0.1.0
+    assert rule.state.onset_kappa == 2.0
 
 
 @pytest.mark.parametrize(
@@ -136,7 +194,10 @@ def test_state_of_another_version_loads():
     [
         ("kappa", 0.5),
         ("kappa", float("nan")),
+        ("stretch", 0.5),
         ("threshold", 0.0),
+        ("confidence", -1.0),
+        ("unarmed_windows", 1),
         ("arm_threshold", 0.9),
         ("rearm_threshold", 0.5),
         ("rearm_windows", 0),
