@@ -5,8 +5,9 @@ Works with `lightning.pytorch`, or with `pytorch_lightning` where only that is i
 
 from poprisk_integrations.lightning.callbacks import (
     PopRiskEarlyStopping,
+    PopRiskLRCut,
     PopRiskMonitor,
     PopRiskOptimizer,
 )
 
-__all__ = ["PopRiskEarlyStopping", "PopRiskMonitor", "PopRiskOptimizer"]
+__all__ = ["PopRiskEarlyStopping", "PopRiskLRCut", "PopRiskMonitor", "PopRiskOptimizer"]

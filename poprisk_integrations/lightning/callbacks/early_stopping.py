@@ -351,7 +351,7 @@ class PopRiskEarlyStopping(Callback):
         if warning is not None:
             rank_zero_warn(f"{_NAME}: {warning}")
         if any(before.get(name, self._setup[name]) != self._setup[name] for name in _SETTINGS):
-            self._judge.judge_anew()
+            self._judge.judge_anew(before.get("kappa"))
 
     def _resume_stopped(self, trainer: Trainer) -> None:
         if not can_stop_early(trainer):

@@ -58,12 +58,12 @@ def resume_feed(
         What to warn of; None if the run continues as if it had never been interrupted.
     """
     changes = setup_changes(before, now)
-    same = {k for k in now if k in settings} | {k for k in now if before.get(k) == now[k]}
-    keep_window = len(same) == len(now)
+    kinds = {k: v for k, v in now.items() if k not in settings}
+    keep_window = not setup_changes(before, kinds)
     lost = feed.load_state_dict(dict(state), keep_window=keep_window)
     if changes:
         window = "." if keep_window else "; the unfinished window starts afresh."
-        return f"resumed with {', '.join(changes)}. Training time continues{window}"
+        return f"resumed with {', '.join(changes)}. What was counted so far is kept{window}"
     if lost is not None:
         return f"{lost}. An unfinished window starts afresh, so the stop may come at another step."
     return None

@@ -90,9 +90,16 @@ class StopJudge:
         self._rule.state, self._verdict = self._verdict, None
         return True
 
-    def judge_anew(self) -> None:
-        """Forget a stop, e.g. of a run that had other settings."""
-        self._rule.state = replace(self.state, stop_step=None)
+    def judge_anew(self, kappa_before: float | None = None) -> None:
+        """Forget a stop, but not the onset.
+
+        Args:
+            kappa_before: Of the run that saw the onset; None for the present one.
+        """
+        kappa = self.state.onset_kappa
+        if kappa is not None and kappa_before is not None:
+            kappa *= self._rule.config.kappa / kappa_before
+        self._rule.state = replace(self.state, stop_step=None, onset_kappa=kappa)
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and None."""

@@ -97,7 +97,7 @@ def test_says_once_why_it_stopped(tmp_path, caplog):
     assert lines == [f"PopRiskEarlyStopping: {stop.stopping_reason}"]
     assert f"stopped at step {stop.stopped_step}" in lines[0]
     assert f"since step {stop.onset_step}" in lines[0]
-    assert "batches agree no more than noise does: memorising (F = 0.5" in lines[0]
+    assert "batches agree no more than noise does: memorising (F = 0." in lines[0]
 
 
 def test_logs_finite_numbers_from_the_first_step(tmp_path):

@@ -6,7 +6,12 @@ import pickle
 import pytest
 
 from poprisk_integrations import PopRiskAdamW
-from poprisk_integrations.lightning import PopRiskEarlyStopping, PopRiskMonitor, PopRiskOptimizer
+from poprisk_integrations.lightning import (
+    PopRiskEarlyStopping,
+    PopRiskLRCut,
+    PopRiskMonitor,
+    PopRiskOptimizer,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,33 @@ def test_a_fresh_callback_has_nothing_to_report():
     assert stop.history == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"factor": 1.0}, r"Invalid factor: 1.0. Must be finite and in \(0, 1\)"),
+        ({"patience": 0}, "Invalid patience: 0"),
+        ({"max_cuts": 0}, "Invalid max_cuts: 0"),
+        ({"min_lr": -1e-9}, "Invalid min_lr: -1e-09. Must be finite and >= 0"),
+        ({"min_lr": float("nan")}, "Invalid min_lr: nan"),
+        ({"window": 3}, "Invalid window: 3"),
+    ],
+)
+def test_lr_cut_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PopRiskLRCut(**arguments)
+
+
+def test_lr_cut_defaults():
+    parameters = inspect.signature(PopRiskLRCut).parameters
+    assert {name: p.default for name, p in parameters.items()} == {
+        "factor": 0.3,
+        "patience": 2,
+        "window": "auto",
+        "max_cuts": 3,
+        "min_lr": 0.0,
+    }
+
+
 @pytest.mark.parametrize("every_n_steps", [0, -1, 1.5, True, "50"])
 def test_monitor_refuses(every_n_steps):
     with pytest.raises(ValueError, match="Invalid every_n_steps"):
@@ -110,6 +142,8 @@ def test_optimizer_has_every_option_that_adam_lacks_with_the_same_default():
     assert theirs == ours
 
 
-@pytest.mark.parametrize("callback", [PopRiskEarlyStopping(), PopRiskMonitor(), PopRiskOptimizer()])
+@pytest.mark.parametrize(
+    "callback", [PopRiskEarlyStopping(), PopRiskLRCut(), PopRiskMonitor(), PopRiskOptimizer()]
+)
 def test_callbacks_pickle(callback):
     assert type(pickle.loads(pickle.dumps(callback))) is type(callback)

@@ -51,12 +51,38 @@ def test_a_skipped_step_takes_no_time():
 
 def test_uncounted_steps_leave_the_window_alone():
     optimizer = optimizer_of([nn.Parameter(torch.zeros(()))])
-    reader = GradientReader(optimizer, 2)
-    step(reader, optimizer, 1.0)
+    reader = GradientReader(optimizer, 4)
+    for grad in (1.0, 3.0, 1.0):
+        step(reader, optimizer, grad)
     step(reader, optimizer, 100.0, count=False)
     assert not reader.window.is_full
     step(reader, optimizer, 3.0)
-    assert reader.close().steps == 2
+    closed = reader.close()
+    assert closed.steps == 4
+    assert float(closed.noise) == pytest.approx(4 / 3)  # variance of 1, 3, 1, 3
+
+
+@pytest.mark.parametrize("scale", [2.0, torch.tensor(2.0)])
+def test_gradients_are_read_on_the_scale_that_is_asked_for(scale):
+    param = nn.Parameter(torch.zeros(()))
+    optimizer = optimizer_of([param])
+    reader = GradientReader(optimizer, 4)
+    param.grad = torch.tensor(3.0)
+    reader.read(optimizer, scale=scale)
+    assert float(reader.state_dict()["sums"]["0"]) == 6.0
+    assert float(param.grad) == 3.0
+
+
+@pytest.mark.parametrize(("found_inf", "lr"), [(0.0, 0.1), (1.0, 0.0)])
+def test_a_fused_optimizer_is_told_what_the_scaler_found(found_inf, lr):
+    param = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([param], lr=0.1, fused=True)
+    reader = GradientReader(optimizer, 4)
+    param.grad = torch.tensor(1.0)
+    reader.read(optimizer)
+    optimizer.found_inf = torch.tensor(found_inf)
+    optimizer.step()
+    assert reader.take_lr() == lr
 
 
 def test_another_set_of_trained_parameters_starts_afresh():

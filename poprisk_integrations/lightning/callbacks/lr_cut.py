@@ -1,0 +1,197 @@
+"""Cuts the learning rate of a Lightning Trainer without validation data."""
+
+import math
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from poprisk_integrations.core import LearningRateCutConfig, LearningRateCutRule, WindowRatio
+from poprisk_integrations.lightning._upstream import (
+    Callback,
+    LightningModule,
+    Trainer,
+    is_fast_dev_run,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from poprisk_integrations.lightning.callbacks.arguments import check_window
+from poprisk_integrations.lightning.callbacks.lr_scaling import largest_lr, scale_learning_rates
+from poprisk_integrations.lightning.callbacks.refusals import refuse_strategy
+from poprisk_integrations.lightning.callbacks.resume import resume_feed
+from poprisk_integrations.lightning.callbacks.step_feed import NO_FEED, StepFeed
+from poprisk_integrations.lightning.callbacks.step_log import StepLog
+
+__all__ = ["PopRiskLRCut"]
+
+_NAME = "PopRiskLRCut"
+
+
+class PopRiskLRCut(Callback):
+    """Multiplies the learning rate by `factor` when steps undo each other.
+
+    Per window, C is the gain of repeating the last step and U the agreement of consecutive
+    gradients. C <= 0 < U in `patience` windows in a row says that the learning rate is too high:
+    batches agree on a direction, but what one step gains the next one loses
+    (`core.LearningRateCutRule`). Memorising looks different (U <= 0), so it cuts nothing there,
+    and goes together with PopRiskEarlyStopping, for which a cut slows training time down.
+
+    All parameter groups are cut alike, and every torch scheduler goes on from there with `factor`
+    times what it would have given. A scheduler that sets rates of its own each step, from
+    anything but `base_lrs`, undoes the cut.
+
+    It is decided at the end of windows, from numbers that were reduced over ranks, so all ranks
+    cut together. Logs `poprisk/lr_cuts`. The state is in the checkpoint, the learning rates are
+    in those of the optimizer and the schedulers: a resumed run equals one that was never
+    interrupted.
+
+    Args:
+        factor: The learning rates are multiplied by it, in (0, 1).
+        patience: Windows in a row that must say so, >= 1.
+        window: Optimizer steps per window, >= 4, or "auto" as in PopRiskEarlyStopping.
+        max_cuts: No more cuts than this, >= 1.
+        min_lr: No cut that would take the largest learning rate below this, >= 0.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+        MisconfigurationException: As PopRiskEarlyStopping, when `fit` starts.
+
+    Example:
+        >>> PopRiskLRCut(factor=0.5, window=50).cuts
+        0
+    """
+
+    def __init__(
+        self,
+        factor: float = 0.3,
+        patience: int = 2,
+        window: int | Literal["auto"] = "auto",
+        max_cuts: int = 3,
+        min_lr: float = 0.0,
+    ) -> None:
+        check_window(window)
+        if not 0.0 <= min_lr < math.inf:
+            raise ValueError(f"Invalid min_lr: {min_lr}. Must be finite and >= 0.")
+        self._config = LearningRateCutConfig(factor=factor, patience=patience, max_cuts=max_cuts)
+        self.window = window
+        self.min_lr = min_lr
+        self._reset()
+
+    def _reset(self) -> None:
+        self._rule = LearningRateCutRule(self._config)
+        self._feed: StepFeed | None = None  # None outside of training
+        self._saved_feed: dict[str, Any] | None = None
+        self._setup: dict[str, Any] = {}
+        self._log = StepLog()
+
+    @property
+    def state_key(self) -> str:
+        """Callbacks with different arguments keep states apart."""
+        c = self._config
+        return f"{_NAME}{(c.factor, c.patience, self.window, c.max_cuts, self.min_lr)!r}"
+
+    @property
+    def cuts(self) -> int:
+        """How often the learning rate was cut."""
+        return self._rule.state.cuts
+
+    @property
+    def last_cut_step(self) -> int | None:
+        """Optimizer step of the last cut; None if there is none."""
+        return self._rule.state.last_cut_step
+
+    def metrics(self) -> dict[str, float]:
+        """The present values of all that this callback logs."""
+        return {"poprisk/lr_cuts": float(self.cuts)}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and start afresh: a checkpoint is loaded after this."""
+        if stage == "fit":
+            self._reset()
+            refuse_strategy(trainer, _NAME)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the window, or continue the checkpoint's."""
+        if is_fast_dev_run(trainer):
+            return
+        # C and U are measured on the sampled coordinates in any case.
+        feed = StepFeed(trainer, pl_module, owner=_NAME, window=self.window, accumulator="sample")
+        self._feed = feed
+        before, self._setup = self._setup, feed.setup_of(trainer)
+        saved, self._saved_feed = self._saved_feed, None
+        if saved is not None and trainer.global_step > 0:
+            warning = resume_feed(feed, saved, before, self._setup, ())
+            if warning is not None:
+                rank_zero_warn(f"{_NAME}: {warning}")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count micro-batches."""
+        if self._feed is not None:
+            self._feed.count_micro_batch()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Take in this step's gradients."""
+        if self._feed is not None:
+            self._feed.read(trainer, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Cut after a window that says so, and log."""
+        feed = self._feed
+        if feed is None or not feed.has_stepped(trainer):
+            return
+        feed.take_lr()
+        is_cut = False
+        if feed.is_full:
+            closed = feed.close()
+            is_cut = closed is not None and self._is_due(trainer, feed.step, closed)
+        if is_cut:
+            scale_learning_rates(trainer, self._config.factor)
+            rank_zero_info(f"{_NAME}: {self._rule.state.reason}")
+        self._log.write(
+            trainer, pl_module, feed.step, self.metrics, is_new=is_cut, is_decision=is_cut
+        )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the optimizer."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizer and of its device's memory."""
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings, None and tensors: safe for `weights_only` loading."""
+        feed = self._saved_feed if self._feed is None else self._feed.state_dict()
+        return {
+            "rule": self._rule.state_dict(),
+            **(NO_FEED if feed is None else feed),
+            "setup": dict(self._setup),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; the window follows when training starts and devices are known."""
+        self._rule.load_state_dict(state_dict["rule"])
+        self._saved_feed = {k: state_dict.get(k, none) for k, none in NO_FEED.items()}
+        self._setup = dict(state_dict["setup"])
+
+    def _is_due(self, trainer: Trainer, step: int, closed: WindowRatio) -> bool:
+        rates = [largest_lr(optimizer) for optimizer in trainer.optimizers]
+        if max(rates) * self._config.factor < self.min_lr:
+            return False
+        return self._rule.update(
+            step=step,
+            risk_decrease=closed.risk_decrease,
+            risk_decrease_se=closed.risk_decrease_se,
+            agreement=closed.agreement,
+            agreement_se=closed.agreement_se,
+        )
+
+    def _release(self) -> None:
+        if self._feed is not None:
+            self._saved_feed = self._feed.release()
+            self._feed = None

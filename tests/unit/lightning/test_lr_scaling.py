@@ -1,0 +1,112 @@
+"""After a cut, every scheduler of torch gives `factor` times what it would have given."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as torch_schedulers
+
+from poprisk_integrations.lightning.callbacks.lr_scaling import largest_lr, scale_learning_rates
+
+FACTOR, CUT_AT, STEPS = 0.3, 7, 40
+SCHEDULERS = {
+    "LambdaLR": lambda o: torch_schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "StepLR": lambda o: torch_schedulers.StepLR(o, 5, gamma=0.5),
+    "MultiStepLR": lambda o: torch_schedulers.MultiStepLR(o, [3, 20], gamma=0.1),
+    "ExponentialLR": lambda o: torch_schedulers.ExponentialLR(o, 0.9),
+    "LinearLR": lambda o: torch_schedulers.LinearLR(o, 0.1, 1.0, total_iters=20),
+    "ConstantLR": lambda o: torch_schedulers.ConstantLR(o, 0.5, total_iters=20),
+    "PolynomialLR": lambda o: torch_schedulers.PolynomialLR(o, total_iters=30),
+    "CosineAnnealingLR": lambda o: torch_schedulers.CosineAnnealingLR(o, 30, eta_min=1e-3),
+    "CosineAnnealingWarmRestarts": lambda o: torch_schedulers.CosineAnnealingWarmRestarts(
+        o, 10, eta_min=1e-3
+    ),
+    "OneCycleLR": lambda o: torch_schedulers.OneCycleLR(o, [0.1, 1.0], total_steps=STEPS + 1),
+    "CyclicLR": lambda o: torch_schedulers.CyclicLR(o, 1e-3, 0.1, step_size_up=6),
+    "ReduceLROnPlateau": lambda o: torch_schedulers.ReduceLROnPlateau(o, patience=4),
+    "SequentialLR": lambda o: torch_schedulers.SequentialLR(
+        o,
+        [torch_schedulers.LinearLR(o, 0.1), torch_schedulers.CosineAnnealingLR(o, 25)],
+        milestones=[10],
+    ),
+    "ChainedScheduler": lambda o: torch_schedulers.ChainedScheduler(
+        [torch_schedulers.ExponentialLR(o, 0.9), torch_schedulers.ConstantLR(o, 0.5)], optimizer=o
+    ),
+}
+# torch's SequentialLR passes an epoch on, which torch itself calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+
+
+def make(name, as_tensor=False):
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "lr": lr} for lr in (0.1, 1.0)]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    if as_tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"])
+    return optimizer, SCHEDULERS[name](optimizer)
+
+
+def trainer_of(optimizer, scheduler):
+    configs = [SimpleNamespace(scheduler=scheduler)]
+    return SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=configs)
+
+
+def go_on(optimizer, scheduler, steps):
+    rates = []
+    for _ in range(steps):
+        optimizer.step()
+        is_plateau = isinstance(scheduler, torch_schedulers.ReduceLROnPlateau)
+        scheduler.step(*[1.0] * is_plateau)
+        rates.append([float(group["lr"]) for group in optimizer.param_groups])
+    return torch.tensor(rates, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_goes_on_from_the_cut(name):
+    uncut = go_on(*make(name), STEPS)
+    optimizer, scheduler = make(name)
+    before = go_on(optimizer, scheduler, CUT_AT)
+    scale_learning_rates(trainer_of(optimizer, scheduler), FACTOR)
+    now = torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)
+    torch.testing.assert_close(now, FACTOR * before[-1])
+    after = go_on(optimizer, scheduler, STEPS - CUT_AT)
+
+    assert torch.equal(before, uncut[:CUT_AT])
+    torch.testing.assert_close(after, FACTOR * uncut[CUT_AT:], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_resumed_scheduler_goes_on_from_the_cut(name):
+    optimizer, scheduler = make(name)
+    go_on(optimizer, scheduler, CUT_AT)
+    scale_learning_rates(trainer_of(optimizer, scheduler), FACTOR)
+    second, resumed = make(name)
+    second.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    steps = STEPS - CUT_AT
+    assert torch.equal(go_on(second, resumed, steps), go_on(optimizer, scheduler, steps))
+
+
+def test_a_floor_of_reduce_on_plateau_stays():
+    optimizer, _ = make("StepLR")
+    plateau = torch_schedulers.ReduceLROnPlateau(optimizer, patience=0, min_lr=0.02)
+    scale_learning_rates(trainer_of(optimizer, plateau), FACTOR)
+    rates = go_on(optimizer, plateau, 20)
+    assert rates.min() == 0.02
+
+
+def test_rates_in_tensors_are_cut_in_place():
+    optimizer, scheduler = make("LambdaLR", as_tensor=True)
+    kept = optimizer.param_groups[1]["lr"]
+    scale_learning_rates(trainer_of(optimizer, scheduler), FACTOR)
+    assert optimizer.param_groups[1]["lr"] is kept
+    assert float(kept) == pytest.approx(FACTOR)
+    assert largest_lr(optimizer) == pytest.approx(FACTOR)
+
+
+def test_without_a_scheduler_the_groups_are_cut():
+    optimizer, _ = make("ExponentialLR")
+    trainer = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[])
+    scale_learning_rates(trainer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.5]
