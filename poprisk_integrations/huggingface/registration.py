@@ -2,7 +2,7 @@
 
 The one file that touches what transformers does not offer for extension. There is no registry
 for optimizers: `TrainingArguments.optim` is an enum, and the choices of its command line are that
-enum's members. So `register()` changes four things, each once and each leaving everything else
+enum's members. So `register()` changes five things, each once and each leaving everything else
 as it was:
 
 | what                                              | why                                          |
@@ -16,6 +16,12 @@ as it was:
 |                                                   | never ask for our optimizer                  |
 | `TrainerState.load_from_json`: remembers the path | callbacks are not told which checkpoint a    |
 |                                                   | run resumes from                             |
+| `CallbackHandler.on_log`: our callbacks' numbers  | trackers (W&B, TensorBoard, ...) are called  |
+| enter the line before any callback is called      | before users' callbacks, and no argument of  |
+|                                                   | a callback leads to the list of callbacks    |
+
+`PreClipNorm` overrides `Trainer._clip_grad_norm` (transformers >= 5.3; before, Trainer clips in the
+middle of its loop and nobody calls it).
 
 `tests/unit/huggingface/test_registration.py` fails first when transformers moves one of them.
 """
@@ -28,9 +34,11 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.trainer_callback import CallbackHandler
 from transformers.training_args import OptimizerNames
 
 from poprisk_integrations.huggingface.deepspeed_config import check_deepspeed_config
+from poprisk_integrations.huggingface.log_metrics import MetricsCallback, add_metrics
 from poprisk_integrations.huggingface.optimizer import (
     NAMES,
     build_optimizer_spec,
@@ -38,7 +46,7 @@ from poprisk_integrations.huggingface.optimizer import (
 )
 from poprisk_integrations.optim import PopRiskAdamW
 
-__all__ = ["OptimizerFactory", "checkpoint_directory", "register"]
+__all__ = ["OptimizerFactory", "PreClipNorm", "checkpoint_directory", "register"]
 
 _OWNER = "poprisk_integrations"
 _LOADED_FROM = "poprisk_loaded_from"
@@ -68,6 +76,9 @@ def register() -> None:
     load = state.load_from_json.__func__
     if not _is_ours(load):
         state.load_from_json = classmethod(_remembering_path(load))
+    handler: Any = CallbackHandler
+    if not _is_ours(handler.on_log):
+        handler.on_log = _with_metrics(handler.on_log)
 
 
 def checkpoint_directory(state: TrainerState) -> str | None:
@@ -105,6 +116,17 @@ class OptimizerFactory:
         num_examples = len(dataset) if hasattr(dataset, "__len__") else None
         accelerator = getattr(trainer, "accelerator", None)
         return build_optimizer_spec(args, model, num_examples, {}, accelerator)
+
+
+class PreClipNorm:
+    """Mixin for trainers: our callbacks get the norm of the gradients before clipping."""
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, MetricsCallback):
+                callback.grad_norm(norm)
+        return norm
 
 
 def _refuse_a_lost_optimizer(trainer: Any, args: TrainingArguments) -> None:
@@ -161,6 +183,17 @@ def _remembering_path(original: Any) -> Any:
         return state
 
     return _marked(load_from_json)
+
+
+def _with_metrics(original: Any) -> Any:
+    @functools.wraps(original)
+    def on_log(
+        self: Any, args: Any, state: TrainerState, control: Any, logs: Any, **kwargs: Any
+    ) -> Any:
+        add_metrics(self.callbacks, logs, state)
+        return original(self, args, state, control, logs, **kwargs)
+
+    return _marked(on_log)
 
 
 def _marked(thing: Any) -> Any:

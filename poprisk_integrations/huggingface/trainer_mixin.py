@@ -2,16 +2,12 @@
 
 from typing import Any
 
-from poprisk_integrations.huggingface.callbacks import (
-    PopRiskEarlyStoppingCallback,
-    PopRiskMonitorCallback,
-)
 from poprisk_integrations.huggingface.optimizer import (
     NAMES,
     check_training_arguments,
     optimizer_name,
 )
-from poprisk_integrations.huggingface.registration import OptimizerFactory
+from poprisk_integrations.huggingface.registration import OptimizerFactory, PreClipNorm
 
 __all__ = ["PopRiskTrainerMixin"]
 
@@ -25,7 +21,7 @@ def _refuse(args: Any, model: Any = None) -> Any:
     )
 
 
-class PopRiskTrainerMixin:
+class PopRiskTrainerMixin(PreClipNorm):
     """Mixin for `transformers.Trainer` and its subclasses: PopRiskAdamW instead of AdamW.
 
         class MyTrainer(PopRiskTrainerMixin, SFTTrainer): ...
@@ -35,8 +31,8 @@ class PopRiskTrainerMixin:
     refused. An optimizer or `optimizer_cls_and_kwargs` passed to the trainer is kept, where
     Trainer keeps it (under DeepSpeed it drops `optimizers`).
 
-    It also passes the callbacks' numbers to `log`, the only place where trackers (W&B,
-    TensorBoard) can get them: they are called before any callback of the user.
+    It also tells our callbacks the norm of the gradients before clipping (transformers >= 5.3), so
+    that they measure unclipped gradients.
 
     Raises:
         ValueError: If DeepSpeed would replace the optimizer.
@@ -48,11 +44,3 @@ class PopRiskTrainerMixin:
         super().__init__(*args, **kwargs)
         # With an "optimizer" section in its config, DeepSpeed never asks for ours.
         check_training_arguments(self.args)  # type: ignore[attr-defined]
-
-    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Log with the numbers of our callbacks, in training lines."""
-        if "loss" in logs or "train_loss" in logs:
-            for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, (PopRiskEarlyStoppingCallback, PopRiskMonitorCallback)):
-                    logs = {**logs, **callback.metrics()}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -3,15 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from poprisk_integrations.diagnostics import auto_window_steps
-from poprisk_integrations.huggingface import (
-    PopRiskEarlyStoppingCallback,
-    PopRiskMonitorCallback,
-)
+from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 
 if TYPE_CHECKING:
     from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
 
-__all__ = ["add_stop", "auto_window", "stopping_callback", "tracked_metrics"]
+__all__ = ["add_stop", "auto_window", "stopping_callback"]
 
 
 def auto_window(num_pairs: int, *, per_device: int, accumulation: int, world_size: int) -> int:
@@ -83,16 +80,3 @@ def add_stop(trainer: Any) -> None:
             world_size=args.world_size,
         )
     trainer.add_callback(stopping_callback(args, window))
-
-
-def tracked_metrics(trainer: Any, logs: dict[str, Any]) -> dict[str, float]:
-    """Numbers of our callbacks for a training log line.
-
-    Trackers see a line before any callback of the user, so only `Trainer.log` can pass them on.
-    """
-    metrics: dict[str, float] = {}
-    if "loss" in logs or "train_loss" in logs:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, (PopRiskEarlyStoppingCallback, PopRiskMonitorCallback)):
-                metrics.update(callback.metrics())
-    return metrics

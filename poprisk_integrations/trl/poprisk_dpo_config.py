@@ -33,7 +33,7 @@ class PopRiskDPOConfig(DPOConfig):
         stop: Add `PopRiskEarlyStoppingCallback`, with the options below, unless one was passed to
             the trainer.
         stop_kappa: Stop at this multiple of the onset time, >= 1.
-        stop_window: Optimizer steps per window of the statistic, >= 2, or "auto": a third of an
+        stop_window: Optimizer steps per window of the statistic, >= 4, or "auto": a third of an
             epoch, at least 8.
         stop_threshold: The onset is where the statistic falls below this, > 0.
         stop_min_steps: No stop before this many optimizer steps.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
 
+from poprisk_integrations.huggingface.registration import PreClipNorm
 from poprisk_integrations.trl._upstream import add_metric, batch_log_ratios, current_mode
-from poprisk_integrations.trl.early_stopping import add_stop, tracked_metrics
+from poprisk_integrations.trl.early_stopping import add_stop
 from poprisk_integrations.trl.forward_recorder import ForwardRecorder
 from poprisk_integrations.trl.pair_log_ratios import margin_metrics
 from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
@@ -23,7 +24,7 @@ __all__ = ["PopRiskDPOTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class PopRiskDPOTrainer(DPOTrainer):
+class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
     """`trl.DPOTrainer` whose optimizer and stop are made for data with wrong labels.
 
     The loss is TRL's own: this class looks at what its forward passes return and adds no pass.
@@ -109,9 +110,9 @@ class PopRiskDPOTrainer(DPOTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, with the margins of the pairs since the last one and the stop's numbers."""
+        """TRL's log, with the margins of the pairs since the last one."""
         log_ratios = self._log_ratios.pop(current_mode(self), [])
         if log_ratios:
             for name, value in margin_metrics(torch.cat(log_ratios), self.args.beta).items():
                 add_metric(self, name, value)
-        super().log({**logs, **tracked_metrics(self, logs)}, start_time)
+        super().log(logs, start_time)

@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
         "lora": {"peft": True, "learning_rate": 0.05},
     }.items():
         theirs = train(folder / case, ours=False, optim="adamw_torch", **options)
-        monitor = {"stop_action": "monitor", "stop_window": 2}
+        monitor = {"stop_action": "monitor", "stop_window": 4}
         mine = train(folder / case, ours=True, optim="adamw_torch", **monitor, **options)
         found[case] = {
             "same_weights": torch.equal(weights(mine), weights(theirs)),
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
             ],
         }
     stopping = {
-        "stop_window": 2,
+        "stop_window": 4,
         "stop_kappa": 1.0,
         "max_steps": 200,
         "learning_rate": 3e-3,

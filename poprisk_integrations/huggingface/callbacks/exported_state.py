@@ -5,7 +5,9 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
-__all__ = ["add_exported_state", "find_exported_state"]
+__all__ = ["add_exported_state", "find_exported_state", "forget_older_exports", "place_in_run"]
+
+_PLACES = "poprisk_places"
 
 
 def find_exported_state(state: TrainerState, callback: ExportableState) -> dict[str, Any] | None:
@@ -28,3 +30,22 @@ def add_exported_state(state: TrainerState, callback: ExportableState) -> None:
     """Enter a callback that the checkpoint does not know: Trainer's next save fails without it."""
     exported: Any = state.stateful_callbacks
     exported.setdefault(type(callback).__name__, callback.state())
+
+
+def forget_older_exports(state: TrainerState, callback: ExportableState) -> None:
+    """After a save: of two callbacks of a class Trainer would add to a growing list."""
+    exported: Any = state.stateful_callbacks
+    if isinstance(exported.get(type(callback).__name__), list):
+        exported[type(callback).__name__] = []
+
+
+def place_in_run(state: TrainerState, kind: str) -> int:
+    """How many of a kind have asked in this run, this one included: 1 for the first.
+
+    Args:
+        state: Trainer's state, one object per run.
+        kind: Any name.
+    """
+    places: dict[str, int] = state.__dict__.setdefault(_PLACES, {})  # no field: never saved
+    places[kind] = places.get(kind, 0) + 1
+    return places[kind]

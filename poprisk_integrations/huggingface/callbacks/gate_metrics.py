@@ -2,10 +2,13 @@
 
 from typing import Any
 
-from poprisk_integrations.distributed import is_dtensor, mean_over_ranks
-from poprisk_integrations.optim import PopRiskAdamW
+import torch
 
-__all__ = ["gate_metrics", "sample_gate_stats", "unwrap_optimizer"]
+from poprisk_integrations.distributed import mean_over_ranks
+from poprisk_integrations.optim import PopRiskAdamW
+from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
+
+__all__ = ["GateSampler", "gate_metrics", "sample_gate_stats", "unwrap_optimizer"]
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
@@ -15,13 +18,12 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def sample_gate_stats(optimizer: Any, every_n_steps: int, *, override: bool) -> bool:
-    """Switch sampling on.
+def sample_gate_stats(optimizer: Any, every_n_steps: int) -> bool:
+    """Switch sampling on, whatever the period was before.
 
     Args:
         optimizer: Any optimizer, wrapped or not.
         every_n_steps: Optimizer steps between samples.
-        override: Whether to change groups that sample already.
 
     Returns:
         Whether the optimizer has a gate.
@@ -30,21 +32,66 @@ def sample_gate_stats(optimizer: Any, every_n_steps: int, *, override: bool) -> 
     if not isinstance(optimizer, PopRiskAdamW):
         return False
     for group in optimizer.param_groups:
-        if override or not group["collect_stats_every"]:
-            group["collect_stats_every"] = every_n_steps
+        group["collect_stats_every"] = every_n_steps
     return True
 
 
-def gate_metrics(optimizer: Any) -> dict[str, float]:
+class GateSampler:
+    """Samples the gate at chosen steps, in groups that have no period of their own.
+
+    A period of the optimizer counts the steps of a process, so a resumed run would sample other
+    steps than an uninterrupted one.
+
+    Args:
+        optimizer: Any optimizer, wrapped or not.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        inner = unwrap_optimizer(optimizer)
+        self._optimizer = inner if isinstance(inner, PopRiskAdamW) else None
+        self._chosen: list[dict[str, Any]] = []
+
+    def before_step(self) -> None:
+        """Sample the step to come."""
+        if self._optimizer is not None:
+            groups = self._optimizer.param_groups
+            self._chosen = [g for g in groups if not g["collect_stats_every"]]
+            for group in self._chosen:
+                group["collect_stats_every"] = 1
+
+    def after_step(self) -> None:
+        """No more, until `before_step`."""
+        for group in self._chosen:
+            group["collect_stats_every"] = 0
+        self._chosen = []
+
+    def mean_gate(self, device: torch.device) -> float:
+        """Mean gate of the last sample over all coordinates and ranks; 1 before the first.
+
+        Every rank must call it; all get the same bits.
+
+        Args:
+            device: Of the ranks' communication.
+        """
+        return gate_metrics(self._optimizer, device).get("poprisk/mean_gate", 1.0)
+
+
+def gate_metrics(optimizer: Any, device: torch.device) -> dict[str, float]:
     """Totals of the last sample as `poprisk/<name>`; empty for other optimizers.
 
-    Every rank must call it: shards of a tensor are added over ranks.
+    Every rank must call it: shards of a tensor are added over ranks, in whichever way they are
+    sharded; whole tensors stay as they are, since only ratios of the sums are read.
+
+    Args:
+        optimizer: Any optimizer, wrapped or not.
+        device: Of the ranks' communication.
     """
     optimizer = unwrap_optimizer(optimizer)
     if not isinstance(optimizer, PopRiskAdamW):
         return {}
-    sums = None
-    if any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"]):
-        sums = mean_over_ranks(optimizer.gate_sums())
-    stats = optimizer.gate_stats(sums)
-    return {f"poprisk/{name}": float(v) for name, v in stats.items() if "/" not in name}
+    sums = mean_over_ranks(optimizer.gate_sums().to(device)).cpu()
+    total = sums[:, : len(COLUMNS)].sum(0)
+    if total[0] == 0:  # no coordinate was sampled on any rank
+        return {}
+    stats = {**gate_ratios(total), "skipped_nonfinite": sums[0, -2] / sums[0, -1]}
+    return {f"poprisk/{name}": float(v) for name, v in stats.items()}

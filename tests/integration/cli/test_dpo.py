@@ -37,7 +37,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "per_device_train_batch_size": 4,
             "max_steps": 4,
             "learning_rate": 1e-3,
-            "stop_window": 2,
+            "stop_window": 4,
             "logging_steps": 1,
             "report_to": "none",
             "disable_tqdm": True,

@@ -112,7 +112,7 @@ def test_trackers_get_our_numbers(tmp_path: Path) -> None:
 
     trainer = build(tmp_path)
     trainer.args.stop = True
-    trainer.args.stop_window = 2
+    trainer.args.stop_window = 4
     from poprisk_integrations.trl.early_stopping import add_stop
 
     add_stop(trainer)

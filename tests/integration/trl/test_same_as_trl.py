@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "evaluation": {"eval_strategy": "steps", "eval_steps": 2},
 }
 QUIET = {"stop": False}
-MONITOR = {"stop": True, "stop_action": "monitor", "stop_window": 2}
+MONITOR = {"stop": True, "stop_action": "monitor", "stop_window": 4}
 PLAIN = ["full", "lora", "precomputed", "accumulation"]
 RUNS = [(case, MONITOR) for case in CASES] + [(case, QUIET) for case in PLAIN]
 

@@ -60,7 +60,7 @@ def test_stop_off_and_stop_given(tmp_path: Path) -> None:
 
 def test_stop_ends_the_run_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = build(
-        tmp_path, max_steps=200, learning_rate=3e-3, stop_window=2, stop_kappa=1.0,
+        tmp_path, max_steps=200, learning_rate=3e-3, stop_window=4, stop_kappa=1.0,
         save_strategy="steps", save_steps=500, optim="adamw_torch", logging_steps=100,
     )  # fmt: skip
     trainer.train()

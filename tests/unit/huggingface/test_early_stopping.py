@@ -2,7 +2,6 @@
 
 import json
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,12 +20,15 @@ from tests.helpers.tiny_trainer import arguments
         ("kappa", float("nan"), "Invalid kappa: nan"),
         ("threshold", 0.0, "Invalid threshold: 0.0"),
         ("min_steps", -1, "Invalid min_steps: -1"),
-        ("window", 1, "Invalid window: 1. Must be 'auto' or an integer >= 2"),
+        ("window", 3, "Invalid window: 3. Must be 'auto' or an integer >= 4"),
         ("window", "epoch", "Invalid window: 'epoch'"),
         ("window", 8.0, "Invalid window: 8.0"),
         ("window", True, "Invalid window: True"),
         ("action", "halt", r"Invalid action: 'halt'. Must be one of \('stop', 'monitor'\)"),
         ("restore", "best", "Invalid restore: 'best'"),
+        ("accumulator", "fast", r"Invalid accumulator: 'fast'. Must be one of \('auto', 'exact'"),
+        ("epoch_steps", 0, "Invalid epoch_steps: 0. Must be None or an integer >= 1"),
+        ("epoch_steps", 8.0, "Invalid epoch_steps: 8.0"),
     ],
 )
 def test_bad_arguments_are_named(option, value, said):
@@ -49,11 +51,12 @@ def test_arm_and_rearm_scale_with_the_threshold():
 def test_state_is_json_and_rebuilds_the_callback():
     callback = PopRiskEarlyStoppingCallback(kappa=3.0, window=5, restore=None)
     callback._rule.update(step=5, lr=0.1, ratio=2.0)
-    callback.window_seen = 2
+    callback.progress.window_seen = 2
     state = json.loads(json.dumps(callback.state()))
     twin = PopRiskEarlyStoppingCallback.from_state(state)
     assert twin.state() == callback.state()
     assert twin.stopping_state["armed"]
+    assert twin.progress.window_seen == 2
 
 
 class _Run:
@@ -71,6 +74,7 @@ class _Run:
         handler(self.args, self.state, self.control, optimizer=self.optimizer)
 
     def step(self):
+        self.event("on_step_begin")
         self.event("on_pre_optimizer_step")
         self.optimizer.step()
         self.state.global_step += 1
@@ -97,40 +101,43 @@ def test_training_time_is_the_sum_of_the_largest_learning_rate(tmp_path):
 
 
 def test_a_step_that_the_grad_scaler_skipped_is_no_training_time(tmp_path):
-    """Through accelerate's own wrapper: an overflow at step 2 of 4."""
+    """Through accelerate's own wrapper: an overflow at step 2 of 5."""
     args = arguments(tmp_path)
     Accelerator(cpu=True)
     parameter = torch.nn.Parameter(torch.ones(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     optimizer = AcceleratedOptimizer(torch.optim.SGD([parameter], lr=0.1), scaler=scaler)
-    callback = PopRiskEarlyStoppingCallback(window=4)
+    callback = PopRiskEarlyStoppingCallback(window=5)
     run = _Run(callback, optimizer, args)
     ratios = []
-    closed = run.callback._window.close
-    run.callback._window.close = lambda: ratios.append(closed()) or ratios[-1]
-    for gradient in (1.0, float("inf"), 3.0, 5.0):
+    window = run.callback._reader.window
+    closed = window.close
+    window.close = lambda: ratios.append(closed()) or ratios[-1]
+    for gradient in (1.0, float("inf"), 3.0, 5.0, 7.0):
         scaler.scale((parameter * gradient).sum()).backward()
         scaler.unscale_(optimizer.optimizer)
         run.step()
         parameter.grad = None
-    assert callback.stopping_state["lr_sum"] == pytest.approx(0.3)
-    assert (ratios[0].steps, callback.stopping_state["windows"]) == (3, 1)
-    # A = 9 and Q = 35 per coordinate: S = 2 * (35 - 81 / 3) / 2, F = 2 * 81 / (3 * S).
-    assert ratios[0].ratio == pytest.approx(162 / (3 * 8))
+    assert callback.stopping_state["lr_sum"] == pytest.approx(0.4)
+    assert (ratios[0].steps, callback.stopping_state["windows"]) == (4, 1)
+    # A = 16 and Q = 84 in each of two coordinates: S = 2 * (84 - 16^2 / 4) / 3.
+    assert float(ratios[0].noise.sum()) == pytest.approx(40 / 3)
 
 
 def test_nan_gradients_spoil_no_window(tmp_path, caplog):
     optimizer = _sgd(0.0)
     parameter = optimizer.param_groups[0]["params"][0]
-    callback = PopRiskEarlyStoppingCallback(window=2)
+    callback = PopRiskEarlyStoppingCallback(window=4)
     run = _Run(callback, optimizer, arguments(tmp_path))
-    for value in [float("nan")] * 4 + [1.0, 3.0]:
+    for value in [float("nan")] * 8 + [1.0, 3.0, 1.0, 3.0]:
         parameter.grad = torch.full((2,), value)
         run.step()
     assert callback.stopping_state["windows"] == 1
-    assert callback.metrics()["poprisk/signal_ratio"] == pytest.approx(4.0)
+    (row,) = callback.progress.history
+    # A = 8 and Q = 20 in each of two coordinates: S = 2 * (20 - 64 / 4) / 3.
+    assert (row["step"], row["noise"]) == (12, pytest.approx(8 / 3))
     assert [r.message for r in caplog.records if "does not count" in r.message] == [
-        "PopRiskEarlyStoppingCallback: the window that ended at step 2 had fewer than two steps "
+        "PopRiskEarlyStoppingCallback: the window that ended at step 4 had fewer than four steps "
         "with finite, varying gradients and does not count."
     ]
 
@@ -139,7 +146,7 @@ def test_gradients_are_read_not_written(tmp_path):
     optimizer = _sgd(0.1)
     gradient = optimizer.param_groups[0]["params"][0].grad
     before, version = gradient.clone(), gradient._version
-    _Run(PopRiskEarlyStoppingCallback(window=2), optimizer, arguments(tmp_path)).step()
+    _Run(PopRiskEarlyStoppingCallback(window=4), optimizer, arguments(tmp_path)).step()
     assert torch.equal(gradient, before)
     assert gradient._version == version
 
@@ -155,14 +162,6 @@ def test_a_run_too_short_for_two_windows_warns_once(tmp_path, caplog):
     caplog.clear()
     _Run(PopRiskEarlyStoppingCallback(window=8), _sgd(0.1), args, max_steps=16)
     assert not caplog.records
-
-
-def test_deepspeed_is_refused(tmp_path):
-    callback = PopRiskEarlyStoppingCallback()
-    args = arguments(tmp_path)
-    args.deepspeed_plugin = SimpleNamespace()
-    with pytest.raises(ValueError, match="cannot run under DeepSpeed"):
-        callback.on_train_begin(args, TrainerState(), TrainerControl(), optimizer=_sgd(0.1))
 
 
 @pytest.mark.parametrize(
@@ -190,11 +189,11 @@ def test_restoring_the_onset_needs_trainers_best_model_machinery(tmp_path, chang
 
 
 def test_two_of_a_class_find_their_own_state(tmp_path):
-    loose, tight = (PopRiskEarlyStoppingCallback(window=2, kappa=k) for k in (1.0, 3.0))
+    loose, tight = (PopRiskEarlyStoppingCallback(window=4, kappa=k) for k in (1.0, 3.0))
     for callback, lr in ((loose, 0.1), (tight, 0.2)):
         callback._rule.update(step=1, lr=lr)
-    state = TrainerState(global_step=1, max_steps=9, stateful_callbacks=[loose, tight])
     for kappa, lr in ((1.0, 0.1), (3.0, 0.2)):
-        callback = PopRiskEarlyStoppingCallback(window=2, kappa=kappa)
+        state = TrainerState(global_step=1, max_steps=9, stateful_callbacks=[loose, tight])
+        callback = PopRiskEarlyStoppingCallback(window=4, kappa=kappa)
         callback.on_train_begin(arguments(tmp_path), state, TrainerControl(), optimizer=_sgd(0.1))
         assert callback.stopping_state["lr_sum"] == lr

@@ -134,4 +134,4 @@ def test_options_reach_the_callback(tmp_path: Path) -> None:
     ours = config(tmp_path, **{f"stop_{name}": value for name, value in options.items()})
     callback = stopping_callback(ours)
     assert isinstance(callback, PopRiskEarlyStoppingCallback)
-    assert callback.state()["args"] == options
+    assert callback.state()["args"] == {**options, "accumulator": "auto", "epoch_steps": None}

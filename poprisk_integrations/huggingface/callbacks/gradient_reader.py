@@ -1,0 +1,136 @@
+"""What a run under Trainer shows of its steps: gradients, learning rate, clipping."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from poprisk_integrations.core.window import WindowRatio
+from poprisk_integrations.diagnostics import GradientWindow
+from poprisk_integrations.distributed import is_dtensor
+from poprisk_integrations.huggingface.callbacks.clipping import Clipping
+from poprisk_integrations.huggingface.callbacks.deepspeed_gradients import DeepSpeedGradients
+from poprisk_integrations.huggingface.callbacks.loss_scale import inverse_loss_scale
+
+__all__ = ["GradientReader"]
+
+
+class GradientReader:
+    """Feeds a `GradientWindow` at each optimizer step, whatever shards the model.
+
+        single, DDP    `.grad` of the optimizer's parameters, the same on all ranks
+        FSDP2          the same, DTensors
+        FSDP1          the same, plain shards: sums are added over FSDP's process group
+        DeepSpeed      from the optimizer's state (`DeepSpeedGradients`)
+
+    Gradients are read as Trainer hands them to the optimizer: averaged over micro-batches and
+    ranks. The loss scale of fp16 is divided out, and clipping where its factor is known.
+
+    Args:
+        args: Training arguments.
+        optimizer: As Trainer hands it to callbacks.
+        model: Same.
+        steps: Optimizer steps per window.
+        accumulator: As in `GradientWindow`.
+        epoch_steps: Same.
+
+    Attributes:
+        window: The window.
+        clipping: What clipping did.
+        lr: Learning rate of the last step that was read; of groups with different ones the
+            largest.
+        is_sharded: Whether each rank holds only its part of the window.
+
+    Raises:
+        ValueError: If no parameter is trained, or DeepSpeed runs an optimizer or a mode whose
+            gradients cannot be recovered.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        optimizer: Any,
+        model: nn.Module | None,
+        *,
+        steps: int,
+        accumulator: str,
+        epoch_steps: int | None,
+    ) -> None:
+        self._optimizer = optimizer
+        self._deepspeed: DeepSpeedGradients | None = None
+        max_norm = float(args.max_grad_norm or 0.0)
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            assert model is not None
+            if accumulator == "exact":
+                raise ValueError(
+                    "Invalid accumulator: 'exact'. Under DeepSpeed it must be 'auto' or 'sample'."
+                )
+            self._deepspeed = DeepSpeedGradients(optimizer, model, torch.device(args.device))
+            self.window: GradientWindow = self._deepspeed.window(steps, epoch_steps)
+            self._shard_group = None
+            max_norm = self._deepspeed.max_norm
+        else:
+            if not any(p.requires_grad for p in self.parameters()):
+                raise ValueError("The optimizer has no parameter that requires a gradient.")
+            self._shard_group = _fsdp1_group(model)
+            self.window = GradientWindow(
+                steps,
+                accumulator=accumulator,  # type: ignore[arg-type]
+                shard_group=self._shard_group,
+                epoch_steps=epoch_steps,
+            )
+        self.clipping = Clipping(max_norm, steps)
+        self.lr = largest_lr(optimizer)
+        self.is_sharded = (
+            bool(args.fsdp)
+            or self._deepspeed is not None
+            or self._shard_group is not None
+            or any(is_dtensor(p) for p in self.parameters())
+        )
+
+    def parameters(self) -> list[Tensor]:
+        """The optimizer's parameters."""
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def read(self) -> None:
+        """Take in one step: before the optimizer's step, under DeepSpeed after it."""
+        self.lr = largest_lr(self._optimizer)
+        if self._deepspeed is not None:
+            self.clipping.note_norm(self._deepspeed.norm_before_clipping())
+            self._deepspeed.add_to(self.window, self.clipping.factor(()))
+            return
+        params = self.parameters()
+        scale = self.clipping.factor(params)
+        self.window.add(params, scale=scale * inverse_loss_scale(self._optimizer))
+
+    def close(self) -> WindowRatio | None:
+        """End the window, see `GradientWindow.close`."""
+        self.clipping.close(self._shard_group)
+        return self.window.close()
+
+    def was_skipped(self) -> bool:
+        """Whether the grad scaler skipped the step that has just ended."""
+        return bool(getattr(self._optimizer, "step_was_skipped", False))
+
+
+def largest_lr(optimizer: Any) -> float:
+    """Of groups with different learning rates the largest; empty groups do not count.
+
+    ZeRO-3 shows all groups empty, and then all count.
+    """
+    groups: Sequence[dict[str, Any]] = optimizer.param_groups
+    filled = [group for group in groups if len(group["params"])] or groups
+    return max((float(group["lr"]) for group in filled), default=0.0)
+
+
+def _fsdp1_group(model: nn.Module | None) -> Any:
+    """Process group over which FSDP1 shards, None if it does not."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, FullyShardedDataParallel):
+            is_whole = module.sharding_strategy == ShardingStrategy.NO_SHARD
+            return None if is_whole else module.process_group
+    return None

@@ -1,0 +1,88 @@
+"""What a callback with windows remembers beside its rule's numbers: ready for JSON."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+
+from poprisk_integrations.core.window import WindowRatio
+
+__all__ = ["RunProgress", "history_row", "window_of"]
+
+_MEASURES = ("risk_decrease", "risk_decrease_se", "agreement", "agreement_se")
+
+
+@dataclass(kw_only=True)
+class RunProgress:
+    """Everything that a resumed run needs.
+
+    Attributes:
+        window_seen: Steps in the unfinished window.
+        window_reused: Whether it began after a whole pass over the data.
+        passes: Passes that ended, over data without a length.
+        mean_gate: Of the last sampled step; 1 without a gate.
+        shape: What makes windows comparable: world size, batch size, ...
+        history: One row per closed window, see `history_row`.
+    """
+
+    window_seen: int = 0
+    window_reused: bool = False
+    passes: int = 0
+    mean_gate: float = 1.0
+    shape: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Any]) -> "RunProgress":
+        """The same again; keys that an older version did not write keep their defaults."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in state_dict.items() if k in known})
+
+    def changes(self, shape: dict[str, int]) -> str:
+        """What differs from the shape of the run so far, "" if nothing does.
+
+        Example:
+            >>> RunProgress(shape={"world size": 2}).changes({"world size": 1})
+            'world size 2 -> 1'
+        """
+        names = [name for name in shape if self.shape.get(name, shape[name]) != shape[name]]
+        return ", ".join(f"{name} {self.shape[name]} -> {shape[name]}" for name in names)
+
+
+def history_row(step: int, lr_sum: float, window: WindowRatio, *, reused: bool) -> dict[str, Any]:
+    """A closed window in plain numbers; None for what was not measured.
+
+    Args:
+        step: Optimizer steps at its end.
+        lr_sum: Training time at its end.
+        window: What was measured.
+        reused: Whether its examples had been trained on before.
+    """
+    row: dict[str, Any] = {
+        "step": step,
+        "lr_sum": lr_sum,
+        "signal_ratio": window.ratio,
+        "signal_ratio_se": window.ratio_se,
+        **{name: getattr(window, name) for name in _MEASURES},
+        "noise": float(window.noise.sum()),
+    }
+    finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+    return {**finite, "steps": window.steps, "reused": reused}
+
+
+def window_of(row: dict[str, Any]) -> WindowRatio:
+    """The totals of a row as a window; its tensors are lost."""
+    measured = {k: math.nan if v is None else v for k, v in row.items()}
+    return WindowRatio(
+        ratio=measured["signal_ratio"],
+        ratio_se=measured["signal_ratio_se"],
+        per_tensor=torch.empty(0),
+        noise=torch.tensor([measured["noise"]]),
+        steps=row["steps"],
+        **{name: measured[name] for name in _MEASURES},
+    )
