@@ -10,13 +10,20 @@ import warnings
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from poprisk_integrations import PopRiskAdamW
-from poprisk_integrations.lightning import PopRiskEarlyStopping, PopRiskMonitor, PopRiskOptimizer
+from poprisk_integrations.lightning import (
+    PopRiskEarlyStopping,
+    PopRiskLRCut,
+    PopRiskMonitor,
+    PopRiskOptimizer,
+)
 from tests.helpers.torchrun import run_rank
 from tests.integration.lightning import toy
+
+CLOSING_GATE = {"kappa": 1.2}  # it lets little time pass
 
 
 class SaveAt(Callback):
@@ -37,6 +44,36 @@ class Sharded(toy.Classifier):
         if self.device_mesh is not None:
             for layer in (self.net[0], self.net[2], self.net):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class Fsdp1OnCpu(FSDPStrategy):
+    """Lightning's FSDP1 asks for a GPU; on the CPU it shards as well if the device is named."""
+
+    def _setup_model(self, model):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        return FullyShardedDataParallel(
+            model,
+            device_id=torch.device("cpu"),
+            auto_wrap_policy=ModuleWrapPolicy({torch.nn.Linear}),
+            use_orig_params=True,
+        )
+
+
+class WholeWeights(Callback):
+    """FSDP1's weights, gathered while the module is still wrapped."""
+
+    def on_train_end(self, trainer, pl_module):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        empty = [p.numel() == 0 for p in pl_module.parameters()]
+        with FullyShardedDataParallel.summon_full_params(trainer.strategy.model):
+            self.weights = {
+                name.replace("_fsdp_wrapped_module.", ""): value.detach().clone()
+                for name, value in pl_module.named_parameters()
+            }
+        self.holds_empty_shards = any(empty)
 
 
 class RankDependentRate(toy.Classifier):
@@ -70,6 +107,7 @@ def fit(root, model, callbacks=(), ckpt_path=None, world_size=1, strategy=None, 
         "onset_step": stop.onset_step,
         "reason": stop.stopping_reason,
         "rule": stop.state_dict()["rule"],
+        "history": stop.history,
         "weights": model.state_dict(),
         "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
     }
@@ -80,11 +118,14 @@ def adamw(root, world_size):
 
 
 def gated(root, world_size):
-    return fit(root, toy.Classifier(), [PopRiskOptimizer()], world_size=world_size)
+    optimizer, settings = PopRiskOptimizer(), {"stop": CLOSING_GATE}
+    return fit(root, toy.Classifier(), [optimizer], world_size=world_size, **settings)
 
 
 def accumulated_and_clipped(root, world_size):
-    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3, "max_epochs": 40}
+    """8 micro-batches by 3: the last step of an epoch is short."""
+    settings = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.3, "max_epochs": 40}
+    settings["stop"] = CLOSING_GATE
     return fit(root, toy.Classifier(), [PopRiskOptimizer()], world_size=world_size, **settings)
 
 
@@ -96,6 +137,7 @@ def resumed(root, world_size):
 
     path = root / f"resume-{world_size}.ckpt"
     settings = {"world_size": world_size, "limit_train_batches": 4, "max_epochs": 40}
+    settings["stop"] = CLOSING_GATE
     whole = fit(root, model(), [SaveAt(path, 20)], **settings)
     again = fit(root, model(), ckpt_path=path, **settings)
     return {"whole": whole, "again": again}
@@ -127,6 +169,7 @@ def fsdp2(root, world_size, callbacks=(), ckpt_path=None):
         ckpt_path,
         world_size=world_size,
         strategy=strategy,
+        stop=CLOSING_GATE,
     )
     weights = result["weights"].items()
     result["weights"] = {k: w.full_tensor() if world_size > 1 else w for k, w in weights}
@@ -144,6 +187,37 @@ def fsdp2_resumed(root, world_size):
     return {"whole": whole, "again": again, "warned": warned}
 
 
+def fsdp1(root, world_size, make_optimizer=toy.adamw, **stop):
+    whole = WholeWeights()
+    strategy = Fsdp1OnCpu(process_group_backend="gloo") if world_size > 1 else None
+    model, callbacks = toy.Classifier(make_optimizer), [whole] * (world_size > 1)
+    result = fit(root, model, callbacks, world_size=world_size, strategy=strategy, stop=stop)
+    if world_size > 1:
+        result["weights"] = whole.weights
+        result["holds_empty_shards"] = whole.holds_empty_shards
+    return result
+
+
+def fsdp1_gated(root, world_size):
+    return fsdp1(root, world_size, toy.gated, **CLOSING_GATE)
+
+
+def fsdp1_sampled(root, world_size):
+    return fsdp1(root, world_size, accumulator="sample")
+
+
+def lr_cut(root, world_size):
+    """A rate at which steps overshoot, with momentum."""
+
+    def overshooting(params):
+        return torch.optim.SGD(params, lr=0.5, momentum=0.95)
+
+    cut = PopRiskLRCut(window=8)
+    model, settings = toy.Classifier(overshooting), {"stop": {"action": "monitor"}}
+    result = fit(root, model, [cut], world_size=world_size, max_epochs=10, **settings)
+    return {**result, "cuts": cut.cuts, "last_cut_step": cut.last_cut_step}
+
+
 SCENARIOS = (
     adamw,
     gated,
@@ -154,6 +228,10 @@ SCENARIOS = (
     min_epochs,
     fsdp2,
     fsdp2_resumed,
+    fsdp1,
+    fsdp1_gated,
+    fsdp1_sampled,
+    lr_cut,
 )
 
 

@@ -219,6 +219,15 @@ class DerivedDDP(DDPStrategy):
     pass
 
 
+def test_onset_weights_are_refused_where_they_are_sharded(tmp_path):
+    trainer = toy.trainer(tmp_path, [])
+    strategy = FSDPStrategy.__new__(FSDPStrategy)
+    object.__setattr__(trainer._accelerator_connector, "strategy", strategy)
+    stop = PopRiskEarlyStopping(window=8, restore="onset")
+    with pytest.raises(MisconfigurationException, match=r"'onset'. Under FSDPStrategy weights are"):
+        stop.setup(trainer, toy.Classifier(), "fit")
+
+
 @pytest.mark.parametrize(
     ("strategy_class", "is_refused"),
     [(DeepSpeedStrategy, True), (FSDPStrategy, False), (DerivedDDP, False)],
