@@ -39,6 +39,7 @@ class DeepSpeedGradients:
         ValueError: If the gradients cannot be recovered.
     """
 
+    @torch.no_grad()
     def __init__(self, optimizer: Any, model: nn.Module, device: torch.device) -> None:
         self._wrapper = optimizer
         self._zero = getattr(optimizer, "optimizer", optimizer)
@@ -55,7 +56,11 @@ class DeepSpeedGradients:
         self._weights, self._moments, self._now, self._grads = vectors
         self._host = self._sample.zeros()
         self._read(self._weights, None)
-        self._read(self._moments, _MOMENT)
+        # Before the first step there is no state, and m = 0.
+        self._is_checked = any(self._zero.state.values())
+        if self._is_checked:
+            self._check_state()
+            self._read(self._moments, _MOMENT)
 
     def window(self, steps: int, epoch_steps: int | None) -> GradientWindow:
         """A window of the sampled coordinates, weighted by the sizes of the whole tensors."""
@@ -65,6 +70,7 @@ class DeepSpeedGradients:
         """Global norm of the gradients of the last step; None if the engine does not say."""
         return getattr(self._zero, "_global_grad_norm", None)
 
+    @torch.no_grad()
     def add_to(self, window: GradientWindow, scale: float | Tensor) -> None:
         """Add the step that the engine has just made; a skipped one as not finite.
 
@@ -72,12 +78,16 @@ class DeepSpeedGradients:
             window: From `window`.
             scale: Undoes the clipping.
         """
-        beta = self._beta()
+        if self._wrapper.step_was_skipped:
+            window.add(self._weights.parts, grads=self._grads.parts, scale=math.nan)
+            return
+        if not self._is_checked:
+            self._is_checked = True
+            self._check_state()
+        beta = float(self._zero.param_groups[0]["betas"][0])
         self._read(self._now, _MOMENT)
         torch.sub(self._now.flat, self._moments.flat, alpha=beta, out=self._grads.flat)
         self._grads.flat.div_(1.0 - beta)
-        if self._wrapper.step_was_skipped:
-            scale = math.nan
         window.add(self._weights.parts, grads=self._grads.parts, scale=scale)
         self._moments, self._now = self._now, self._moments
         self._read(self._weights, None)
@@ -99,8 +109,14 @@ class DeepSpeedGradients:
                 fragment = safe_get_local_optimizer_state(param, key)
             return _without_padding(fragment.reshape(-1), param)
         mapping = getattr(param, "_hp_mapping", None)
-        if mapping is not None:  # ZeRO-1, ZeRO-2
-            fragment = mapping.get_hp_fragment(key)
+        if mapping is not None and key is None:  # ZeRO-1, ZeRO-2
+            fragment = mapping.get_hp_fragment()
+        elif mapping is not None:
+            # Not the mapping's own state: DeepSpeed links it after the step of the first group,
+            # when the other groups have none yet.
+            (flat,) = self._zero.param_groups[mapping.param_group_index]["params"]
+            address = mapping.get_hp_fragment_address()
+            fragment = self._zero.state[flat][key].narrow(0, address.start, address.numel)
         elif self._is_partitioned:  # all of it lies on other ranks
             fragment = torch.empty(0, device=param.device)
         elif key is None:
@@ -112,9 +128,6 @@ class DeepSpeedGradients:
     @property
     def _is_partitioned(self) -> bool:
         return any(hasattr(p, "_hp_mapping") for p in self._params)
-
-    def _beta(self) -> float:
-        return float(self._zero.param_groups[0]["betas"][0])
 
     def _check(self) -> None:
         if not self._params:
@@ -131,16 +144,20 @@ class DeepSpeedGradients:
         owned = {id(p) for group in zero.param_groups for p in group["params"]}
         if not is_zero and not owned >= {id(p) for p in self._params}:
             raise _unreadable(f"{type(zero).__name__} does not link parameters to their state")
-        betas = {float(group["betas"][0]) for group in zero.param_groups if "betas" in group}
-        seconds = [s for s in zero.state.values() if s]
-        known = all(
-            _is_fp32(s.get(_MOMENT)) and any(k in s for k in _SECOND_MOMENTS) for s in seconds
+        betas = [group.get("betas") for group in zero.param_groups]
+        if None in betas or len({float(pair[0]) for pair in betas}) != 1:
+            raise self._no_adam()
+
+    def _check_state(self) -> None:
+        for state in filter(None, self._zero.state.values()):
+            if not _is_fp32(state.get(_MOMENT)) or not any(k in state for k in _SECOND_MOMENTS):
+                raise self._no_adam()
+
+    def _no_adam(self) -> ValueError:
+        name = type(getattr(self._zero, "optimizer", self._zero)).__name__
+        return _unreadable(
+            f"{name} has no Adam's state in fp32 ('exp_avg' and 'exp_avg_sq', one beta1)"
         )
-        if len(betas) != 1 or not known or (is_zero and not seconds):
-            inner = type(getattr(zero, "optimizer", zero)).__name__
-            raise _unreadable(
-                f"{inner} has no Adam's state in fp32 ('exp_avg' and 'exp_avg_sq', one beta1)"
-            )
 
 
 class _WindowOfASample(GradientWindow):
