@@ -14,10 +14,11 @@ __all__ = ["StepLog"]
 class StepLog:
     """Logs values that rarely change, and no decision too late.
 
-    Lightning's `log` takes a tenth of a millisecond per value and keeps it until the epoch ends,
-    so it is called at the first step of an epoch, when a value is new, and, if one has drifted
-    since, on the steps that Lightning hands to loggers (every `log_every_n_steps`). Between
-    those, a decision is written to the loggers directly.
+    Lightning's `log` takes a tenth of a millisecond and more per value, as much as a whole window
+    step. It keeps a value for other callbacks from then on, and for loggers until the epoch
+    ends. So it is called when a value is new and, where there are loggers, on the steps that
+    Lightning hands to them (every `log_every_n_steps`) if the epoch is another or a value has
+    drifted. Between those, a decision is written to the loggers directly.
     """
 
     def __init__(self) -> None:
@@ -46,12 +47,12 @@ class StepLog:
         """
         if trainer.barebones:
             return
-        is_logged_now = is_logger_step(trainer)
-        is_due = is_new or is_decision or self._epoch != trainer.current_epoch
+        is_logged_now = bool(trainer.loggers) and is_logger_step(trainer)
+        is_due = is_new or is_decision or self._values is None
         if not is_due and not is_logged_now:
             return
         present = values()
-        if is_due or present != self._values:
+        if is_due or self._epoch != trainer.current_epoch or present != self._values:
             self._epoch, self._values = trainer.current_epoch, present
             pl_module.log_dict(dict(present), on_step=True, on_epoch=False, batch_size=1)
         if is_decision and not is_logged_now:
