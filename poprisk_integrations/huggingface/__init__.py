@@ -10,6 +10,8 @@ require("transformers", "accelerate", extra="hf")
 
 from poprisk_integrations.huggingface.callbacks import (  # noqa: E402
     PopRiskEarlyStoppingCallback,
+    PopRiskLRCut,
+    PopRiskLRCutCallback,
     PopRiskMonitorCallback,
 )
 from poprisk_integrations.huggingface.optimizer import optimizer_cls_and_kwargs  # noqa: E402
@@ -18,6 +20,8 @@ from poprisk_integrations.huggingface.trainer_mixin import PopRiskTrainerMixin  
 
 __all__ = [
     "PopRiskEarlyStoppingCallback",
+    "PopRiskLRCut",
+    "PopRiskLRCutCallback",
     "PopRiskMonitorCallback",
     "PopRiskTrainerMixin",
     "optimizer_cls_and_kwargs",

@@ -12,7 +12,10 @@ from poprisk_integrations.diagnostics import GradientWindow
 from poprisk_integrations.distributed import is_dtensor
 from poprisk_integrations.huggingface.callbacks.clipping import Clipping
 from poprisk_integrations.huggingface.callbacks.deepspeed_gradients import DeepSpeedGradients
-from poprisk_integrations.huggingface.callbacks.loss_scale import inverse_loss_scale
+from poprisk_integrations.huggingface.callbacks.loss_scale import (
+    fused_loss_scale,
+    inverse_loss_scale,
+)
 
 __all__ = ["GradientReader"]
 
@@ -83,6 +86,7 @@ class GradientReader:
             )
         self.clipping = Clipping(max_norm, steps)
         self.lr = largest_lr(optimizer)
+        self._loss_scale: float | None = None
         self.is_sharded = (
             bool(args.fsdp)
             or self._deepspeed is not None
@@ -104,6 +108,7 @@ class GradientReader:
         params = self.parameters()
         scale = self.clipping.factor(params)
         self.window.add(params, scale=scale * inverse_loss_scale(self._optimizer))
+        self._loss_scale = fused_loss_scale(self._optimizer)
 
     def close(self) -> WindowRatio | None:
         """End the window, see `GradientWindow.close`."""
@@ -112,7 +117,10 @@ class GradientReader:
 
     def was_skipped(self) -> bool:
         """Whether the grad scaler skipped the step that has just ended."""
-        return bool(getattr(self._optimizer, "step_was_skipped", False))
+        if getattr(self._optimizer, "step_was_skipped", False):
+            return True
+        before = self._loss_scale
+        return before is not None and (fused_loss_scale(self._optimizer) or 0.0) < before
 
 
 def largest_lr(optimizer: Any) -> float:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.amp.grad_scaler import OptState
 
-__all__ = ["inverse_loss_scale"]
+__all__ = ["fused_loss_scale", "inverse_loss_scale"]
 
 
 def inverse_loss_scale(optimizer: Any) -> float:
@@ -26,3 +26,18 @@ def inverse_loss_scale(optimizer: Any) -> float:
     if state is not None and state["stage"] is OptState.UNSCALED:
         return 1.0
     return 1.0 / float(scaler.get_scale())
+
+
+def fused_loss_scale(optimizer: Any) -> float | None:
+    """The loss scale where a fused optimizer skips overflowing steps in its kernel, else None.
+
+    Then `step_was_skipped` stays False, and only a scale that falls tells of the overflow.
+
+    Args:
+        optimizer: As Trainer hands it to callbacks.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return None
+    is_fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if is_fused else None

@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState
 
 from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback, PopRiskMonitorCallback
 from tests.helpers.tiny_trainer import arguments
+from tests.helpers.trainer_events import EventSequence
 
 
 @pytest.mark.parametrize(
@@ -59,28 +60,6 @@ def test_state_is_json_and_rebuilds_the_callback():
     assert twin.progress.window_seen == 2
 
 
-class _Run:
-    """Trainer's event sequence around an optimizer."""
-
-    def __init__(self, callback, optimizer, args, max_steps=100):
-        self.callback, self.optimizer = callback, optimizer
-        self.args = args
-        self.state = TrainerState(max_steps=max_steps, stateful_callbacks=[callback])
-        self.control = TrainerControl()
-        self.event("on_train_begin")
-
-    def event(self, name):
-        handler = getattr(self.callback, name)
-        handler(self.args, self.state, self.control, optimizer=self.optimizer)
-
-    def step(self):
-        self.event("on_step_begin")
-        self.event("on_pre_optimizer_step")
-        self.optimizer.step()
-        self.state.global_step += 1
-        self.event("on_step_end")
-
-
 def _sgd(*lrs):
     groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": lr} for lr in lrs]
     optimizer = torch.optim.SGD(groups, lr=1.0)
@@ -93,7 +72,7 @@ def test_training_time_is_the_sum_of_the_largest_learning_rate(tmp_path):
     optimizer = _sgd(0.1, 0.4)
     optimizer.add_param_group({"params": [], "lr": 7.0})  # LoRA: empty no-decay group
     callback = PopRiskEarlyStoppingCallback(window=4)
-    run = _Run(callback, optimizer, arguments(tmp_path))
+    run = EventSequence(callback, optimizer, arguments(tmp_path))
     run.step()
     optimizer.param_groups[1]["lr"] = 0.3
     run.step()
@@ -108,7 +87,7 @@ def test_a_step_that_the_grad_scaler_skipped_is_no_training_time(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     optimizer = AcceleratedOptimizer(torch.optim.SGD([parameter], lr=0.1), scaler=scaler)
     callback = PopRiskEarlyStoppingCallback(window=5)
-    run = _Run(callback, optimizer, args)
+    run = EventSequence(callback, optimizer, args)
     ratios = []
     window = run.callback._reader.window
     closed = window.close
@@ -128,7 +107,7 @@ def test_nan_gradients_spoil_no_window(tmp_path, caplog):
     optimizer = _sgd(0.0)
     parameter = optimizer.param_groups[0]["params"][0]
     callback = PopRiskEarlyStoppingCallback(window=4)
-    run = _Run(callback, optimizer, arguments(tmp_path))
+    run = EventSequence(callback, optimizer, arguments(tmp_path))
     for value in [float("nan")] * 8 + [1.0, 3.0, 1.0, 3.0]:
         parameter.grad = torch.full((2,), value)
         run.step()
@@ -146,7 +125,7 @@ def test_gradients_are_read_not_written(tmp_path):
     optimizer = _sgd(0.1)
     gradient = optimizer.param_groups[0]["params"][0].grad
     before, version = gradient.clone(), gradient._version
-    _Run(PopRiskEarlyStoppingCallback(window=4), optimizer, arguments(tmp_path)).step()
+    EventSequence(PopRiskEarlyStoppingCallback(window=4), optimizer, arguments(tmp_path)).step()
     assert torch.equal(gradient, before)
     assert gradient._version == version
 
@@ -154,13 +133,13 @@ def test_gradients_are_read_not_written(tmp_path):
 def test_a_run_too_short_for_two_windows_warns_once(tmp_path, caplog):
     args = arguments(tmp_path)
     with caplog.at_level(logging.WARNING):
-        _Run(PopRiskEarlyStoppingCallback(window=8), _sgd(0.1), args, max_steps=15)
+        EventSequence(PopRiskEarlyStoppingCallback(window=8), _sgd(0.1), args, max_steps=15)
     assert [r.message for r in caplog.records] == [
         "PopRiskEarlyStoppingCallback: the run has 15 steps, fewer than two windows of 8: it can "
         "never stop early. Set a smaller window."
     ]
     caplog.clear()
-    _Run(PopRiskEarlyStoppingCallback(window=8), _sgd(0.1), args, max_steps=16)
+    EventSequence(PopRiskEarlyStoppingCallback(window=8), _sgd(0.1), args, max_steps=16)
     assert not caplog.records
 
 

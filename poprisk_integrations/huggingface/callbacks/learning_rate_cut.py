@@ -1,0 +1,128 @@
+"""Cuts Trainer's learning rate without validation data."""
+
+import math
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from poprisk_integrations.core import LearningRateCutConfig, LearningRateCutRule
+from poprisk_integrations.core.window import WindowRatio
+from poprisk_integrations.huggingface.callbacks.learning_rate import (
+    check_scheduler,
+    scale_learning_rates,
+)
+from poprisk_integrations.huggingface.callbacks.window_callback import WindowCallback
+from poprisk_integrations.huggingface.log_metrics import log_now
+
+__all__ = ["PopRiskLRCut", "PopRiskLRCutCallback"]
+
+
+class PopRiskLRCutCallback(WindowCallback):
+    """Multiplies the learning rate by `factor` when steps gain nothing although batches agree.
+
+    `core.LearningRateCutRule` decides from two numbers of each window of optimizer steps: what
+    repeating the last step would gain (C), and whether gradients of consecutive batches point the
+    same way (U). C <= 0 < U says that steps overshoot. It is no cut where both are small, which is
+    memorising or the end of the signal: there `PopRiskEarlyStoppingCallback` may stop the run.
+    Off unless added. Beside the stop it measures a window of its own; F rises after a cut, and
+    the stop then forgets an onset that was one of overshooting only.
+
+    The scheduler keeps the cut: its `base_lrs` are multiplied too. ReduceLROnPlateau and GreedyLR
+    go on from the cut value. A resumed run continues with the cuts that were made.
+
+    Logs `poprisk/lr_cuts`; a cut gets a log line of its own, and one on stderr.
+
+    Args:
+        factor: In (0, 1).
+        patience: Such windows in a row before a cut, >= 1.
+        window: Optimizer steps per window, >= 4, or "auto" as for the stop.
+        max_cuts: No more cuts than this, >= 1.
+        min_lr: No group's learning rate is cut below this, >= 0. The schedule may go lower.
+        accumulator: "auto", "exact" or "sample", see `diagnostics.GradientWindow`.
+        epoch_steps: Optimizer steps of one pass over the data; None for the loader's length.
+
+    Raises:
+        ValueError: If an argument is outside its range; at the start of training if the scheduler
+            would overwrite a cut.
+
+    Example:
+        >>> PopRiskLRCut(factor=0.5).state()["args"]["factor"]
+        0.5
+    """
+
+    _acts = "cut the learning rate"
+    _window_name = "poprisk_lr_cut_window"
+
+    def __init__(
+        self,
+        factor: float = 0.3,
+        patience: int = 2,
+        window: int | str = "auto",
+        max_cuts: int = 3,
+        min_lr: float = 0.0,
+        *,
+        accumulator: str = "auto",
+        epoch_steps: int | None = None,
+    ) -> None:
+        if not (math.isfinite(min_lr) and min_lr >= 0):
+            raise ValueError(f"Invalid min_lr: {min_lr!r}. Must be finite and >= 0.")
+        self.factor = factor
+        self.patience = patience
+        self.max_cuts = max_cuts
+        self.min_lr = min_lr
+        config = LearningRateCutConfig(factor=factor, patience=patience, max_cuts=max_cuts)
+        self._rule = LearningRateCutRule(config)
+        super().__init__(window, accumulator, epoch_steps)
+
+    def state(self) -> dict[str, Any]:
+        """Arguments and numbers for `trainer_state.json`."""
+        names = ("factor", "patience", "window", "max_cuts", "min_lr")
+        return self._state(*names, "accumulator", "epoch_steps")
+
+    def metrics(self) -> dict[str, float]:
+        """How often the learning rate was cut."""
+        return {"poprisk/lr_cuts": self._rule.state.cuts}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the scheduler, then start afresh or continue from the checkpoint."""
+        check_scheduler(kwargs.get("lr_scheduler"))
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def _after_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        window: WindowRatio | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        optimizer = kwargs["optimizer"]
+        if window is None:
+            return
+        factors = [self._factor(float(group["lr"])) for group in optimizer.param_groups]
+        if all(factor == 1.0 for factor in factors):
+            return
+        is_cut = self._rule.update(
+            step=state.global_step,
+            risk_decrease=window.risk_decrease,
+            risk_decrease_se=window.risk_decrease_se,
+            agreement=window.agreement,
+            agreement_se=window.agreement_se,
+        )
+        if not is_cut:
+            return
+        scale_learning_rates(optimizer, kwargs.get("lr_scheduler"), factors)
+        log_now(args, control)
+        if state.is_world_process_zero:
+            tqdm.write(f"poprisk: {self._rule.state.reason}", file=sys.stderr)
+
+    def _factor(self, lr: float) -> float:
+        """Of a group, such that its learning rate does not fall below `min_lr`."""
+        return self.factor if lr <= 0 else min(1.0, max(self.factor, self.min_lr / lr))
+
+
+PopRiskLRCut = PopRiskLRCutCallback

@@ -1,0 +1,116 @@
+"""Clipping by Trainer: undone where the norm before it is known, counted and told where not."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+import poprisk_integrations.huggingface as hf
+from poprisk_integrations.huggingface.registration import PreClipNorm
+from tests.helpers.tiny_trainer import arguments, train
+
+HAS_SEAM = hasattr(Trainer, "_clip_grad_norm")
+needs_seam = pytest.mark.skipif(
+    not HAS_SEAM, reason="transformers < 5.3 clips in the middle of its loop"
+)
+
+
+class _MixedIn(PreClipNorm, Trainer):
+    pass
+
+
+def _run(path, cls=Trainer, **changes):
+    """A run whose weights stay as they are, so that clipping changes nothing but gradients."""
+    options = {"optim": "sgd", "learning_rate": 0.0, "num_train_epochs": 4}
+    callback = hf.PopRiskEarlyStoppingCallback(window=8)
+    trainer = train(arguments(path, **{**options, **changes}), callback, cls=cls)
+    report = json.loads((path / "poprisk_stop.json").read_text())
+    return trainer, report
+
+
+@needs_seam
+def test_the_mixin_undoes_it(tmp_path, caplog):
+    _, plain = _run(tmp_path / "plain", max_grad_norm=0.0)
+    _, undone = _run(tmp_path / "undone", cls=_MixedIn, max_grad_norm=0.5)
+    for mine, theirs in zip(undone["history"], plain["history"], strict=True):
+        for key in ("signal_ratio", "signal_ratio_se", "noise", "agreement"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+    assert (plain["clipped_fraction"], plain["clipping"]) == (None, None)
+    assert undone["clipped_fraction"] == 1.0
+    assert undone["clipping"] == "100% of the steps were clipped to 0.5, which is undone for F."
+    assert caplog.text.count("were clipped") == 1
+
+
+def test_without_the_mixin_it_is_counted_and_told_once(tmp_path, caplog):
+    # All norms, by hand; a limit in the middle of them.
+    trainer, _ = _run(tmp_path / "norms", max_grad_norm=0.0, logging_steps=1)
+    norms = sorted(line["grad_norm"] for line in trainer.state.log_history if "loss" in line)
+    assert len(norms) == 32
+    limit = (norms[11] + norms[12]) / 2
+    caplog.clear()
+    trainer, report = _run(tmp_path / "clipped", max_grad_norm=limit)
+    assert report["clipped_fraction"] == pytest.approx(20 / 32)
+    assert trainer.state.log_history[-1]["poprisk/clipped_fraction"] == pytest.approx(20 / 32)
+    assert "so F is of clipped gradients" in report["clipping"]
+    assert caplog.text.count("were clipped to") == 1
+    assert "max_grad_norm=0, or PopRiskTrainerMixin with transformers >= 5.3" in caplog.text
+
+
+@needs_seam
+def test_the_dpo_trainer_and_the_trainer_mixin_have_the_seam():
+    assert issubclass(hf.PopRiskTrainerMixin, PreClipNorm)
+    pytest.importorskip("trl")
+    from poprisk_integrations.trl import PopRiskDPOTrainer
+
+    assert PopRiskDPOTrainer.__mro__.index(PreClipNorm) < PopRiskDPOTrainer.__mro__.index(Trainer)
+
+
+class _TokenModel(nn.Module):
+    """The mean over tokens of w x, its gradient the mean of x: noise around a mean of 0.
+
+    Accepts `num_items_in_batch`, as models of transformers do.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(40))
+        self.counts = []
+
+    def forward(self, x, labels=None, num_items_in_batch=None):
+        assert num_items_in_batch is not None
+        self.counts.append(int(num_items_in_batch))
+        tokens = (labels != -100).float()
+        loss = ((x @ self.weight) * tokens).sum() / num_items_in_batch
+        return {"loss": loss, "logits": x}
+
+
+def test_uneven_batches_leave_f_unbiased(tmp_path):
+    """Rows of 1 to 6 tokens: gradients of one mean and of many variances."""
+    torch.manual_seed(0)
+    data = []
+    for row in range(7 * 4 * 40):
+        tokens = 1 + row % 6
+        labels = torch.tensor([1] * tokens + [-100] * (6 - tokens))
+        data.append({"x": torch.randn(6, 40), "labels": labels})
+    model = _TokenModel()
+    stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor", epoch_steps=10**6)
+    args = arguments(
+        tmp_path,
+        optim="sgd",
+        learning_rate=0.0,
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        logging_steps=1000,
+    )
+    train(args, stop, model=model, train_dataset=data)
+    ratios = torch.tensor([row["signal_ratio"] for row in stop.progress.history])
+    assert len(set(model.counts)) > 10
+    assert len(ratios) == 17
+    # 40 coordinates and 17 windows: a mean has a spread of about sqrt(2 / (40 * 17)).
+    assert ratios.mean().item() == pytest.approx(1.0, abs=4 * (2 / (40 * 17)) ** 0.5)
