@@ -14,7 +14,7 @@ __all__ = ["GradientAgreement"]
 
 
 class GradientAgreement:
-    """Products of gradients one step apart, per tensor and step.
+    """Products of gradients one step apart, per tensor and measured step.
 
         U_t,l = sum_k g_{t-1,k} g_{t,k}
     Two batches with independent noise, at almost the same weights: E U = |E g|^2, the
@@ -30,7 +30,7 @@ class GradientAgreement:
         layout: The tensors and the sample.
 
     Attributes:
-        rows: Per step U_t,l over the sample, L numbers; NaN without a step before.
+        rows: Per pair of steps U_t,l over the sample, L numbers; NaN without a step before.
     """
 
     def __init__(self, layout: WindowLayout) -> None:
@@ -41,7 +41,7 @@ class GradientAgreement:
 
     @property
     def last_grads(self) -> list[Tensor] | None:
-        """Sampled gradients of the last `add`, per tensor."""
+        """Sampled gradients of the last step that was read, per tensor."""
         return self._last.parts if self._has_last else None
 
     @last_grads.setter
@@ -50,7 +50,7 @@ class GradientAgreement:
         self._has_last = True
 
     def add(self, grads: FlatVector) -> None:
-        """Multiply fresh gradients with those of the last call.
+        """Multiply fresh gradients with those of the step before.
 
         Args:
             grads: Sampled gradients.
@@ -59,13 +59,17 @@ class GradientAgreement:
             pairs = zip(self._last.parts, grads.parts, strict=True)
             self.rows.append(self.rows.row([torch.dot(a, b) for a, b in pairs]))
         else:
-            self._has_last = True
             self.pad(1)
-        self._last.flat.copy_(grads.flat)
+        self.remember(grads)
 
-    def pad(self, steps: int) -> None:
-        """Account for steps of which nothing is known."""
-        for _ in range(steps):
+    def remember(self, grads: FlatVector) -> None:
+        """Start a pair: the next product is with these gradients."""
+        self._last.flat.copy_(grads.flat)
+        self._has_last = True
+
+    def pad(self, pairs: int) -> None:
+        """Account for pairs of which nothing is known."""
+        for _ in range(pairs):
             unknown = [math.nan] * self._columns
             self.rows.append(
                 unknown if self._on_host else torch.tensor(unknown, device=self._last.flat.device)

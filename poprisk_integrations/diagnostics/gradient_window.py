@@ -12,6 +12,7 @@ from poprisk_integrations.core.standard_error import mean_standard_error
 from poprisk_integrations.core.window import WindowRatio, window_signal_ratio
 from poprisk_integrations.diagnostics.coordinate_sample import FlatVector
 from poprisk_integrations.diagnostics.gradient_agreement import GradientAgreement
+from poprisk_integrations.diagnostics.pending_steps import PendingSteps
 from poprisk_integrations.diagnostics.step_displacement import StepDisplacement
 from poprisk_integrations.diagnostics.window_layout import WindowLayout
 from poprisk_integrations.diagnostics.window_rows import StepRows
@@ -22,6 +23,23 @@ from poprisk_integrations.distributed import is_dtensor, mean_over_ranks
 __all__ = ["SHORTEST_WINDOW", "GradientWindow"]
 
 SHORTEST_WINDOW = 4  # with fewer, the variance of a coordinate has no mean inverse
+
+# Pairs of consecutive steps in a long window, behind risk decrease and agreement: their standard
+# error grows with fewer of them, the cost of a step with more (recipes/benchmarks/stop_cost).
+PAIRS = 24
+
+
+def pair_stride(steps: int) -> int:
+    """Every how many steps of a window a pair of consecutive steps ends.
+
+    1 in windows below 72 steps; every second step would read as much as every step.
+
+    Example:
+        >>> pair_stride(71), pair_stride(72), pair_stride(100), pair_stride(1000)
+        (1, 3, 4, 41)
+    """
+    stride = steps // PAIRS
+    return stride if stride > 2 else 1
 
 
 class GradientWindow:
@@ -38,14 +56,18 @@ class GradientWindow:
     Args:
         steps: Optimizer steps in a window, >= 4.
         accumulator: "exact" keeps two fp32 buffers per trained parameter, 8 bytes each. "sample"
-            reads at most 65,536 fixed coordinates of each tensor (`CoordinateSample`), also for
-            |g_t|^2 and to tell whether a step is finite: 16 bytes per sampled coordinate, 300 MB
-            for a model of 7B parameters instead of 54 GB. "auto": exact while a process trains at
-            most 25 million parameters, where it costs 200 MB or less.
+            reads 16,384 fixed coordinates of each large tensor (`CoordinateSample`), also for
+            |g_t|^2 and to tell whether a step is finite: 12 bytes per sampled coordinate (on the
+            CPU 40, for steps wait in groups of eight), 45 MB for a model of 7B parameters instead
+            of 54 GB. "auto": exact while a process trains at most 25 million parameters, where it
+            costs 200 MB or less.
         shard_group: Process group over which tensors that are no DTensors are sharded (FSDP1,
             DeepSpeed ZeRO). A rank may hold an empty shard, or no gradient where others do.
         measure_risk: Whether to measure risk decrease and agreement, from the sampled coordinates
-            with either accumulator: 12 to 16 bytes more per sampled coordinate.
+            with either accumulator: 12 to 16 bytes more per sampled coordinate (on the CPU 40
+            to 72). Windows of 72 steps or more measure 24 to 31 pairs of consecutive steps,
+            evenly spread; the standard error is that of the terms measured, serial correlation
+            between them allowed for.
         epoch_steps: Optimizer steps of one pass over the data; None if unknown. A longer window
             sees each example more than once, which F allows for.
 
@@ -82,6 +104,7 @@ class GradientWindow:
         self.steps = steps
         self.accumulator = accumulator
         self.measure_risk = measure_risk
+        self._stride = pair_stride(steps)
         self._passes = max(1.0, steps / epoch_steps) if epoch_steps else 1.0
         self._shard_group = shard_group
         self.reset()
@@ -121,25 +144,17 @@ class GradientWindow:
         assert self._norm_sq is not None
         read = layout.to_locals(gradients)
         scale = _plain_scale(scale, layout.on_host)
-        sampled = self._sampled
-        if sampled is not None:
-            layout.sample.read(read, sampled)
-            if isinstance(scale, Tensor) or scale != 1.0:
-                sampled.flat.mul_(scale)
-        row = self._norm_sq.row(self._sums.norms(read, sampled))
-        row = _squared(row, 1.0 if self._sums.norms_are_scaled else scale)
-        if layout.is_sharded:  # the same verdict on all shards: the total is finite or not
-            row = layout.sum_row(row)
-        self._norm_sq.append(row)
-        if not isinstance(row, list):
-            self._sums.add_(read, sampled, scale, torch.isfinite(row.sum()))
-        elif math.isfinite(sum(row)):
-            self._sums.add_(read, sampled, scale, None)
-        if self._displacement is not None:
-            assert sampled is not None
-            assert self._agreement is not None
-            self._displacement.add(layout.to_locals(tensors), sampled)
-            self._agreement.add(sampled)
+        is_exact = isinstance(self._sums, ExactSums)
+        if is_exact:
+            self._count(self._sums, read, scale)
+        phase = self._taken % self._stride
+        self._taken += 1
+        is_paired = self._displacement is not None and phase >= self._stride - 2
+        if self._pending is not None and (is_paired or not is_exact):
+            weights = layout.to_locals(tensors) if is_paired else None
+            self._pending.read(read, scale, weights, phase == self._stride - 1)
+            if self._pending.is_full:
+                self._work_off()
 
     @torch.no_grad()
     def close(self) -> WindowRatio | None:
@@ -150,6 +165,7 @@ class GradientWindow:
         Returns:
             F and the rest, or None where fewer than four finite steps were seen.
         """
+        self._work_off()
         layout, sums, rows = self._layout, self._sums, self._norm_sq
         displacement, agreement = self._displacement, self._agreement
         if self._loaded is not None:  # of tensors that never came
@@ -194,7 +210,8 @@ class GradientWindow:
         scale = layout.numel / layout.sampled.clamp(min=1)
         per_step = (host[3] * scale).sum(1)
         # A step that was not applied says nothing about the direction of those that were.
-        counts = is_finite & per_step.isfinite() & (host[4][:, 0] > 0)
+        counts = is_finite[self._stride - 1 :: self._stride]
+        counts = counts & per_step.isfinite() & (host[4][:, 0] > 0)
         gain, gain_se = mean_standard_error(per_step[counts])
         agreed, agreed_se = mean_standard_error(_in_units_of_noise(host[5] * scale, result, layout))
         return replace(
@@ -208,10 +225,11 @@ class GradientWindow:
     def reset(self) -> None:
         """Forget the unfinished window, and the weights of the last step."""
         self._seen = 0  # steps offered, finite or not: known on the host
+        self._taken = 0  # of them with gradients, and so with a row in `_norm_sq`
         self._norm_sq: StepRows | None = None  # |g_t,l|^2 of every step, finite or not
         self._layout: WindowLayout | None = None
         self._sums: ExactSums | SampledSums | None = None
-        self._sampled: FlatVector | None = None
+        self._pending: PendingSteps | None = None
         self._displacement: StepDisplacement | None = None
         self._agreement: GradientAgreement | None = None
         self._loaded: dict[str, Any] | None = None  # waits for the tensors that it belongs to
@@ -223,6 +241,7 @@ class GradientWindow:
         """
         if self._loaded is not None:
             return copy_state(self._loaded)
+        self._work_off()
         displacement = self._displacement
         state: dict[str, Any] = {
             "accumulator": self.accumulator if self._layout is None else self._layout.accumulator,
@@ -268,8 +287,42 @@ class GradientWindow:
         self._loaded = copy_state(state_dict)
         self._seen = int(state_dict["seen"])
 
+    def _count(
+        self, sums: Any, grads: Sequence[Tensor | None] | FlatVector, scale: float | Tensor
+    ) -> None:
+        """Add one step to the sums, if it is finite, and its norms to the rows."""
+        assert self._layout is not None
+        assert self._norm_sq is not None
+        row = _squared(self._norm_sq.row(sums.norms(grads)), scale)
+        if self._layout.is_sharded:  # the same verdict on all shards: the total is finite or not
+            row = self._layout.sum_row(row)
+        self._norm_sq.append(row)
+        if not isinstance(row, list):
+            sums.add_(grads, scale, torch.isfinite(row.sum()))
+        elif math.isfinite(sum(row)):
+            sums.add_(grads, scale, None)
+
+    @torch.no_grad()
+    def _work_off(self) -> None:
+        """Count the steps that were only read."""
+        if self._pending is None:
+            return
+        for grads, weights, is_second in self._pending.drain():
+            if isinstance(self._sums, SampledSums):
+                self._count(self._sums, grads, 1.0)
+            if weights is None:
+                continue
+            assert self._displacement is not None
+            assert self._agreement is not None
+            if is_second:
+                self._displacement.add(weights, grads)
+                self._agreement.add(grads)
+            else:
+                self._displacement.remember(weights)
+                self._agreement.remember(grads)
+
     def _start_window(self) -> None:
-        self._seen = 0
+        self._seen = self._taken = 0
         if self._sums is not None and self._norm_sq is not None:
             self._sums.zero_()
             self._norm_sq.load(None)
@@ -295,7 +348,7 @@ class GradientWindow:
             self._displacement = StepDisplacement(layout)
             self._agreement = GradientAgreement(layout)
         if self.measure_risk or not is_exact:
-            self._sampled = layout.sample.zeros()
+            self._pending = PendingSteps(layout, with_weights=self.measure_risk)
         if loaded is not None:
             self._take(loaded, layout)
         return layout
@@ -305,10 +358,11 @@ class GradientWindow:
         assert self._norm_sq is not None
         self._sums.load(state["sums"], state["squares"])
         self._norm_sq.load(state["norm_sq"])
+        self._taken = len(self._norm_sq)
         displacement, agreement = self._displacement, self._agreement
         if displacement is None or agreement is None:
             return
-        columns, steps = range(len(layout.locals)), len(self._norm_sq)
+        columns, pairs = range(len(layout.locals)), self._taken // self._stride
         if state["previous"]:
             displacement.previous = [state["previous"][str(i)] for i in columns]
         if state["last_grads"]:
@@ -317,8 +371,8 @@ class GradientWindow:
             (displacement, state["products"]),
             (agreement, state["agreements"]),
         ):
-            if saved is None:  # the saved window did not measure it
-                part.pad(steps)
+            if saved is None or len(saved) != pairs:  # not measured, or with another stride
+                part.pad(pairs)
             else:
                 part.rows.load(saved)
 

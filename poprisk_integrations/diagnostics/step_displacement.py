@@ -14,7 +14,7 @@ __all__ = ["StepDisplacement"]
 
 
 class StepDisplacement:
-    """Lagged cross products of displacements and fresh gradients, per tensor and step.
+    """Lagged cross products of displacements and fresh gradients, per tensor and measured step.
 
         P_t,l = - sum_k (w_{t-1,k} - w_{t-2,k}) g_{t,k}
     The last displacement, whatever made it (preconditioner, momentum, gate, rounding, weight
@@ -29,20 +29,20 @@ class StepDisplacement:
         layout: The tensors and the sample.
 
     Attributes:
-        rows: Per step P_t,l over the sample, L numbers, and whether any weight had moved (> 0);
-            NaN without a step before.
+        rows: Per pair of steps P_t,l over the sample, L numbers, and whether any weight had moved
+            (> 0); NaN without a step before.
     """
 
     def __init__(self, layout: WindowLayout) -> None:
-        self._sample, self._on_host = layout.sample, layout.on_host
-        self._before, self._now = layout.sample.zeros(), layout.sample.zeros()
+        self._on_host = layout.on_host
+        self._before = layout.sample.zeros()
         self._has_before = False
         self._columns = len(layout.locals) + 1
         self.rows = StepRows(layout.device, layout.on_host)
 
     @property
     def previous(self) -> list[Tensor] | None:
-        """Sampled weights at the last `add`, per tensor."""
+        """Sampled weights of the last step that was read, per tensor."""
         return self._before.parts if self._has_before else None
 
     @previous.setter
@@ -50,17 +50,16 @@ class StepDisplacement:
         torch._foreach_copy_(self._before.parts, list(values))
         self._has_before = True
 
-    def add(self, weights: Sequence[Tensor], grads: FlatVector) -> None:
-        """Multiply the displacement since the last call with fresh gradients.
+    def add(self, weights: FlatVector, grads: FlatVector) -> None:
+        """Multiply the displacement since the step before with fresh gradients.
 
         Args:
-            weights: Local shards, before the optimizer's step.
+            weights: Sampled weights, before the optimizer's step.
             grads: Sampled gradients.
         """
-        before, now = self._before, self._now
-        self._sample.read(weights, now)
+        before = self._before
         if self._has_before:
-            before.flat.sub_(now.flat)
+            before.flat.sub_(weights.flat)
             products = [torch.dot(d, g) for d, g in zip(before.parts, grads.parts, strict=True)]
             row = self.rows.row(products)
             if not isinstance(row, list):
@@ -69,14 +68,18 @@ class StepDisplacement:
                 row.append(float(any(row) or bool(before.flat.any())))
             self.rows.append(row)
         else:
-            self._has_before = True
             self.pad(1)
-        self._before, self._now = now, before
+        self.remember(weights)
 
-    def pad(self, steps: int) -> None:
-        """Account for steps of which nothing is known."""
-        device = self._now.flat.device
-        for _ in range(steps):
+    def remember(self, weights: FlatVector) -> None:
+        """Start a pair: the next displacement begins here."""
+        self._before.flat.copy_(weights.flat)
+        self._has_before = True
+
+    def pad(self, pairs: int) -> None:
+        """Account for pairs of which nothing is known."""
+        device = self._before.flat.device
+        for _ in range(pairs):
             self.rows.append(
                 [math.nan] * self._columns
                 if self._on_host

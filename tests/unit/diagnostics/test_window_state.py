@@ -69,6 +69,44 @@ def test_resumed_equals_uninterrupted_bitwise(accumulator, at):
         assert str(numbers(found)) == str(numbers(wanted))  # NaN equals NaN
 
 
+@pytest.mark.parametrize("accumulator", ["exact", "sample"])
+@pytest.mark.parametrize("at", [1, 23, 24, 28, 71])
+def test_resumed_between_spread_pairs_is_bitwise_too(accumulator, at):
+    """Of 72 steps 1 and 2, 4 and 5, ... are read for a pair."""
+    whole, params = GradientWindow(72, accumulator=accumulator), make()
+    run(whole, params, range(72))
+    first, second = (GradientWindow(72, accumulator=accumulator) for _ in range(2))
+    run(first, make(), range(at))
+    second.load_state_dict(saved(first))
+    run(second, make(), range(at, 72))
+    assert str(numbers(second.close())) == str(numbers(whole.close()))
+
+
+@pytest.mark.parametrize("accumulator", ["exact", "sample"])
+def test_saving_changes_nothing(accumulator):
+    """Steps that wait are counted before, and add up to the same bits."""
+    results = []
+    for save in (False, True):
+        window, params = GradientWindow(24, accumulator=accumulator), make()
+        for step in range(24):
+            run(window, params, [step])
+            if save and step % 3 == 0:
+                window.state_dict()
+        results.append(str(numbers(window.close())))
+    assert results[0] == results[1]
+
+
+def test_a_state_of_a_window_of_another_length_continues_without_its_pairs():
+    window, params = GradientWindow(8), make()
+    run(window, params, range(7))
+    other = GradientWindow(72)
+    other.load_state_dict(window.state_dict())
+    run(other, params, range(7, 72))
+    result = other.close()
+    assert result.steps == 71
+    assert result.risk_decrease == result.risk_decrease
+
+
 def test_state_holds_what_was_measured():
     window, params = GradientWindow(8), make()
     assert window.state_dict()["counted"] is None
