@@ -11,7 +11,6 @@ from poprisk_integrations.lightning._upstream import (
     Trainer,
     callbacks_of,
     can_stop_early,
-    checkpoint_saved_at,
     is_fast_dev_run,
     rank_zero_info,
     rank_zero_warn,
@@ -21,14 +20,10 @@ from poprisk_integrations.lightning.callbacks.arguments import (
     check_epoch_steps,
     check_window,
 )
-from poprisk_integrations.lightning.callbacks.onset_checkpoint import (
-    check_onset_checkpoint,
-    load_weights_back,
-    onset_path,
-)
 from poprisk_integrations.lightning.callbacks.refusals import refuse_second_stop, refuse_strategy
 from poprisk_integrations.lightning.callbacks.resume import find_state, resume_feed
-from poprisk_integrations.lightning.callbacks.run_length import run_steps, why_no_stop
+from poprisk_integrations.lightning.callbacks.run_length import why_no_stop
+from poprisk_integrations.lightning.callbacks.run_result import RunResult
 from poprisk_integrations.lightning.callbacks.step_feed import NO_FEED, StepFeed
 from poprisk_integrations.lightning.callbacks.step_log import StepLog
 from poprisk_integrations.lightning.callbacks.stop_judge import StopJudge
@@ -65,13 +60,14 @@ class PopRiskEarlyStopping(Callback):
     their batches are not exchangeable. Dropout and fresh augmentation add to the noise and make
     it stop earlier.
 
-    Logs, from the first step on, `poprisk/signal_ratio` (F of the last window) and its standard
-    error `_se`, `poprisk/risk_decrease` and `_se` (C, first-order gain of repeating a step),
-    `poprisk/agreement` and `_se` (U, product of consecutive gradients), `poprisk/onset_step` and
-    `poprisk/predicted_stop_step` (at the present learning rate): -1 while there is none, but 0
-    for C and U, which may be negative (their `_se` is -1 then). Decisions reach the loggers at
-    their step, whatever `log_every_n_steps`. Where the run keeps files, a stopping callback
-    leaves `poprisk_stop.json` in the logger's directory, else in ModelCheckpoint's.
+    Logs, from the first step on, of the last window `poprisk/signal_ratio` (F),
+    `poprisk/risk_decrease` (C, first-order gain of repeating a step), `poprisk/agreement` (U,
+    product of consecutive gradients) and their standard errors `..._se`, and
+    `poprisk/onset_step` and `poprisk/predicted_stop_step` (at the present learning rate): -1
+    while there is none, but 0 for C and U, which may be negative (their `_se` is -1 then).
+    Decisions reach the loggers at their step, whatever `log_every_n_steps`. Where the run keeps
+    files, a stopping callback leaves `poprisk_stop.json` in the logger's directory, else in
+    ModelCheckpoint's.
 
     The state is in the checkpoint, with an unfinished window: a resumed run equals one that was
     never interrupted. With other settings, another world size, batch size, accumulation or
@@ -145,8 +141,7 @@ class PopRiskEarlyStopping(Callback):
         self._saved_feed: dict[str, Any] | None = None
         self._setup: dict[str, Any] = {}
         self._log = StepLog()
-        self._onset_path = ""
-        self._stop_path = ""
+        self._result = RunResult(self.restore, self.action == "stop", _NAME)
 
     @property
     def state_key(self) -> str:
@@ -167,7 +162,7 @@ class PopRiskEarlyStopping(Callback):
 
     @property
     def stopping_reason(self) -> str:
-        """The last change of mind, and what the last window says; the same on all ranks."""
+        """The last change of mind, and what the last window says, alike on all ranks."""
         return self._judge.reason
 
     @property
@@ -185,7 +180,7 @@ class PopRiskEarlyStopping(Callback):
         With `restore="onset"` the onset's; with "stop", after `fit`, the one that a
         ModelCheckpoint saved at the stop.
         """
-        return {"onset": self._onset_path, "stop": self._stop_path}.get(str(self.restore), "")
+        return self._result.path
 
     def metrics(self) -> dict[str, float]:
         """The present values of all that this callback logs."""
@@ -225,18 +220,14 @@ class PopRiskEarlyStopping(Callback):
             feed.release()
             return
         self._feed = feed
-        if self._saves_onset:
-            check_onset_checkpoint(trainer, self.onset_step, self._onset_path)
+        self._result.check(trainer, self.onset_step)
         settings = {name: getattr(self._config, name) for name in _SETTINGS}
         before, self._setup = self._setup, {**settings, **feed.setup_of(trainer)}
         if trainer.global_step > 0:
             self._resume(trainer, feed, before)
-        total, shortest = run_steps(trainer), self._config.min_steps
-        problem = why_no_stop(total, feed.steps, feed.epoch_steps, shortest)
+        problem = why_no_stop(trainer, feed.steps, feed.epoch_steps, self._config.min_steps)
         if problem is not None and self.action == "stop":
             rank_zero_warn(f"{_NAME}: it can never stop early: {problem}")
-        if self._judge.state.stop_step is not None:
-            self._resume_stopped(trainer)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count micro-batches. The count is not saved: Lightning drops their gradients too."""
@@ -260,11 +251,7 @@ class PopRiskEarlyStopping(Callback):
         before, is_closed = self._judge.state, feed.is_full
         decision = self._judge.after_step(trainer, feed)
         has_acted = self._act_on_verdict(trainer)
-        if decision.onset and self._saves_onset:
-            self._onset_path = onset_path(trainer, feed.step)
-            trainer.save_checkpoint(self._onset_path, weights_only=False)
-        elif self.onset_step is None:
-            self._onset_path = ""
+        self._result.after_step(trainer, self.onset_step, is_onset=decision.onset)
         self._log.write(
             trainer,
             pl_module,
@@ -283,16 +270,7 @@ class PopRiskEarlyStopping(Callback):
         """Note where the result is, load the onset's weights back, leave a report."""
         if self._feed is None:
             return
-        if self._saves_onset and self._onset_path:
-            load_weights_back(pl_module, self._onset_path)
-            rank_zero_info(
-                f"{_NAME}: loaded the weights of step {self.onset_step} back from "
-                f"{self._onset_path}"
-            )
-        if self.stopped_step is not None:
-            step, callbacks = self.stopped_step, trainer.checkpoint_callbacks
-            paths = (checkpoint_saved_at(callback, step) for callback in callbacks)
-            self._stop_path = next(filter(None, paths), self._stop_path)
+        self._result.after_fit(trainer, pl_module, self.onset_step, self.stopped_step)
         directory = report_directory(trainer) if self.action == "stop" else None
         if directory is not None and trainer.is_global_zero:
             write_report(directory, self._report(trainer))
@@ -314,8 +292,7 @@ class PopRiskEarlyStopping(Callback):
             **self._judge.state_dict(),
             **(NO_FEED if feed is None else feed),
             "setup": dict(self._setup),
-            "onset_path": self._onset_path,
-            "stop_path": self._stop_path,
+            **self._result.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -323,12 +300,7 @@ class PopRiskEarlyStopping(Callback):
         self._judge.load_state_dict(state_dict)
         self._saved_feed = {k: state_dict.get(k, none) for k, none in NO_FEED.items()}
         self._setup = dict(state_dict.get("setup", {}))
-        self._onset_path = state_dict["onset_path"]
-        self._stop_path = state_dict["stop_path"]
-
-    @property
-    def _saves_onset(self) -> bool:
-        return self.action == "stop" and self.restore == "onset"
+        self._result.load_state_dict(state_dict)
 
     def _act_on_verdict(self, trainer: Trainer) -> bool:
         if not can_stop_early(trainer) or not self._judge.accept():
@@ -352,8 +324,8 @@ class PopRiskEarlyStopping(Callback):
             rank_zero_warn(f"{_NAME}: {warning}")
         if any(before.get(name, self._setup[name]) != self._setup[name] for name in _SETTINGS):
             self._judge.judge_anew(before.get("kappa"))
-
-    def _resume_stopped(self, trainer: Trainer) -> None:
+        if self._judge.state.stop_step is None:
+            return
         if not can_stop_early(trainer):
             self._judge.judge_anew()
         elif self.action == "stop":

@@ -1,5 +1,6 @@
 """What the stopping rule needs from an optimizer, step by step: gradients and training time."""
 
+from operator import is_
 from typing import Any, Literal
 
 import torch
@@ -58,7 +59,6 @@ class GradientReader:
         self._was_applied = False
         self._handle = optimizer.register_step_post_hook(self._note_applied)
 
-    @torch.no_grad()
     def read(
         self, optimizer: Optimizer, *, scale: float | Tensor = 1.0, count: bool = True
     ) -> None:
@@ -76,7 +76,7 @@ class GradientReader:
         lr = max((float(g["lr"]) for g in groups if g["params"]), default=0.0)
         self.lr = lr * self.clock.gate
         params = _trained_parameters(optimizer)
-        if [*map(id, params)] != [*map(id, self._params)]:
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self.window.reset()
         self._params = params
         if count:

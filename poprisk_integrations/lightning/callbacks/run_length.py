@@ -83,20 +83,17 @@ def window_steps(trainer: Trainer, window: int | str, pass_steps: int | None) ->
 
 
 def why_no_stop(
-    total: int | None, window: int, pass_steps: int | None, min_steps: int
+    trainer: Trainer, window: int, pass_steps: int | None, min_steps: int
 ) -> str | None:
     """Why a run cannot stop early, and what to change; None if it can.
 
     Args:
-        total: Optimizer steps of the run; None if it has no known end.
-        window: Of a window.
+        trainer: Fitting, so that it knows its data.
+        window: Optimizer steps of a window.
         pass_steps: Of one pass over the data; None if unknown.
         min_steps: No stop before.
-
-    Example:
-        >>> why_no_stop(100, 8, 50, 0) is None, why_no_stop(50, 8, 50, 0) is None
-        (True, False)
     """
+    total = run_steps(trainer)
     if total is None:
         return None
     if min_steps > total:

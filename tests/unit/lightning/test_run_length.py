@@ -88,7 +88,8 @@ def test_nothing_known_is_an_error():
     ],
 )
 def test_why_a_run_cannot_stop(total, window, pass_steps, min_steps, message):
-    reason = why_no_stop(total, window, pass_steps, min_steps)
+    trainer = known(float("inf"), max_steps=-1 if total is None else total)
+    reason = why_no_stop(trainer, window, pass_steps, min_steps)
     assert (reason is None) if message is None else (message in reason)
 
 
