@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from figures import draw_regret, draw_trajectories
-from grid import CONFIRMATION_SEEDS, cells, load, trace
+from grid import cells, load, seeds_of, trace
 from scores import PRIMARY, bootstrap, per_seed, rows_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,12 +31,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = args.out / "traces" if args.quick else args.traces
-    seeds = range(2) if args.quick else CONFIRMATION_SEEDS
     wanted = list(cells(("T2", "T4") if args.quick else TASKS))
     wanted = [wanted[1], wanted[-1]] if args.quick else wanted
     rows: list[dict] = []
     shown = {}
     for cell in wanted:
+        seeds = range(2) if args.quick else seeds_of(cell.task)
         path = trace(cell, seeds, folder, epochs=12 if args.quick else None)
         rows += rows_of(cell, path)
         usual = (cell.optimizer, cell.lr, cell.schedule) == ("AdamW", 1e-3, "constant")

@@ -9,10 +9,20 @@ import numpy as np
 from ensemble import LRS, OPTIMIZERS, train
 from tasks import build
 
-__all__ = ["BATCH", "CONFIRMATION_SEEDS", "SELECTION_SEEDS", "Cell", "cells", "load", "trace"]
+__all__ = [
+    "BATCH",
+    "CONFIRMATION_SEEDS",
+    "SELECTION_SEEDS",
+    "Cell",
+    "cells",
+    "load",
+    "seeds_of",
+    "trace",
+]
 
 SELECTION_SEEDS = range(100, 105)
-CONFIRMATION_SEEDS = range(10)
+# Fewer where a run takes minutes.
+CONFIRMATION_SEEDS = {"T1-800": range(5), "T5": range(5), "T6": range(3)}
 BATCH = {"T5": 16, "T6": 128}
 # Grokking needs decay and a large rate; the others would only be slow.
 ONLY = {"T6": {("AdamW", 1e-3), ("AdamW", 3e-3), ("PopRiskAdamW", 3e-3)}}
@@ -80,7 +90,16 @@ def trace(cell: Cell, seeds: range, folder: Path, epochs: int | None = None) -> 
     return path
 
 
+def seeds_of(task: str) -> range:
+    """Confirmation seeds of a task."""
+    return CONFIRMATION_SEEDS.get(task, range(10))
+
+
 def load(path: Path) -> dict[str, np.ndarray]:
-    """A trace; arrays only, nothing pickled."""
+    """A trace; arrays only, nothing pickled. The loss of a run that diverged is infinite."""
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+        found = {name: file[name] for name in file.files}
+    for name in found:
+        if name.endswith("loss"):
+            found[name] = np.nan_to_num(found[name], nan=np.inf)
+    return found

@@ -1,4 +1,4 @@
-"""Our rule on a trace: the package's `StoppingRule`, fed step by step with recorded windows."""
+"""Our rule on a trace: the package's `StoppingRule`, fed with recorded windows."""
 
 import math
 from dataclasses import replace
@@ -64,23 +64,34 @@ def stop_steps(
     for m in range(members):
         rule = StoppingRule(config)
         weights = np.ones(len(ends)) if gate is None else gate[:, m]
-        steps = lrs * weights[which]
-        window = 0
-        for step in range(1, total + 1):
-            if window < len(ends) and ends[window] == step:
-                decision = rule.update(
-                    step=step,
-                    lr=steps[step - 1],
-                    ratio=float(values[window, m]),
-                    ratio_se=float(errors[window, m]),
-                    noise=float(noise[window, m]),
-                    reused=not stream and window > 0,
-                )
-                window += 1
-            else:
-                decision = rule.update(step=step, lr=steps[step - 1])
-            if decision.stop:
-                stops[m] = step
+        time = np.concatenate([[0.0], np.cumsum(lrs * weights[which])])
+        before = 0
+        for window, end in enumerate(ends):
+            due = _due(rule, time)
+            if due <= end:  # between two windows nothing but time passes
+                stops[m] = max(due, before)
                 break
+            decision = rule.update(
+                step=int(end),
+                lr=time[end] - time[before],
+                ratio=float(values[window, m]),
+                ratio_se=float(errors[window, m]),
+                noise=float(noise[window, m]),
+                reused=not stream and window > 0,
+            )
+            before = end
+            if decision.stop:
+                stops[m] = end
+                break
+        else:
+            stops[m] = min(_due(rule, time), total)
         onsets[m] = -1 if rule.state.onset_step is None else rule.state.onset_step
     return stops, onsets
+
+
+def _due(rule: StoppingRule, time: np.ndarray) -> int:
+    """First step at which the rule would stop if no further window came."""
+    state = rule.state
+    if state.onset_lr_sum is None or state.onset_kappa is None:
+        return len(time)
+    return int(np.searchsorted(time, state.onset_kappa * state.onset_lr_sum * (1 - 1e-9)))

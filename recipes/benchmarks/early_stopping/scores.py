@@ -66,7 +66,7 @@ def rival_rules(trace: dict, chosen: dict[str, int]) -> Iterator[tuple[str, Kept
     yield "train to the end", ("full", np.full(loss.shape[1], len(loss) - 1))
     yield "fixed budget", ("full", rivals.fixed_budget(trace))
     yield "oracle", ("full", loss.argmin(0))
-    yield "oracle of accuracy", ("full", trace["full/test_metric"].argmax(0))
+    yield "oracle of accuracy", ("full", np.nanargmax(trace["full/test_metric"], 0))
 
 
 def rows_of(cell: Cell, path: Path, chosen: dict[str, int] = CHOSEN) -> list[dict]:
@@ -74,7 +74,7 @@ def rows_of(cell: Cell, path: Path, chosen: dict[str, int] = CHOSEN) -> list[dic
     trace = load(path)
     loss, metric = trace["full/test_loss"], trace["full/test_metric"]
     steps, last = trace["full/eval_step"], len(loss) - 1
-    best, best_metric = loss.min(0), metric.max(0)
+    best, best_metric = loss.min(0), np.nanmax(metric, 0)
     fired: dict[str, np.ndarray] = {}
     onsets: dict[str, np.ndarray] = {}
     rules: list[tuple[str, Kept]] = list(rival_rules(trace, chosen))
@@ -82,8 +82,7 @@ def rows_of(cell: Cell, path: Path, chosen: dict[str, int] = CHOSEN) -> list[dic
         stops, onset = ours.stop_steps(
             trace, cell.schedule, kind, config, use_gate, stream=cell.task == "T8"
         )
-        # A stop in mid-epoch keeps the weights of that step; they are evaluated at the epoch's end.
-        kept = np.minimum(np.searchsorted(steps, stops), last)
+        kept = np.interp(stops, steps, np.arange(last + 1))  # a stop may fall between evaluations
         fired[name], onsets[name] = stops < int(trace["full/total_steps"]), onset
         rules.append((name, ("full", kept)))
     member = np.arange(loss.shape[1])
@@ -104,13 +103,23 @@ def rows_of(cell: Cell, path: Path, chosen: dict[str, int] = CHOSEN) -> list[dic
         for m in member
     ]
     for name, (run, kept) in rules:
-        found = trace[f"{run}/test_loss"][kept, member] - best
+        found = _between(trace[f"{run}/test_loss"], kept) - best
         regret = np.minimum(np.nan_to_num(found, nan=CAP), CAP)
-        lost = best_metric - trace[f"{run}/test_metric"][kept, member]
+        lost = best_metric - _between(trace[f"{run}/test_metric"], kept)
         for m in member:
             rows[m][f"regret: {name}"] = round(float(regret[m]), 5)
             rows[m][f"lost: {name}"] = round(float(lost[m]), 5)
     return rows
+
+
+def _between(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Values of shape (E, M) at the fractional row `at[m]` of each column, linearly."""
+    below = np.floor(at).astype(int)
+    above = np.minimum(below + 1, len(values) - 1)
+    member, part = np.arange(values.shape[1]), at - below
+    # Not (1 - part) * a + part * b: the loss of a run that diverged is infinite.
+    upper = np.where(part > 0, values[above, member], values[below, member])
+    return np.where(part > 0, (1 - part) * values[below, member] + part * upper, upper)
 
 
 def task_of(task: str, condition: str) -> str:
