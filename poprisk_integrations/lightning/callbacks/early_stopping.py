@@ -2,11 +2,8 @@
 
 from typing import Any, Literal
 
-from torch.optim import Optimizer
-
 from poprisk_integrations.core import StoppingConfig
 from poprisk_integrations.lightning._upstream import (
-    Callback,
     LightningModule,
     Trainer,
     callbacks_of,
@@ -21,13 +18,14 @@ from poprisk_integrations.lightning.callbacks.arguments import (
     check_window,
 )
 from poprisk_integrations.lightning.callbacks.refusals import refuse_second_stop, refuse_strategy
-from poprisk_integrations.lightning.callbacks.resume import find_state, resume_feed
+from poprisk_integrations.lightning.callbacks.resume import find_state, setup_changes
 from poprisk_integrations.lightning.callbacks.run_length import why_no_stop
 from poprisk_integrations.lightning.callbacks.run_result import RunResult
-from poprisk_integrations.lightning.callbacks.step_feed import NO_FEED, StepFeed
+from poprisk_integrations.lightning.callbacks.step_feed import StepFeed
 from poprisk_integrations.lightning.callbacks.step_log import StepLog
 from poprisk_integrations.lightning.callbacks.stop_judge import StopJudge
 from poprisk_integrations.lightning.callbacks.stop_report import report_directory, write_report
+from poprisk_integrations.lightning.callbacks.window_callback import WindowCallback
 
 __all__ = ["PopRiskEarlyStopping"]
 
@@ -35,7 +33,7 @@ _NAME = "PopRiskEarlyStopping"
 _SETTINGS = ("kappa", "threshold", "min_steps")  # of the rule, not of what is measured
 
 
-class PopRiskEarlyStopping(Callback):
+class PopRiskEarlyStopping(WindowCallback):
     """Ends training at `kappa` times the moment when gradients stopped carrying signal.
 
     F compares the summed gradient of a window of optimizer steps with the noise of its steps
@@ -136,12 +134,10 @@ class PopRiskEarlyStopping(Callback):
         self._reset()
 
     def _reset(self) -> None:
+        super()._reset()
         self._judge = StopJudge(self._config, _NAME)
-        self._feed: StepFeed | None = None  # None outside of training
-        self._saved_feed: dict[str, Any] | None = None
-        self._setup: dict[str, Any] = {}
-        self._log = StepLog()
         self._result = RunResult(self.restore, self.action == "stop", _NAME)
+        self._log = StepLog()
 
     @property
     def state_key(self) -> str:
@@ -219,35 +215,17 @@ class PopRiskEarlyStopping(Callback):
         if is_fast_dev_run(trainer):
             feed.release()
             return
-        self._feed = feed
         self._result.check(trainer, self.onset_step)
         settings = {name: getattr(self._config, name) for name in _SETTINGS}
-        before, self._setup = self._setup, {**settings, **feed.setup_of(trainer)}
-        if trainer.global_step > 0:
-            self._resume(trainer, feed, before)
+        before = self._open(trainer, feed, _NAME, settings)
+        if setup_changes(before, settings):
+            self._judge.judge_anew(before["kappa"])
+        self._resume_stopped(trainer)
         problem = why_no_stop(trainer, feed.steps, feed.epoch_steps, self._config.min_steps)
         if problem is not None and self.action == "stop":
             rank_zero_warn(f"{_NAME}: it can never stop early: {problem}")
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count micro-batches. The count is not saved: Lightning drops their gradients too."""
-        if self._feed is not None:
-            self._feed.count_micro_batch()
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Take in this step's gradients and learning rate."""
-        if self._feed is not None:
-            self._feed.read(trainer, optimizer)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Decide after an optimizer step, and log."""
-        feed = self._feed
-        if feed is None or not feed.has_stepped(trainer):
-            return
+    def _after_step(self, trainer: Trainer, pl_module: LightningModule, feed: StepFeed) -> None:
         before, is_closed = self._judge.state, feed.is_full
         decision = self._judge.after_step(trainer, feed)
         has_acted = self._act_on_verdict(trainer)
@@ -275,31 +253,14 @@ class PopRiskEarlyStopping(Callback):
         if directory is not None and trainer.is_global_zero:
             write_report(directory, self._report(trainer))
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Let go of the optimizer."""
-        self._release()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizer and of its device's memory."""
-        self._release()
-
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, None and tensors: safe for `weights_only` loading."""
-        feed = self._saved_feed if self._feed is None else self._feed.state_dict()
-        return {
-            **self._judge.state_dict(),
-            **(NO_FEED if feed is None else feed),
-            "setup": dict(self._setup),
-            **self._result.state_dict(),
-        }
+        return {**self._judge.state_dict(), **self._feed_state(), **self._result.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; the window follows when training starts and devices are known."""
         self._judge.load_state_dict(state_dict)
-        self._saved_feed = {k: state_dict.get(k, none) for k, none in NO_FEED.items()}
-        self._setup = dict(state_dict.get("setup", {}))
+        self._load_feed_state(state_dict)
         self._result.load_state_dict(state_dict)
 
     def _act_on_verdict(self, trainer: Trainer) -> bool:
@@ -311,19 +272,7 @@ class PopRiskEarlyStopping(Callback):
         rank_zero_info(f"{_NAME}: {prefix}{self.stopping_reason}")
         return True
 
-    def _resume(self, trainer: Trainer, feed: StepFeed, before: dict[str, Any]) -> None:
-        saved, self._saved_feed = self._saved_feed, None
-        if saved is None:
-            rank_zero_warn(
-                f"{_NAME}: it knows nothing of the steps before {trainer.global_step}; training "
-                "time counts from there."
-            )
-            return
-        warning = resume_feed(feed, saved, before, self._setup, _SETTINGS)
-        if warning is not None:
-            rank_zero_warn(f"{_NAME}: {warning}")
-        if any(before.get(name, self._setup[name]) != self._setup[name] for name in _SETTINGS):
-            self._judge.judge_anew(before.get("kappa"))
+    def _resume_stopped(self, trainer: Trainer) -> None:
         if self._judge.state.stop_step is None:
             return
         if not can_stop_early(trainer):
@@ -345,8 +294,3 @@ class PopRiskEarlyStopping(Callback):
             "setup": self._setup,
             "history": self.history,
         }
-
-    def _release(self) -> None:
-        if self._feed is not None:
-            self._saved_feed = self._feed.release()
-            self._feed = None

@@ -3,30 +3,26 @@
 import math
 from typing import Any, Literal
 
-from torch.optim import Optimizer
-
 from poprisk_integrations.core import LearningRateCutConfig, LearningRateCutRule, WindowRatio
 from poprisk_integrations.lightning._upstream import (
-    Callback,
     LightningModule,
     Trainer,
     is_fast_dev_run,
     rank_zero_info,
-    rank_zero_warn,
 )
 from poprisk_integrations.lightning.callbacks.arguments import check_window
 from poprisk_integrations.lightning.callbacks.lr_scaling import largest_lr, scale_learning_rates
 from poprisk_integrations.lightning.callbacks.refusals import refuse_strategy
-from poprisk_integrations.lightning.callbacks.resume import resume_feed
-from poprisk_integrations.lightning.callbacks.step_feed import NO_FEED, StepFeed
+from poprisk_integrations.lightning.callbacks.step_feed import StepFeed
 from poprisk_integrations.lightning.callbacks.step_log import StepLog
+from poprisk_integrations.lightning.callbacks.window_callback import WindowCallback
 
 __all__ = ["PopRiskLRCut"]
 
 _NAME = "PopRiskLRCut"
 
 
-class PopRiskLRCut(Callback):
+class PopRiskLRCut(WindowCallback):
     """Multiplies the learning rate by `factor` when steps undo each other.
 
     Per window, C is the gain of repeating the last step and U the agreement of consecutive
@@ -77,10 +73,8 @@ class PopRiskLRCut(Callback):
         self._reset()
 
     def _reset(self) -> None:
+        super()._reset()
         self._rule = LearningRateCutRule(self._config)
-        self._feed: StepFeed | None = None  # None outside of training
-        self._saved_feed: dict[str, Any] | None = None
-        self._setup: dict[str, Any] = {}
         self._log = StepLog()
 
     @property
@@ -115,33 +109,9 @@ class PopRiskLRCut(Callback):
             return
         # C and U are measured on the sampled coordinates in any case.
         feed = StepFeed(trainer, pl_module, owner=_NAME, window=self.window, accumulator="sample")
-        self._feed = feed
-        before, self._setup = self._setup, feed.setup_of(trainer)
-        saved, self._saved_feed = self._saved_feed, None
-        if saved is not None and trainer.global_step > 0:
-            warning = resume_feed(feed, saved, before, self._setup, ())
-            if warning is not None:
-                rank_zero_warn(f"{_NAME}: {warning}")
+        self._open(trainer, feed, _NAME, {})
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count micro-batches."""
-        if self._feed is not None:
-            self._feed.count_micro_batch()
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Take in this step's gradients."""
-        if self._feed is not None:
-            self._feed.read(trainer, optimizer)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Cut after a window that says so, and log."""
-        feed = self._feed
-        if feed is None or not feed.has_stepped(trainer):
-            return
+    def _after_step(self, trainer: Trainer, pl_module: LightningModule, feed: StepFeed) -> None:
         feed.take_lr()
         is_cut = False
         if feed.is_full:
@@ -154,30 +124,14 @@ class PopRiskLRCut(Callback):
             trainer, pl_module, feed.step, self.metrics, is_new=is_cut, is_decision=is_cut
         )
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Let go of the optimizer."""
-        self._release()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizer and of its device's memory."""
-        self._release()
-
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, None and tensors: safe for `weights_only` loading."""
-        feed = self._saved_feed if self._feed is None else self._feed.state_dict()
-        return {
-            "rule": self._rule.state_dict(),
-            **(NO_FEED if feed is None else feed),
-            "setup": dict(self._setup),
-        }
+        return {"rule": self._rule.state_dict(), **self._feed_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; the window follows when training starts and devices are known."""
         self._rule.load_state_dict(state_dict["rule"])
-        self._saved_feed = {k: state_dict.get(k, none) for k, none in NO_FEED.items()}
-        self._setup = dict(state_dict["setup"])
+        self._load_feed_state(state_dict)
 
     def _is_due(self, trainer: Trainer, step: int, closed: WindowRatio) -> bool:
         rates = [largest_lr(optimizer) for optimizer in trainer.optimizers]
@@ -190,8 +144,3 @@ class PopRiskLRCut(Callback):
             agreement=closed.agreement,
             agreement_se=closed.agreement_se,
         )
-
-    def _release(self) -> None:
-        if self._feed is not None:
-            self._saved_feed = self._feed.release()
-            self._feed = None

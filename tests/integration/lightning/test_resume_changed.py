@@ -104,7 +104,7 @@ def test_a_checkpoint_without_the_callback_is_named(tmp_path):
     fit(tmp_path, [], callbacks=[saver])
     stop, said = resumed(saver.path)
     assert said == [
-        "PopRiskEarlyStopping: it knows nothing of the steps before 20; training time counts from "
+        "PopRiskEarlyStopping: it knows nothing of the steps before 20; what it counts starts "
         "there."
     ]
     assert stop.history[0]["step"] == SAVED_AT + 8
