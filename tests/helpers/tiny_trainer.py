@@ -12,6 +12,8 @@ __all__ = ["TinyModel", "arguments", "dataset", "train", "weights"]
 
 # Set by the import of deepspeed, where it is installed: now, rather than in the middle of a test.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# The same, by TrainingArguments(use_cpu=True) of transformers 4.
+os.environ.setdefault("ACCELERATE_USE_IPEX", "false")
 
 EXAMPLES = 64
 

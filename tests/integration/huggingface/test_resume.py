@@ -144,3 +144,28 @@ def test_resuming_a_stopped_run_stops_again(whole, tmp_path, caplog):
     assert again.state.global_step == last + 1
     assert f"this run had stopped at step {last}" in caplog.text
     assert stop.stopping_state["stop_step"] == last
+
+
+@pytest.mark.parametrize(
+    ("changes", "window", "said"),
+    [
+        ({"per_device_train_batch_size": 4}, WINDOW, "per-device batch size 8 -> 4"),
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+            WINDOW,
+            "per-device batch size 8 -> 4, accumulation steps 1 -> 2",
+        ),
+        ({}, 12, "window steps 8 -> 12"),
+    ],
+)
+def test_with_other_batches_or_windows(whole, checkpoint, tmp_path, caplog, changes, window, said):
+    stop = hf.PopRiskEarlyStoppingCallback(window=window, action="monitor")
+    train(_args(tmp_path, **{**changes, "max_steps": SAVED + 14}), stop, resume=True)
+    message = f"resumed with {said}: training time continues, the unfinished window starts afresh."
+    assert caplog.text.count(message) == 1
+    assert caplog.text.count("afresh") == 1
+    rows = stop.progress.history
+    before = whole[2].progress.history[:2]
+    assert rows[:2] == before
+    assert [row["step"] for row in rows[2:]] == [SAVED + window]
+    assert rows[2]["lr_sum"] > before[1]["lr_sum"]

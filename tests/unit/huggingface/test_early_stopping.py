@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerControl, TrainerState
 
 from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback, PopRiskMonitorCallback
+from poprisk_integrations.optim import PopRiskAdamW
 from tests.helpers.tiny_trainer import arguments
 from tests.helpers.trainer_events import EventSequence
 
@@ -176,3 +177,51 @@ def test_two_of_a_class_find_their_own_state(tmp_path):
         callback = PopRiskEarlyStoppingCallback(window=4, kappa=kappa)
         callback.on_train_begin(arguments(tmp_path), state, TrainerControl(), optimizer=_sgd(0.1))
         assert callback.stopping_state["lr_sum"] == lr
+
+
+def test_min_steps_beyond_the_run_warns_once(tmp_path, caplog):
+    callback = PopRiskEarlyStoppingCallback(window=8, min_steps=101)
+    EventSequence(callback, _sgd(0.1), arguments(tmp_path), max_steps=100)
+    assert [r.message for r in caplog.records] == [
+        "PopRiskEarlyStoppingCallback: min_steps=101 is beyond the run's 100 steps: it can never "
+        "stop early."
+    ]
+
+
+def test_nothing_to_train_is_an_error(tmp_path):
+    optimizer = _sgd(0.1)
+    optimizer.param_groups[0]["params"][0].requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        EventSequence(PopRiskEarlyStoppingCallback(), optimizer, arguments(tmp_path))
+
+
+def test_training_time_runs_at_the_mean_gate_of_the_last_sample(tmp_path):
+    """Of two tensors one has a steady gradient, the other pure noise: an open and a shut gate."""
+    generator = torch.Generator().manual_seed(0)
+    steady, noisy = (torch.nn.Parameter(torch.zeros(300)) for _ in range(2))
+    optimizer = PopRiskAdamW([steady, noisy], lr=0.1)
+    callback = PopRiskEarlyStoppingCallback(window=4)
+    run = EventSequence(callback, optimizer, arguments(tmp_path))
+    gates, periods = [], []
+    for _ in range(12):
+        steady.grad = 1.0 + 1e-3 * torch.randn(300, generator=generator)
+        noisy.grad = torch.randn(300, generator=generator)
+        run.step()
+        gates.append(float(optimizer.gate_stats().get("mean_gate", 1.0)))
+        periods.append(optimizer.param_groups[0]["collect_stats_every"])
+    assert set(periods) == {0}  # left as it was found
+    assert gates[2] == 1.0
+    assert gates[3] == gates[6] != gates[7]
+    assert 0.4 < gates[7] < 0.95
+    expected = 0.1 * 4 * (1 + gates[3] + gates[7])
+    assert callback.stopping_state["lr_sum"] == pytest.approx(expected)
+    assert callback.progress.mean_gate == gates[11]
+
+
+def test_a_sampling_period_of_the_users_own_is_kept(tmp_path):
+    optimizer = PopRiskAdamW([torch.nn.Parameter(torch.zeros(2))], collect_stats_every=3)
+    run = EventSequence(PopRiskEarlyStoppingCallback(window=4), optimizer, arguments(tmp_path))
+    for _ in range(5):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+        run.step()
+        assert optimizer.param_groups[0]["collect_stats_every"] == 3

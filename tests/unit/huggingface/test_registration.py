@@ -16,6 +16,7 @@ import torch
 from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.trainer_callback import CallbackHandler
 from transformers.training_args import OptimizerNames
 
 import poprisk_integrations.huggingface as hf
@@ -53,12 +54,36 @@ def test_canary_state_and_deepspeed_methods():
     assert list(inspect.signature(process).parameters)[:2] == ["self", "args"]
 
 
+def test_canary_trackers_are_called_by_the_handlers_on_log():
+    on_log = inspect.unwrap(CallbackHandler.on_log)
+    assert list(inspect.signature(on_log).parameters)[:5] == [
+        "self", "args", "state", "control", "logs",
+    ]  # fmt: skip
+    assert "self.callback_handler.on_log(" in inspect.getsource(Trainer.log)
+    assert "self.callbacks" in inspect.getsource(CallbackHandler.call_event)
+
+
+@pytest.mark.skipif(
+    not hasattr(Trainer, "_clip_grad_norm"),
+    reason="transformers < 5.3 clips in the middle of its loop",
+)
+def test_canary_the_clip_seam_returns_the_norm_before_clipping(tmp_path):
+    assert "grad_norm = self._clip_grad_norm(model)" in inspect.getsource(Trainer._run_epoch)
+    trainer = Trainer(TinyModel(), arguments(tmp_path, max_grad_norm=0.5), train_dataset=dataset())
+    trainer.create_optimizer()
+    for p in trainer.model.parameters():
+        p.grad = torch.ones_like(p)
+    numel = sum(p.numel() for p in trainer.model.parameters())
+    assert float(trainer._clip_grad_norm(trainer.model)) == pytest.approx(numel**0.5)
+
+
 def test_register_twice_changes_nothing():
     members = list(OptimizerNames)
     factory = inspect.getattr_static(Trainer, "get_optimizer_cls_and_kwargs")
-    process, load = (
+    process, load, on_log = (
         HfTrainerDeepSpeedConfig.trainer_config_process,
         TrainerState.load_from_json.__func__,
+        CallbackHandler.on_log,
     )
     hf.register()
     assert list(OptimizerNames) == members
@@ -66,6 +91,7 @@ def test_register_twice_changes_nothing():
     assert inspect.getattr_static(Trainer, "get_optimizer_cls_and_kwargs") is factory
     assert HfTrainerDeepSpeedConfig.trainer_config_process is process
     assert TrainerState.load_from_json.__func__ is load
+    assert CallbackHandler.on_log is on_log
 
 
 def test_the_names():
