@@ -107,14 +107,11 @@ class CoordinateSample:
             tensors: Local shards, shapes as in the constructor, any floating dtype.
             out: From `zeros`.
         """
-        targets, sources = [], []
-        for i in self._whole:
-            tensor = tensors[i]
-            if tensor is None:
-                out.parts[i].zero_()
-            else:
-                targets.append(out.shaped[i])
-                sources.append(tensor)
+        targets, sources = out.whole, [tensors[i] for i in self._whole]
+        if any(x is None for x in sources):
+            torch._foreach_zero_([t for t, x in zip(targets, sources, strict=True) if x is None])
+            present = [(t, x) for t, x in zip(targets, sources, strict=True) if x is not None]
+            targets, sources = [t for t, _ in present], [x for _, x in present]
         if sources:
             torch._foreach_copy_(targets, sources)
         for i, index in self._drawn:
@@ -133,7 +130,7 @@ class FlatVector:
     Attributes:
         flat: Shape (sum of counts,).
         parts: Its piece of each tensor, shape (count,).
-        shaped: The same in the tensor's shape, where all of its coordinates are taken.
+        whole: The same in the tensor's shape, of those tensors that are taken whole.
     """
 
     def __init__(
@@ -141,7 +138,8 @@ class FlatVector:
     ) -> None:
         self.flat = torch.zeros(sum(counts), device=device)
         self.parts = list(self.flat.split_with_sizes(list(counts)))
-        self.shaped = [
-            part.view(shape) if part.numel() == shape.numel() else part
+        self.whole = [
+            part.view(shape)
             for part, shape in zip(self.parts, shapes, strict=True)
+            if part.numel() == shape.numel()
         ]

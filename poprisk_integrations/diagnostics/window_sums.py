@@ -27,6 +27,8 @@ class ExactSums:
         self.measured = layout.numel
         self._sums: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
+        self._present: list[int] = []
+        self._targets: tuple[list[Tensor], list[Tensor]] = [], []
         self._zero = torch.zeros((), device=layout.device)
 
     def norms(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -48,20 +50,20 @@ class ExactSums:
             scale: A number where values may be looked at.
             keep: 0-dim bool on the device; False adds nothing. None adds.
         """
-        present, values = [], []
-        for i, grad in enumerate(grads):
-            if grad is not None:
-                present.append(i)
-                values.append(grad)
+        present = [i for i, grad in enumerate(grads) if grad is not None]
+        values = [grad for grad in grads if grad is not None]
+        if present != self._present:  # else the lists of the last call serve again
+            for i, grad in zip(present, values, strict=True):
                 if i not in self._sums:
                     self._sums[i] = torch.zeros_like(grad, dtype=torch.float32)
                     self._squares[i] = torch.zeros_like(grad, dtype=torch.float32)
+            self._present = present
+            self._targets = [self._sums[i] for i in present], [self._squares[i] for i in present]
         if keep is None:
             assert not isinstance(scale, Tensor)
             if present:
-                torch._foreach_add_([self._sums[i] for i in present], values, alpha=scale)
-                squares = [self._squares[i] for i in present]
-                torch._foreach_addcmul_(squares, values, values, value=scale**2)
+                torch._foreach_add_(self._targets[0], values, alpha=scale)
+                torch._foreach_addcmul_(self._targets[1], values, values, value=scale**2)
             return
         for i, grad in zip(present, values, strict=True):
             # A factor of 0 would not do: NaN * 0 is NaN.
@@ -104,6 +106,7 @@ class ExactSums:
             for i, tensor in saved.items():
                 like = self._layout.locals[int(i)]  # its memory layout makes the next sums bitwise
                 own[int(i)] = torch.zeros_like(like, dtype=torch.float32).copy_(tensor)
+        self._present = []
 
 
 class SampledSums:
