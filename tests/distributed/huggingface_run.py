@@ -23,6 +23,7 @@ def run(out: Path, batch: int, resume: Path | None = None) -> None:
         out,
         per_device_train_batch_size=batch,
         num_train_epochs=16,
+        optim_args="alpha=0.02",  # a gate that stays open far enough for training time to pass
         save_strategy="steps",
         save_steps=MID_WINDOW,
         ddp_backend="gloo" if "RANK" in os.environ else None,
@@ -36,6 +37,8 @@ def run(out: Path, batch: int, resume: Path | None = None) -> None:
         "world_size": args.world_size,
         "best": trainer.state.best_global_step,
         **stop.stopping_state,
+        "mean_gate": stop.progress.mean_gate,
+        "windows_at": [(row["step"], row["lr_sum"]) for row in stop.progress.history],
     }
     (out / f"rank{rank}.json").write_text(json.dumps(verdict))
 
@@ -44,6 +47,8 @@ if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     directory, per_device_batch = Path(sys.argv[1]), int(sys.argv[2])
     run(directory / "whole", per_device_batch)
-    # Outside the output directory, and in the middle of a window.
+    # Outside the output directory, and in the middle of a window; then of a run of one process.
     run(directory / "resumed", per_device_batch, directory / "whole" / f"checkpoint-{MID_WINDOW}")
+    alone = directory / "one" / f"checkpoint-{MID_WINDOW}"
+    run(directory / "grown", per_device_batch, alone)
     torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.huggingface_run import run
+from tests.distributed.huggingface_run import MID_WINDOW, run
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
@@ -52,12 +52,14 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
 
     assert (one["world_size"], first["world_size"]) == (1, 2)
     assert first == second  # step, reason and every number that led to it
+    assert 0 < first["mean_gate"] < 1
+    assert first["mean_gate"] == pytest.approx(one["mean_gate"], rel=1e-3)
     assert one["stop_step"] is not None
     for key in ("steps", "stop_step", "onset_step", "windows", "best"):
         assert first[key] == one[key], key
     assert first["signal_ratio"] == pytest.approx(one["signal_ratio"], rel=1e-4)
     said = [text.count("poprisk: stopped at step") for text in stderr]
-    assert said == [2, 0]  # two runs, one rank speaks
+    assert said == [3, 0]  # three runs, one rank speaks
 
     assert all(torch.equal(replica[n], other[n]) for n in weights)
     difference = max((weights[n] - replica[n]).abs().max().item() for n in weights)
@@ -67,3 +69,12 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
         resumed, resumed_weights = _results(tmp_path / "resumed", rank)
         assert resumed == verdict
         assert all(torch.equal(resumed_weights[n], replica[n]) for n in weights)
+
+    # One process, then two: training time goes on, the unfinished window does not.
+    grown = [_results(tmp_path / "grown", rank)[0] for rank in (0, 1)]
+    assert grown[0] == grown[1]
+    done = [tuple(row) for row in one["windows_at"] if row[0] <= MID_WINDOW]
+    assert [tuple(row) for row in grown[0]["windows_at"]][: len(done)] == done
+    assert grown[0]["windows_at"][len(done)][0] == MID_WINDOW + 8
+    changes = "world size 1 -> 2, per-device batch size 8 -> 4"
+    assert [text.count(f"resumed with {changes}") for text in stderr] == [1, 0]
