@@ -1,6 +1,5 @@
 """Stops a Trainer without validation data."""
 
-import math
 import sys
 from typing import Any
 
@@ -18,7 +17,6 @@ from poprisk_integrations.huggingface.callbacks.best_checkpoint import (
 )
 from poprisk_integrations.huggingface.callbacks.exported_state import place_in_run
 from poprisk_integrations.huggingface.callbacks.gate_metrics import GateSampler, gate_metrics
-from poprisk_integrations.huggingface.callbacks.run_progress import window_of
 from poprisk_integrations.huggingface.callbacks.stop_report import write_stop_report
 from poprisk_integrations.huggingface.callbacks.window_callback import WindowCallback
 from poprisk_integrations.huggingface.log_metrics import log_now
@@ -27,14 +25,6 @@ __all__ = ["PopRiskEarlyStoppingCallback"]
 
 _ACTIONS = ("stop", "monitor")
 _RESTORES = ("stop", "onset", None)
-_LOGGED = (
-    "signal_ratio",
-    "signal_ratio_se",
-    "risk_decrease",
-    "risk_decrease_se",
-    "agreement",
-    "agreement_se",
-)
 
 
 class PopRiskEarlyStoppingCallback(WindowCallback):
@@ -145,8 +135,7 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
 
     def metrics(self) -> dict[str, float]:
         """The present values of all that this callback logs."""
-        rule, history = self._rule.state, self.progress.history
-        values = {name: history[-1][name] for name in _LOGGED} if history else {}
+        rule, values = self._rule.state, self.progress.last_measures()
         values["onset_step"] = rule.onset_step
         values["predicted_stop_step"] = self._rule.predicted_stop_step(self._step, self._lr)
         if self._reader is not None:
@@ -206,9 +195,9 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
     ) -> None:
         """Write the report and let go of the optimizer and the window."""
         if state.is_world_process_zero and self._reader is not None:
-            rule, clipping = self._rule.state, self._reader.clipping
+            clipping = self._reader.clipping
             report = {
-                "stopped": rule.stop_step is not None and self.action == "stop",
+                "stopped": self._rule.state.stop_step is not None and self.action == "stop",
                 "global_step": state.global_step,
                 **self.stopping_state,
                 "diagnosis": self._explanation(),
@@ -244,8 +233,8 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
             reused=self.progress.window_reused,
             **measured,
         )
-        if window is not None and not math.isnan(window.ratio):
-            self._record(state, self._rule.state.lr_sum, window)
+        if window is not None:
+            self.progress.record(state.global_step, self._rule.state.lr_sum, window)
         if self.progress.window_seen == 0:  # a window ended with this step
             self.progress.mean_gate = self._gate.mean_gate(args.device)
         self._lr = self._reader.lr * self.progress.mean_gate
@@ -278,8 +267,8 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
             control.should_training_stop = True
 
     def _explanation(self) -> str | None:
-        history = self.progress.history
-        return explain(window_of(history[-1]), threshold=self.threshold) if history else None
+        window = self.progress.last_window()
+        return None if window is None else explain(window, threshold=self.threshold)
 
 
 def _measures(window: WindowRatio) -> dict[str, float]:

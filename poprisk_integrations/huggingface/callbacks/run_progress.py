@@ -43,6 +43,26 @@ class RunProgress:
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in state_dict.items() if k in known})
 
+    def record(self, step: int, lr_sum: float, window: WindowRatio) -> None:
+        """Keep a closed window in which noise was measured.
+
+        Args:
+            step: Optimizer steps at its end.
+            lr_sum: Training time at its end.
+            window: What was measured.
+        """
+        if not math.isnan(window.ratio):
+            self.history.append(history_row(step, lr_sum, window, reused=self.window_reused))
+
+    def last_measures(self) -> dict[str, float | None]:
+        """F, C and U of the last window and their standard errors; empty before the first."""
+        names = ("signal_ratio", "signal_ratio_se", *_MEASURES)
+        return {name: self.history[-1][name] for name in names} if self.history else {}
+
+    def last_window(self) -> WindowRatio | None:
+        """The totals of the last window."""
+        return window_of(self.history[-1]) if self.history else None
+
     def changes(self, shape: dict[str, int]) -> str:
         """What differs from the shape of the run so far, "" if nothing does.
 

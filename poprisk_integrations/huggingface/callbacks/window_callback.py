@@ -5,13 +5,11 @@ import math
 import os
 from typing import Any
 
-import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from poprisk_integrations.core.window import WindowRatio
 from poprisk_integrations.diagnostics import auto_window_steps
-from poprisk_integrations.distributed import mean_over_ranks
 from poprisk_integrations.huggingface.callbacks.epoch_length import is_second_pass, steps_per_epoch
 from poprisk_integrations.huggingface.callbacks.exported_state import (
     add_exported_state,
@@ -20,17 +18,19 @@ from poprisk_integrations.huggingface.callbacks.exported_state import (
     place_in_run,
 )
 from poprisk_integrations.huggingface.callbacks.gradient_reader import GradientReader
-from poprisk_integrations.huggingface.callbacks.run_progress import RunProgress, history_row
-from poprisk_integrations.huggingface.callbacks.window_checkpoint import load_window, save_window
+from poprisk_integrations.huggingface.callbacks.run_progress import RunProgress
+from poprisk_integrations.huggingface.callbacks.window_arguments import check_window_arguments
+from poprisk_integrations.huggingface.callbacks.window_checkpoint import (
+    all_ranks_have,
+    load_window,
+    save_window,
+)
 from poprisk_integrations.huggingface.log_metrics import MetricsCallback
 from poprisk_integrations.huggingface.registration import checkpoint_directory
 
 __all__ = ["WindowCallback"]
 
 logger = logging.getLogger(__name__)
-
-SHORTEST_WINDOW = 4
-_ACCUMULATORS = ("auto", "exact", "sample")
 
 
 class WindowCallback(MetricsCallback, ExportableState):
@@ -55,18 +55,7 @@ class WindowCallback(MetricsCallback, ExportableState):
     def __init__(
         self, window: int | str = "auto", accumulator: str = "auto", epoch_steps: int | None = None
     ) -> None:
-        if window != "auto" and (type(window) is not int or window < SHORTEST_WINDOW):
-            raise ValueError(
-                f"Invalid window: {window!r}. Must be 'auto' or an integer >= {SHORTEST_WINDOW}."
-            )
-        if accumulator not in _ACCUMULATORS:
-            raise ValueError(
-                f"Invalid accumulator: {accumulator!r}. Must be one of {_ACCUMULATORS}."
-            )
-        if epoch_steps is not None and (type(epoch_steps) is not int or epoch_steps < 1):
-            raise ValueError(
-                f"Invalid epoch_steps: {epoch_steps!r}. Must be None or an integer >= 1."
-            )
+        check_window_arguments(window, accumulator, epoch_steps)
         self.window = window
         self.accumulator = accumulator
         self.epoch_steps = epoch_steps
@@ -251,22 +240,16 @@ class WindowCallback(MetricsCallback, ExportableState):
 
     def _load_window(self, args: TrainingArguments, state: TrainerState) -> bool:
         assert self._reader is not None
-        directory = checkpoint_directory(state)
+        reader, directory = self._reader, checkpoint_directory(state)
         found = None
-        if directory is not None and not self._reader.is_sharded:
-            params = self._reader.parameters()
-            found = load_window(directory, state.global_step, params, self._window_file)
-        # One rank without it and all start afresh: windows must close together.
-        ranks_with_it = torch.tensor(float(found is not None), device=args.device)
-        if float(mean_over_ranks(ranks_with_it)) != 1.0 or found is None:
+        if directory is not None and not reader.is_sharded:
+            found = load_window(
+                directory, state.global_step, reader.parameters(), self._window_file
+            )
+        if not all_ranks_have(found, args.device) or found is None:
             return False
-        self._reader.window.load_state_dict(found)
+        reader.window.load_state_dict(found)
         return True
-
-    def _record(self, state: TrainerState, lr_sum: float, window: WindowRatio) -> None:
-        """Keep a closed window for the report."""
-        row = history_row(state.global_step, lr_sum, window, reused=self.progress.window_reused)
-        self.progress.history.append(row)
 
     def _warn(self, state: TrainerState, message: str) -> None:
         if state.is_world_process_zero:

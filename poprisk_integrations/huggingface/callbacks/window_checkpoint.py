@@ -4,13 +4,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from poprisk_integrations.diagnostics import GradientWindow, window_fits
+from poprisk_integrations.distributed import mean_over_ranks
 
-__all__ = ["WINDOW_FILE", "load_window", "save_window"]
+__all__ = ["WINDOW_FILE", "all_ranks_have", "load_window", "save_window"]
 
 WINDOW_FILE = "poprisk_window.safetensors"
 _BY_POSITION = ("sums", "squares", "previous", "last_grads")
@@ -74,3 +76,13 @@ def load_window(
         else:
             state[key] = tensor
     return state if window_fits(state, params) else None
+
+
+def all_ranks_have(state: dict[str, Any] | None, device: Any) -> bool:
+    """Whether every rank found a window: if one has none all start afresh, to close together.
+
+    Args:
+        state: From `load_window`.
+        device: Of the ranks' communication.
+    """
+    return float(mean_over_ranks(torch.tensor(float(state is not None), device=device))) == 1.0
