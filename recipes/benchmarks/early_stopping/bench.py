@@ -48,6 +48,7 @@ def main() -> None:
     write_csv(path, rows)
     summary = summarise(rows)
     write_csv(args.out / f"summary_{hardware()}.csv", summary)
+    write_csv(args.out / f"groups_{hardware()}.csv", groups(rows))
     draw_regret(summary, path.with_suffix(".png"))
     if shown:
         draw_trajectories(shown, SHOWN, args.out / f"trajectories_{hardware()}.png")
@@ -78,6 +79,20 @@ def summarise(rows: list[dict]) -> list[dict]:
         clean = [v for (t, _), v in per_seed(rows, rule, "lost").items() if t == "T7"]
         row["T7 accuracy lost"] = round(sum(clean) / len(clean), 5) if clean else ""
         table.append(row)
+    return table
+
+
+def groups(rows: list[dict]) -> list[dict]:
+    """The primary comparison within optimizers, rates, schedules, batches: after the verdict."""
+    table = []
+    for column in ("optimizer", "lr", "schedule", "batch"):
+        for value in dict.fromkeys(row[column] for row in rows):
+            part = [row for row in rows if row[column] == value]
+            mine, held = per_seed(part, "poprisk"), per_seed(part, PRIMARY)
+            paired = {k: v - held[k] for k, v in mine.items() if k in held and k[0] in JUDGED}
+            mean, low, high = bootstrap(paired)
+            found = {"group": f"{column} {value}", "minus hold-out": round(mean, 5)}
+            table.append(found | {"low": round(low, 5), "high": round(high, 5)})
     return table
 
 

@@ -9,7 +9,16 @@ import ours
 import rivals
 from grid import Cell, load
 
-__all__ = ["CHOSEN", "PRIMARY", "bootstrap", "hold_out_rules", "per_seed", "rows_of", "task_of"]
+__all__ = [
+    "CHOSEN",
+    "PRIMARY",
+    "between",
+    "bootstrap",
+    "hold_out_rules",
+    "per_seed",
+    "rows_of",
+    "task_of",
+]
 
 CAP = 1.0
 PRIMARY = "hold-out 10 %"
@@ -18,10 +27,10 @@ CHOSEN = {
     "EB criterion": 1,
     "EB criterion x 2": 1,
     "raw U < 0": 1,
-    "C_t < 0": 1,
+    "C_t < 0": 3,
     "gradient disparity t1": 5,
-    "gradient disparity t2": 5,
-    "Label Wave": 1,
+    "gradient disparity t2": 2,
+    "Label Wave": 5,
     "hold-out": 10,
 }
 
@@ -103,23 +112,22 @@ def rows_of(cell: Cell, path: Path, chosen: dict[str, int] = CHOSEN) -> list[dic
         for m in member
     ]
     for name, (run, kept) in rules:
-        found = _between(trace[f"{run}/test_loss"], kept) - best
+        found = between(trace[f"{run}/test_loss"], kept) - best
         regret = np.minimum(np.nan_to_num(found, nan=CAP), CAP)
-        lost = best_metric - _between(trace[f"{run}/test_metric"], kept)
+        lost = best_metric - between(trace[f"{run}/test_metric"], kept)
         for m in member:
             rows[m][f"regret: {name}"] = round(float(regret[m]), 5)
             rows[m][f"lost: {name}"] = round(float(lost[m]), 5)
     return rows
 
 
-def _between(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+def between(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Values of shape (E, M) at the fractional row `at[m]` of each column, linearly."""
+    values = np.minimum(values, 1e30)  # a run that diverged is infinite, and 0 * inf is NaN
     below = np.floor(at).astype(int)
     above = np.minimum(below + 1, len(values) - 1)
     member, part = np.arange(values.shape[1]), at - below
-    # Not (1 - part) * a + part * b: the loss of a run that diverged is infinite.
-    upper = np.where(part > 0, values[above, member], values[below, member])
-    return np.where(part > 0, (1 - part) * values[below, member] + part * upper, upper)
+    return (1 - part) * values[below, member] + part * values[above, member]
 
 
 def task_of(task: str, condition: str) -> str:

@@ -13,7 +13,7 @@ import ours
 import rivals
 import torch
 from grid import FULL_GRID, SELECTION_SEEDS, cells, load, trace
-from scores import CAP, task_of
+from scores import CAP, between, task_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from reporting import hardware, write_csv
@@ -43,7 +43,7 @@ def candidates(found: dict, schedule: str) -> dict[str, tuple[str, np.ndarray]]:
     kept = {}
     for name, (config, kind, gate) in tried.items():
         stops, _ = ours.stop_steps(found, schedule, kind, config, gate, stream=False)
-        at = np.minimum(np.searchsorted(found["full/eval_step"], stops), len(loss) - 1)
+        at = np.interp(stops, found["full/eval_step"], np.arange(len(loss)))
         kept[name] = "full", at
     for patience in (1, 2, 3, 5):
         for name, rule in (
@@ -74,11 +74,10 @@ def main() -> None:
     for cell in cells(FULL_GRID):
         found = load(trace(cell, SELECTION_SEEDS, args.traces))
         best = found["full/test_loss"].min(0)
-        member = np.arange(len(best))
         tasks = np.array([task_of(cell.task, str(c)) for c in found["condition"]])
         for name, (run, at) in candidates(found, cell.schedule).items():
-            regret = np.minimum(found[f"{run}/test_loss"][at, member] - best, CAP)
-            regret = np.nan_to_num(regret, nan=CAP)
+            regret = np.nan_to_num(between(found[f"{run}/test_loss"], at) - best, nan=CAP)
+            regret = np.minimum(regret, CAP)
             for task in np.unique(tasks):
                 regrets.setdefault(name, {}).setdefault(task, []).append(
                     float(regret[tasks == task].mean())

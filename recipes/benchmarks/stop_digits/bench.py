@@ -46,7 +46,11 @@ def train(optimizer_name: str, lr: float, x, y, rows, seed: int, epochs: int, ev
     optimizer = OPTIMIZERS[optimizer_name](model.parameters(), lr=lr, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(rows) // BATCH
-    window, rule = GradientWindow(steps=per_epoch), StoppingRule()
+    window, rule = GradientWindow(steps=per_epoch, epoch_steps=per_epoch), StoppingRule()
+    gate = 1.0  # of PopRiskAdamW, sampled once per window: only an open gate lets time pass
+    for group in optimizer.param_groups:
+        if optimizer_name == "PopRiskAdamW":
+            group["collect_stats_every"] = per_epoch
     history, stop = [evaluate(model)], None
     for epoch in range(1, epochs + 1):
         order = rows[torch.randperm(len(rows), generator=generator)]
@@ -56,12 +60,25 @@ def train(optimizer_name: str, lr: float, x, y, rows, seed: int, epochs: int, ev
             nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
             window.add(list(model.parameters()))
             optimizer.step()
-            ratio = window.close().ratio if window.is_full else None
             step = (epoch - 1) * per_epoch + i + 1
-            if rule.update(step=step, lr=lr, ratio=ratio).stop and stop is None:
+            measured = judged(window) if window.is_full else {}
+            decision = rule.update(step=step, lr=lr * gate, reused=epoch > 1, **measured)
+            if measured and optimizer_name == "PopRiskAdamW":
+                gate = float(optimizer.gate_stats()["mean_gate"])
+            if decision.stop and stop is None:
                 stop = step / per_epoch
         history.append(evaluate(model))
     return history, stop
+
+
+def judged(window: GradientWindow) -> dict[str, float]:
+    """What the rule wants to know of a window that is full."""
+    closed = window.close()
+    return {
+        "ratio": closed.ratio,
+        "ratio_se": closed.ratio_se,
+        "noise": float(closed.noise.sum()),
+    }
 
 
 def evaluator(x, noisy, clean, held=None):

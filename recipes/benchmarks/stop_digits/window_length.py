@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import BATCH, LRS, TRAIN, evaluator, load
+from bench import BATCH, LRS, TRAIN, evaluator, judged, load
 from torch import nn
 
 from poprisk_integrations.core import StoppingRule
@@ -42,8 +42,9 @@ def cell(lr: float, flip: float, seed: int) -> list[dict]:
             step = epoch * per_epoch + i + 1
             for steps, (window, rule) in watchers.items():
                 window.add(list(model.parameters()))
-                ratio = window.close().ratio if window.is_full else None
-                if rule.update(step=step, lr=lr, ratio=ratio).stop:
+                measured = judged(window) if window.is_full else {}
+                reused = step - steps >= per_epoch  # by the window's first step
+                if rule.update(step=step, lr=lr, reused=reused, **measured).stop:
                     stops.setdefault(steps, step / per_epoch)
             optimizer.step()
         losses.append(evaluate(model)[0])
