@@ -107,11 +107,12 @@ class CoordinateSample:
             tensors: Local shards, shapes as in the constructor, any floating dtype.
             out: From `zeros`.
         """
-        targets, sources = out.whole, [tensors[i] for i in self._whole]
-        if any(x is None for x in sources):
-            torch._foreach_zero_([t for t, x in zip(targets, sources, strict=True) if x is None])
-            present = [(t, x) for t, x in zip(targets, sources, strict=True) if x is not None]
-            targets, sources = [t for t, _ in present], [x for _, x in present]
+        targets = out.whole
+        sources = [x for i in self._whole if (x := tensors[i]) is not None]
+        if len(sources) < len(targets):
+            is_here = [tensors[i] is not None for i in self._whole]
+            torch._foreach_zero_(targets)
+            targets = [t for t, here in zip(targets, is_here, strict=True) if here]
         if sources:
             torch._foreach_copy_(targets, sources)
         for i, index in self._drawn:
