@@ -22,6 +22,7 @@ def test_all_were_found():
         "noisy_dpo_demo",
         "open_fraction",
         "optimizer_step",
+        "stop_cost",
         "stop_digits",
     ]
 
