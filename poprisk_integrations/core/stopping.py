@@ -175,8 +175,7 @@ class StoppingRule:
 
         Args:
             step: Optimizer steps so far, this one included.
-            lr: Learning rate of this step, times the mean gate where the optimizer has one: only
-                an open gate lets time pass.
+            lr: Learning rate of this step.
             ratio: F if a window ended at this step, else None. NaN (no noise measured) counts
                 as no window.
             ratio_se: Its standard error.

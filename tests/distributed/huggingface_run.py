@@ -37,7 +37,6 @@ def run(out: Path, batch: int, resume: Path | None = None) -> None:
         "world_size": args.world_size,
         "best": trainer.state.best_global_step,
         **stop.stopping_state,
-        "mean_gate": stop.progress.mean_gate,
         "windows_at": [(row["step"], row["lr_sum"]) for row in stop.progress.history],
     }
     (out / f"rank{rank}.json").write_text(json.dumps(verdict))

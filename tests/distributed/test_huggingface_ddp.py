@@ -52,8 +52,6 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
 
     assert (one["world_size"], first["world_size"]) == (1, 2)
     assert first == second  # step, reason and every number that led to it
-    assert 0 < first["mean_gate"] < 1
-    assert first["mean_gate"] == pytest.approx(one["mean_gate"], rel=1e-3)
     assert one["stop_step"] is not None
     for key in ("steps", "stop_step", "onset_step", "windows", "best"):
         assert first[key] == one[key], key

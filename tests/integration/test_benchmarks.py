@@ -18,6 +18,7 @@ def header(table):
 
 def test_all_were_found():
     assert FOLDERS == [
+        "early_stopping",
         "fsdp2_step",
         "noisy_dpo_demo",
         "open_fraction",

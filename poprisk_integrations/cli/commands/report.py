@@ -70,7 +70,7 @@ def load_report(path: Path) -> dict[str, Any]:
         UsageError: If it is no such report.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report: Any = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"Invalid run_dir: {str(path)!r} is not JSON ({error}).") from None
     rows = report.get("history") if isinstance(report, dict) else None
@@ -80,4 +80,5 @@ def load_report(path: Path) -> dict[str, Any]:
         raise UsageError(f"{str(path)!r} has no window to show: {report['reason']}.")
     if not all(isinstance(row, dict) and "step" in row for row in rows):
         raise UsageError(f"Invalid run_dir: {str(path)!r} is not a report of a stop.")
-    return report
+    found: dict[str, Any] = report
+    return found

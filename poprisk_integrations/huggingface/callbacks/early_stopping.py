@@ -43,9 +43,7 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
     any variances
         E |sum_t g_t|^2 = T^2 |mu|^2 + sum_t Var(g_t),    E[T S] = sum_t Var(g_t)
     Training time is the sum of learning rates (of groups with different ones the largest: a
-    common factor cancels) times PopRiskAdamW's mean gate, which is sampled at the last step of
-    each window and holds for the next. A step that the fp16 grad scaler skipped counts for
-    nothing.
+    common factor cancels). A step that the fp16 grad scaler skipped counts for nothing.
 
     Where it must stay off: grokking and other delayed generalisation, and epoch-wise double
     descent, where memorising comes first. It never stops in a first pass over the data, so
@@ -159,7 +157,7 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
         self._optimizer, self._device = kwargs["optimizer"], args.device
         self._gate = GateSampler(self._optimizer)
         assert self._reader is not None
-        self._step, self._lr = state.global_step, self._reader.lr * self.progress.mean_gate
+        self._step, self._lr = state.global_step, self._reader.lr
         if self.min_steps > state.max_steps:
             self._warn(
                 state,
@@ -229,15 +227,13 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
         measured = {} if window is None else _measures(window)
         decision = self._rule.update(
             step=state.global_step,
-            lr=lr * self.progress.mean_gate,
+            lr=lr,
             reused=self.progress.window_reused,
             **measured,
         )
         if window is not None:
             self.progress.record(state.global_step, self._rule.state.lr_sum, window)
-        if self.progress.window_seen == 0:  # a window ended with this step
-            self.progress.mean_gate = self._gate.mean_gate(args.device)
-        self._lr = self._reader.lr * self.progress.mean_gate
+        self._lr = self._reader.lr
         stops_now = decision.stop and before.stop_step is None
         if self.action == "stop":
             forgotten = before.onset_step is not None and self._rule.state.onset_step is None

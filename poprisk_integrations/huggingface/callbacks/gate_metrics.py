@@ -65,16 +65,6 @@ class GateSampler:
             group["collect_stats_every"] = 0
         self._chosen = []
 
-    def mean_gate(self, device: torch.device) -> float:
-        """Mean gate of the last sample over all coordinates and ranks; 1 before the first.
-
-        Every rank must call it; all get the same bits.
-
-        Args:
-            device: Of the ranks' communication.
-        """
-        return gate_metrics(self._optimizer, device).get("poprisk/mean_gate", 1.0)
-
 
 def gate_metrics(optimizer: Any, device: torch.device) -> dict[str, float]:
     """Totals of the last sample as `poprisk/<name>`; empty for other optimizers.

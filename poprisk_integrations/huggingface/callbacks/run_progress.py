@@ -21,7 +21,6 @@ class RunProgress:
         window_seen: Steps in the unfinished window.
         window_reused: Whether it began after a whole pass over the data.
         passes: Passes that ended, over data without a length.
-        mean_gate: Of the last sampled step; 1 without a gate.
         shape: What makes windows comparable: world size, batch size, ...
         history: One row per closed window, see `history_row`.
     """
@@ -29,7 +28,6 @@ class RunProgress:
     window_seen: int = 0
     window_reused: bool = False
     passes: int = 0
-    mean_gate: float = 1.0
     shape: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 

@@ -44,8 +44,7 @@ class PopRiskEarlyStopping(WindowCallback):
     short step that may end an epoch) and ranks, unscaled and unclipped, whole or sharded
     (FSDPStrategy, ModelParallelStrategy). A step that the fp16 grad scaler skipped counts for
     nothing. Training time is the sum of learning rates, each read at its step, before schedulers
-    (of groups with different ones the largest), times PopRiskAdamW's mean gate, sampled at the
-    last step of each window for the next: a closed gate lets no time pass.
+    (of groups with different ones the largest).
 
     The decision is taken after optimizer steps, from numbers that were averaged over ranks, so
     all ranks stop together and report the same reason. It waits for the trainer's `min_epochs`

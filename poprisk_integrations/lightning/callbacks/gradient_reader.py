@@ -3,14 +3,12 @@
 from operator import is_
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from poprisk_integrations.core import WindowRatio
 from poprisk_integrations.diagnostics import GradientWindow, window_fits
 from poprisk_integrations.distributed import is_dtensor
-from poprisk_integrations.lightning.callbacks.gate_clock import GateClock
 
 __all__ = ["GradientReader"]
 
@@ -28,14 +26,11 @@ class GradientReader:
         accumulator: As in `GradientWindow`.
         shard_group: As in `GradientWindow`.
         epoch_steps: As in `GradientWindow`.
-        device: Of the process group's tensors.
 
     Attributes:
         window: The window.
-        clock: Mean gate of the last sample, 1 without one.
         is_sharded: Whether each rank holds its own part of the window.
-        lr: The learning rate of the last step, of groups with different ones the largest, times
-            the mean gate.
+        lr: The learning rate of the last step, of groups with different ones the largest.
     """
 
     def __init__(
@@ -46,13 +41,11 @@ class GradientReader:
         accumulator: Literal["auto", "exact", "sample"] = "auto",
         shard_group: Any = None,
         epoch_steps: int | None = None,
-        device: torch.device | str = "cpu",
     ) -> None:
         params = _trained_parameters(optimizer)
         self.window = GradientWindow(
             steps, accumulator=accumulator, shard_group=shard_group, epoch_steps=epoch_steps
         )
-        self.clock = GateClock(optimizer, device)
         self.is_sharded = shard_group is not None or any(is_dtensor(p) for p in params)
         self.lr = 0.0
         self._params = params
@@ -73,26 +66,21 @@ class GradientReader:
             count: Whether there are new gradients.
         """
         groups = optimizer.param_groups
-        lr = max((float(g["lr"]) for g in groups if g["params"]), default=0.0)
-        self.lr = lr * self.clock.gate
+        self.lr = max((float(g["lr"]) for g in groups if g["params"]), default=0.0)
         params = _trained_parameters(optimizer)
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self.window.reset()
         self._params = params
         if count:
             self.window.add(params, scale=scale)
-            if self.window.is_full:
-                self.clock.sample()
 
     def take_lr(self) -> float:
         """`lr` of the step that has just ended; 0 if it was skipped."""
-        self.clock.end_step()
         applied, self._was_applied = self._was_applied, False
         return self.lr if applied else 0.0
 
     def close(self) -> WindowRatio | None:
-        """Close the window, and take the mean gate of its last step for the next. All ranks."""
-        self.clock.update()
+        """Close the window. All ranks."""
         return self.window.close()
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -126,7 +114,6 @@ class GradientReader:
             The unfinished window on the CPU, as `state_dict`.
         """
         self._handle.remove()
-        self.clock.end_step()
         state = self.state_dict()
         return None if state is None else _on_cpu(state)
 

@@ -79,7 +79,6 @@ class StepFeed:
             accumulator=accumulator,
             shard_group=plain_shard_group(trainer),
             epoch_steps=self.epoch_steps,
-            device=trainer.strategy.root_device,
         )
         self._micro_batches = 0  # since the last optimizer step
         self._is_open = False  # whether the window has begun
@@ -143,7 +142,6 @@ class StepFeed:
         Returns:
             Why the window starts afresh although it was to be kept; None if it does not.
         """
-        self.reader.clock.gate = state["gate"]
         if not keep_window:
             return None
         lost = self.reader.resume(state["window"])
@@ -158,7 +156,6 @@ class StepFeed:
     def _state(self, window: dict[str, Any] | None) -> dict[str, Any]:
         return {
             "window": window,
-            "gate": self.reader.clock.gate,
             "is_open": self._is_open,
             "reused": self.reused,
         }

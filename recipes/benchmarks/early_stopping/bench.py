@@ -47,8 +47,9 @@ def main() -> None:
     path = args.out / f"{hardware()}.csv"
     write_csv(path, rows)
     summary = summarise(rows)
-    write_csv(args.out / f"summary_{hardware()}.csv", summary)
-    write_csv(args.out / f"groups_{hardware()}.csv", groups(rows))
+    if not args.quick:
+        write_csv(args.out / f"summary_{hardware()}.csv", summary)
+        write_csv(args.out / f"groups_{hardware()}.csv", groups(rows))
     draw_regret(summary, path.with_suffix(".png"))
     if shown:
         draw_trajectories(shown, SHOWN, args.out / f"trajectories_{hardware()}.png")

@@ -73,7 +73,7 @@ def train(
     loss_of = vmap(lambda p, a, b: task.loss(functional_call(model, p, (a,)), b))
     predict = vmap(lambda p, a: functional_call(model, p, (a,)))
     evaluate = _Evaluator(task, predict, (x, y), held)
-    recorder = _Recorder(values, optimizer if optimizer_name == "PopRiskAdamW" else None)
+    recorder = _Recorder(values)
     at_point = _PointStatistics(loss_of, names, values, x, y, batch_size)
     member = torch.arange(x.shape[0])[:, None]
     watched = keep == 1.0
@@ -173,8 +173,8 @@ def _squares(tensors: list[Tensor]) -> Tensor:
 class _Recorder:
     """Window statistics of all members; see `core.window` and the README for the names."""
 
-    def __init__(self, values: list[Tensor], gated: PopRiskAdamW | None) -> None:
-        self.values, self.gated = values, gated
+    def __init__(self, values: list[Tensor]) -> None:
+        self.values = values
         self.previous: list[Tensor] | None = None
         self.first: list[Tensor] | None = None
         self.rows: dict[str, list[Any]] = {}
@@ -188,7 +188,6 @@ class _Recorder:
         self.losses: list[Tensor] = []
         self.progress: list[Tensor] = []
         self.path: list[Tensor] = []
-        self.gates = None if self.gated is None else _gates(self.gated, self.values)
 
     @torch.no_grad()
     def add(self, losses: Tensor) -> None:
@@ -242,10 +241,9 @@ class _Recorder:
         return numel / numel.sum()
 
     def _coordinatewise(self, steps: int) -> dict[str, Tensor]:
-        """F whitened per coordinate, weighted as Adam would, and weighted by the gate."""
+        """F whitened per coordinate, and weighted as Adam would."""
         white, count, adam_up, adam_down = 0.0, 0.0, 0.0, 0.0
-        gate_up, gate_down = [], []
-        for place, (a, q) in enumerate(zip(self.sums, self.sq, strict=True)):
+        for a, q in zip(self.sums, self.sq, strict=True):
             s = (q - a.square() / steps) / (steps - 1)
             alive = q > 0
             ratio = torch.where(alive, a.square() / steps / s.clamp_min(1e-30), 0.0)
@@ -255,20 +253,8 @@ class _Recorder:
             weight = torch.where(alive, (q / steps).clamp_min(1e-30).rsqrt(), 0.0)
             adam_up = adam_up + (weight * a.square()).flatten(1).sum(1) / steps
             adam_down = adam_down + (weight * s).flatten(1).sum(1)
-            if self.gates is not None:
-                gate = self.gates[place]
-                gate_up.append((gate * a.square()).flatten(1).sum(1) / steps)
-                gate_down.append((gate * s).flatten(1).sum(1))
         bias = (steps - 3) / (steps - 1)
-        note = {"white": white / count * bias, "adam": adam_up / adam_down.clamp_min(1e-30)}
-        if self.gates is not None:
-            note["gate_signal"], note["gate_noise"] = (
-                torch.stack(gate_up, 1),
-                torch.stack(gate_down, 1),
-            )
-            means = [g.flatten(1).sum(1) for g in self.gates]
-            note["mean_gate"] = sum(means) / sum(v[0].numel() for v in self.values)
-        return note
+        return {"white": white / count * bias, "adam": adam_up / adam_down.clamp_min(1e-30)}
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {f"w_{name}": np.stack(v) for name, v in self.rows.items()}
@@ -278,25 +264,6 @@ def _lag1(values: Tensor) -> Tensor:
     """Lag-1 autocorrelation over time, per member."""
     centred = values - values.mean(0)
     return (centred[1:] * centred[:-1]).sum(0) / centred.square().sum(0).clamp_min(1e-300)
-
-
-def _gates(optimizer: PopRiskAdamW, values: list[Tensor]) -> list[Tensor]:
-    """The gate of each coordinate from the optimizer's present state; 1 before it has any."""
-    from poprisk_integrations.core import calibrated_alpha, gate_factor
-
-    group = optimizer.param_groups[0]
-    beta1, rho = group["betas"][0], group["rho"]
-    alpha = calibrated_alpha(group["false_open_rate"], beta1)
-    gates = []
-    for v in values:
-        state = optimizer.state.get(v)
-        if not state or float(state["dev_step"]) < 2:
-            gates.append(torch.ones_like(v))
-            continue
-        mean = state["exp_avg"] / (1 - beta1 ** float(state["step"]))
-        noise = state["exp_dev_sq"] / (1 - rho ** float(state["dev_step"]))
-        gates.append(gate_factor(mean.square(), noise, gate="soft", alpha=alpha, lambda_pop=alpha))
-    return gates
 
 
 class _PointStatistics:

@@ -84,12 +84,12 @@ def draw_trajectories(traces: dict, shown: tuple[tuple[str, str], ...], path: Pa
         sharex="col",
         squeeze=False,
     )
-    kind, config, use_gate = ours.VARIANTS["poprisk"]
+    kind, config = ours.VARIANTS["poprisk"]
     for column, (task, condition) in enumerate(shown):
         trace = traces[task]
         names = [str(c) for c in trace["condition"]]
         member = names.index(condition) if condition in names else 0
-        stops, onsets = ours.stop_steps(trace, "constant", kind, config, use_gate, stream=False)
+        stops, onsets = ours.stop_steps(trace, "constant", kind, config, stream=False)
         per_epoch = float(trace["full/epoch_steps"])
         at = trace["full/eval_step"] / per_epoch
         top, bottom = axes[:, column]

@@ -11,17 +11,16 @@ __all__ = ["DEFAULT", "VARIANTS", "learning_rates", "ratios", "stop_steps"]
 
 DEFAULT = StoppingConfig()
 PLAIN = {"stretch": 1.0, "unarmed_windows": 10**9}
-# name: (which F, configuration, whether the gate slows training time)
+# name: (which F, configuration)
 VARIANTS = {
-    "poprisk": ("white", DEFAULT, True),
-    "kappa 1": ("white", replace(DEFAULT, kappa=1.0), True),
-    "kappa 3": ("white", replace(DEFAULT, kappa=3.0), True),
-    "confidence 1": ("white", replace(DEFAULT, confidence=1.0), True),
-    "no stretch": ("white", replace(DEFAULT, stretch=1.0), True),
-    "no gate clock": ("white", DEFAULT, False),
-    "armed only": ("white", replace(DEFAULT, unarmed_windows=10**9), True),
-    "pooled": ("pooled", DEFAULT, True),
-    "pooled, plain": ("pooled", replace(DEFAULT, **PLAIN), False),
+    "poprisk": ("white", DEFAULT),
+    "kappa 1": ("white", replace(DEFAULT, kappa=1.0)),
+    "kappa 3": ("white", replace(DEFAULT, kappa=3.0)),
+    "confidence 1": ("white", replace(DEFAULT, confidence=1.0)),
+    "no stretch": ("white", replace(DEFAULT, stretch=1.0)),
+    "armed only": ("white", replace(DEFAULT, unarmed_windows=10**9)),
+    "pooled": ("pooled", DEFAULT),
+    "pooled, plain": ("pooled", replace(DEFAULT, **PLAIN)),
 }
 
 Trace = dict[str, np.ndarray]
@@ -50,7 +49,7 @@ def learning_rates(trace: Trace, schedule: str) -> np.ndarray:
 
 
 def stop_steps(
-    trace: Trace, schedule: str, kind: str, config: StoppingConfig, use_gate: bool, stream: bool
+    trace: Trace, schedule: str, kind: str, config: StoppingConfig, stream: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Step of the stop (the run's length if it never stops) and of the onset (-1), per member."""
     values, errors = ratios(trace, kind), trace["full/w_pooled_spread"]
@@ -58,13 +57,10 @@ def stop_steps(
     ends = trace["full/w_step"].astype(int)
     lrs = learning_rates(trace, schedule)
     total, members = len(lrs), values.shape[1]
-    gate = trace.get("full/w_mean_gate") if use_gate else None
     stops, onsets = np.full(members, total), np.full(members, -1)
-    which = np.minimum(np.searchsorted(ends, np.arange(1, total + 1)), len(ends) - 1)
+    time = np.concatenate([[0.0], np.cumsum(lrs)])
     for m in range(members):
         rule = StoppingRule(config)
-        weights = np.ones(len(ends)) if gate is None else gate[:, m]
-        time = np.concatenate([[0.0], np.cumsum(lrs * weights[which])])
         before = 0
         for window, end in enumerate(ends):
             due = _due(rule, time)

@@ -87,10 +87,8 @@ def rows_of(cell: Cell, path: Path, chosen: dict[str, int] = CHOSEN) -> list[dic
     fired: dict[str, np.ndarray] = {}
     onsets: dict[str, np.ndarray] = {}
     rules: list[tuple[str, Kept]] = list(rival_rules(trace, chosen))
-    for name, (kind, config, use_gate) in ours.VARIANTS.items():
-        stops, onset = ours.stop_steps(
-            trace, cell.schedule, kind, config, use_gate, stream=cell.task == "T8"
-        )
+    for name, (kind, config) in ours.VARIANTS.items():
+        stops, onset = ours.stop_steps(trace, cell.schedule, kind, config, stream=cell.task == "T8")
         kept = np.interp(stops, steps, np.arange(last + 1))  # a stop may fall between evaluations
         fired[name], onsets[name] = stops < int(trace["full/total_steps"]), onset
         rules.append((name, ("full", kept)))

@@ -29,20 +29,19 @@ def candidates(found: dict, schedule: str) -> dict[str, tuple[str, np.ndarray]]:
         for kappa in (1.5, 1.75, 2.0, 2.25, 2.5, 3.0):
             for stretch in (1.0, 1.5, 2.0):
                 config = replace(ours.DEFAULT, kappa=kappa, stretch=stretch)
-                tried[f"{kind}, kappa {kappa:g}, stretch {stretch:g}"] = config, kind, True
+                tried[f"{kind}, kappa {kappa:g}, stretch {stretch:g}"] = config, kind
     for confidence in (0.25, 0.5, 1.0):
         config = replace(ours.DEFAULT, confidence=confidence)
-        tried[f"white, confidence {confidence:g}"] = config, "white", True
+        tried[f"white, confidence {confidence:g}"] = config, "white"
     for threshold in (0.8, 0.9, 1.1):
         config = replace(ours.DEFAULT, threshold=threshold, arm_threshold=1.05 * max(1, threshold))
-        tried[f"white, threshold {threshold:g}"] = config, "white", True
+        tried[f"white, threshold {threshold:g}"] = config, "white"
     for windows in (4, 10**9):
         config = replace(ours.DEFAULT, unarmed_windows=windows)
-        tried[f"white, unarmed windows {windows:g}"] = config, "white", True
-    tried["white, no gate clock"] = ours.DEFAULT, "white", False
+        tried[f"white, unarmed windows {windows:g}"] = config, "white"
     kept = {}
-    for name, (config, kind, gate) in tried.items():
-        stops, _ = ours.stop_steps(found, schedule, kind, config, gate, stream=False)
+    for name, (config, kind) in tried.items():
+        stops, _ = ours.stop_steps(found, schedule, kind, config, stream=False)
         at = np.interp(stops, found["full/eval_step"], np.arange(len(loss)))
         kept[name] = "full", at
     for patience in (1, 2, 3, 5):

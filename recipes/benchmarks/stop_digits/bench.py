@@ -47,10 +47,6 @@ def train(optimizer_name: str, lr: float, x, y, rows, seed: int, epochs: int, ev
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(rows) // BATCH
     window, rule = GradientWindow(steps=per_epoch, epoch_steps=per_epoch), StoppingRule()
-    gate = 1.0  # of PopRiskAdamW, sampled once per window: only an open gate lets time pass
-    for group in optimizer.param_groups:
-        if optimizer_name == "PopRiskAdamW":
-            group["collect_stats_every"] = per_epoch
     history, stop = [evaluate(model)], None
     for epoch in range(1, epochs + 1):
         order = rows[torch.randperm(len(rows), generator=generator)]
@@ -62,9 +58,7 @@ def train(optimizer_name: str, lr: float, x, y, rows, seed: int, epochs: int, ev
             optimizer.step()
             step = (epoch - 1) * per_epoch + i + 1
             measured = judged(window) if window.is_full else {}
-            decision = rule.update(step=step, lr=lr * gate, reused=epoch > 1, **measured)
-            if measured and optimizer_name == "PopRiskAdamW":
-                gate = float(optimizer.gate_stats()["mean_gate"])
+            decision = rule.update(step=step, lr=lr, reused=epoch > 1, **measured)
             if decision.stop and stop is None:
                 stop = step / per_epoch
         history.append(evaluate(model))

@@ -59,7 +59,7 @@ def stop_by_hand(history, kappa):
 
 
 @pytest.mark.parametrize(
-    ("make_optimizer", "kappa"), [(toy.adamw, 2.0), (toy.gated, 1.2), (toy.sgd, 2.0)]
+    ("make_optimizer", "kappa"), [(toy.adamw, 2.0), (toy.gated, 2.0), (toy.sgd, 2.0)]
 )
 def test_stops_a_memorising_run_before_its_held_out_loss_rises(tmp_path, make_optimizer, kappa):
     stop = PopRiskEarlyStopping(kappa=kappa, window=8)
