@@ -73,7 +73,7 @@ def test_optimizer_and_stop_by_class_path(cli):
         "--optimizer.alpha=0.5",
         f"--trainer.callbacks+={LAYER}.PopRiskEarlyStopping",
         "--trainer.callbacks.window=8",
-        "--trainer.callbacks.kappa=1.2",
+        "--trainer.callbacks.kappa=2.0",
         "--trainer.callbacks.restore=null",
         f"--trainer.callbacks+={LAYER}.PopRiskMonitor",
         "--trainer.callbacks.every_n_steps=4",

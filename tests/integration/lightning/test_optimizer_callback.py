@@ -161,7 +161,7 @@ def test_manual_optimization_with_several_adams(tmp_path):
 
 def test_the_stop_and_the_monitor_see_the_replaced_optimizer(tmp_path):
     """In any order of callbacks."""
-    stop = PopRiskEarlyStopping(kappa=1.2, window=8)
+    stop = PopRiskEarlyStopping(window=8)
     _, trainer = fit(
         tmp_path,
         toy.Classifier(),

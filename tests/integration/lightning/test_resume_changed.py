@@ -114,7 +114,7 @@ def test_a_checkpoint_without_the_callback_is_named(tmp_path):
 def test_a_state_of_before_the_history_was_kept_still_loads(checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     (key,) = (k for k in content["callbacks"] if k.startswith("PopRisk"))
-    for name in ("history", "diagnosis", "setup", "gate", "is_open", "reused"):
+    for name in ("history", "diagnosis", "setup", "is_open", "reused"):
         del content["callbacks"][key][name]
     torch.save(content, checkpoint)
     stop, said = resumed(checkpoint)
