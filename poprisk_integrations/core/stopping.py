@@ -178,7 +178,7 @@ class StoppingRule:
             lr: Learning rate of this step.
             ratio: F if a window ended at this step, else None. NaN (no noise measured) counts
                 as no window.
-            ratio_se: Its standard error.
+            ratio_se: Its standard error; NaN counts as 0.
             noise: S of that window, summed over tensors; 0 if unknown.
             reused: Whether the window's examples had been trained on before.
 
@@ -188,7 +188,8 @@ class StoppingRule:
         before = self.state
         state = replace(before, lr_sum=before.lr_sum + lr)
         if ratio is not None and not math.isnan(ratio):
-            state = _after_window(self.config, state, step, ratio, ratio_se, noise, reused)
+            error = 0.0 if math.isnan(ratio_se) else ratio_se
+            state = _after_window(self.config, state, step, ratio, error, noise, reused)
         if state.stop_step is None and _is_due(state, step, self.config):
             state = replace(state, stop_step=step, reason=_stop_reason(state, step, self.config))
         self.state = state

@@ -52,7 +52,7 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
 
     Logs `poprisk/signal_ratio` (F of the last window), `poprisk/risk_decrease` (C),
     `poprisk/agreement` (U), each with `_se`, `poprisk/onset_step`,
-    `poprisk/predicted_stop_step` (at the present learning rate and gate) and the gate statistics
+    `poprisk/predicted_stop_step` (at the present learning rate) and the gate statistics
     in Trainer's log lines, `state.log_history` and all trackers; of a second such callback as
     `poprisk/2/...`. An onset and a stop get a log line of their own. At the end
     `poprisk_stop.json` in the output directory tells why, with one row per window. A resumed run

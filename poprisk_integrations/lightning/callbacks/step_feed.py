@@ -26,7 +26,7 @@ from poprisk_integrations.lightning.callbacks.shard_group import plain_shard_gro
 __all__ = ["NO_FEED", "StepFeed", "over_ranks"]
 
 # A state of before the first step.
-NO_FEED: dict[str, Any] = {"window": None, "gate": 1.0, "is_open": False, "reused": False}
+NO_FEED: dict[str, Any] = {"window": None, "is_open": False, "reused": False}
 
 
 class StepFeed:

@@ -122,7 +122,7 @@ class StopJudge:
             step=feed.step,
             lr=lr,
             ratio=closed.ratio,
-            ratio_se=0.0 if math.isnan(closed.ratio_se) else closed.ratio_se,
+            ratio_se=closed.ratio_se,
             noise=float(closed.noise.sum()),
             reused=feed.reused,
         )
@@ -135,6 +135,6 @@ class StopJudge:
         if (closed is None or math.isnan(closed.ratio)) and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"{self._owner}: the window that ended at step {step} had fewer than two steps "
+                f"{self._owner}: the window that ended at step {step} had fewer than four steps "
                 "with finite, varying gradients and does not count."
             )

@@ -31,7 +31,7 @@ def _stop(**options):
     return hf.PopRiskEarlyStoppingCallback(window=WINDOW, **options)
 
 
-def _same_run(one, stop_one, other, stop_other):
+def _assert_same_run(one, stop_one, other, stop_other):
     assert one.state.global_step == other.state.global_step
     assert stop_one.state() == stop_other.state()
     pairs = [(weights(one.model), weights(other.model))]
@@ -80,7 +80,7 @@ def test_the_unfinished_window_is_in_the_checkpoint(whole):
 def test_in_place(whole, checkpoint, tmp_path, caplog):
     stop = _stop()
     resumed = train(_args(tmp_path), stop, resume=True)
-    _same_run(whole[1], whole[2], resumed, stop)
+    _assert_same_run(whole[1], whole[2], resumed, stop)
     assert "afresh" not in caplog.text
 
 
@@ -88,7 +88,7 @@ def test_from_a_moved_checkpoint_outside_the_output_directory(whole, checkpoint,
     moved = shutil.move(checkpoint, tmp_path / "attic" / "my-checkpoint")
     stop = _stop()
     resumed = train(_args(tmp_path / "out"), stop, resume=str(moved))
-    _same_run(whole[1], whole[2], resumed, stop)
+    _assert_same_run(whole[1], whole[2], resumed, stop)
 
 
 def test_with_callback_states_restored_by_trainer(whole, checkpoint, tmp_path):
@@ -98,7 +98,7 @@ def test_with_callback_states_restored_by_trainer(whole, checkpoint, tmp_path):
     (stop,) = [
         c for c in resumed.callback_handler.callbacks if type(c) is hf.PopRiskEarlyStoppingCallback
     ]
-    _same_run(whole[1], whole[2], resumed, stop)
+    _assert_same_run(whole[1], whole[2], resumed, stop)
 
 
 def test_at_the_end_of_a_window(tmp_path):
@@ -107,7 +107,7 @@ def test_at_the_end_of_a_window(tmp_path):
     args = [_args(tmp_path, num_train_epochs=5, save_steps=24) for _ in stops]
     runs = [train(args[0], stops[0])]
     runs.append(train(args[1], stops[1], resume=str(tmp_path / "checkpoint-24")))
-    _same_run(runs[0], stops[0], runs[1], stops[1])
+    _assert_same_run(runs[0], stops[0], runs[1], stops[1])
 
 
 def test_a_missing_window_file_warns_and_starts_a_fresh_window(whole, checkpoint, tmp_path, caplog):

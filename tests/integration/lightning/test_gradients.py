@@ -181,7 +181,7 @@ class TestLossScaling:
         plugin = scaler_on_cpu(init_scale=2.0**127, backoff_factor=0.999)
         stop = PopRiskEarlyStopping(window=4, action="monitor")
         trainer = toy.trainer(tmp_path, [stop], max_epochs=1, plugins=[plugin])
-        with pytest.warns(UserWarning, match="step 4 had fewer than two steps") as warned:
+        with pytest.warns(UserWarning, match="step 4 had fewer than four steps") as warned:
             trainer.fit(toy.Classifier(), toy.loader())
         assert len([w for w in warned if "had fewer than" in str(w.message)]) == 1  # of 2 windows
         rule = stop.state_dict()["rule"]

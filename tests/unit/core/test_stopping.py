@@ -124,6 +124,14 @@ def test_nan_windows_are_ignored():
     assert rule.state.windows == 1
 
 
+def test_an_unknown_error_of_f_counts_as_none():
+    """NaN compares as False: it must not look like F below the threshold."""
+    rule, stop = run([3.0, 2.0, 1.5, 1.2], se=math.nan)
+    assert stop is None
+    assert rule.state.onset_step is None
+    assert run([0.7] * 10, se=math.nan)[1] == 12
+
+
 def test_stop_is_final():
     rule, stop = run([3.0] + [0.5] * 9)
     later = rule.update(step=stop + 1, lr=0.1, ratio=50.0)
