@@ -145,3 +145,10 @@ def test_a_coordinate_that_is_hit_once_counts_one_less_two_in_t():
     g = torch.zeros(20, 3, dtype=torch.float64)
     g[4, 0], g[9, 1], g[15, 2] = 0.1, -7.0, 3.0
     assert coordinate_ratio_of(g) == pytest.approx(1 - 2 / 19, rel=1e-6)
+
+
+def test_a_coordinate_with_hardly_any_noise_counts_a_hundred():
+    """A^2 / (T s^2) is far above 100 for the first of them."""
+    g = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 2.0], [1.001, 1.0]] * 5, dtype=torch.float64)
+    expected = whitened_ratio([g.numpy()[:, 1:]])
+    assert coordinate_ratio_of(g) == pytest.approx((100 * 17 / 19 + expected) / 2, rel=1e-9)
