@@ -14,6 +14,7 @@ __all__ = ["NoiseRateEstimate", "double_annotation_rate", "estimate_noise_rate"]
 LARGEST_RATE = 0.49
 MOST_CONFIDENT = 0.1  # the anchor's share of the pairs
 FEWEST_PAIRS = 50
+WIDEST_INTERVAL = 0.25
 _HALF_CHI2 = 1.9207  # half the 95 % point of chi-square with one degree of freedom
 _BINS = 400
 
@@ -43,17 +44,24 @@ class NoiseRateEstimate:
     anchor: float
     num_pairs: int
 
+    @property
+    def determined(self) -> bool:
+        """Whether the interval is narrow enough (0.25) for the rate to mean something."""
+        return self.high - self.low <= WIDEST_INTERVAL
+
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def __str__(self) -> str:
         """One line for people."""
-        return (
-            f"{100 * self.rate:.0f} % of the labels look wrong "
+        interval = (
             f"(95 % interval {100 * self.low:.0f} to {100 * self.high:.0f} %, "
             f"{self.num_pairs} pairs)"
         )
+        if not self.determined:
+            return f"the margins do not tell how many labels are wrong {interval}"
+        return f"{100 * self.rate:.0f} % of the labels look wrong {interval}"
 
 
 def estimate_noise_rate(margins: UntrainedMargins) -> NoiseRateEstimate:

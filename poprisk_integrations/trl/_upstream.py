@@ -3,15 +3,29 @@
 `tests/unit/trl/test_upstream.py` fails first when TRL moves one of these.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+import trl
+from packaging.version import Version
+from torch import Tensor, nn
+from trl.trainer.utils import selective_log_softmax, use_adapter
 
 from poprisk_integrations.trl.forward_recorder import ForwardRecorder
 from poprisk_integrations.trl.pair_log_ratios import pair_log_ratios
 
-__all__ = ["add_metric", "batch_log_ratios", "current_mode"]
+__all__ = [
+    "LIGER_HIDES_LOG_PROBS",
+    "add_metric",
+    "batch_log_ratios",
+    "current_mode",
+    "reference_model",
+]
+
+# Until then use_liger_kernel had a fused loss of its own, which returns no log-probabilities.
+LIGER_HIDES_LOG_PROBS = Version(trl.__version__) < Version("1.14")
 
 
 def current_mode(trainer: Any) -> str:
@@ -22,6 +36,23 @@ def current_mode(trainer: Any) -> str:
 def add_metric(trainer: Any, name: str, value: float) -> None:
     """Have the trainer's next `log` report a number (the mean, if called more than once)."""
     trainer._metrics[current_mode(trainer)][name].append(value)
+
+
+@contextmanager
+def reference_model(trainer: Any) -> Iterator[nn.Module]:
+    """What computes as the reference inside the block, by the rule of `DPOTrainer._compute_loss`.
+
+    Raises:
+        ValueError: If the trainer keeps no reference.
+    """
+    if trainer.ref_model is not None:
+        yield trainer.accelerator.unwrap_model(trainer.ref_model)
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        raise ValueError("There is no reference model in memory (precompute_ref_log_probs).")
+    with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+        yield model
 
 
 def batch_log_ratios(
@@ -35,8 +66,9 @@ def batch_log_ratios(
         recorder: The outputs of its forward passes.
 
     Returns:
-        Shape (B, 2), see `pair_log_ratios`; None where the configuration does not give them. That
-        depends on the configuration alone, so all ranks agree on it.
+        Shape (B, 2), see `pair_log_ratios`, with gradients where the policy's output has them;
+        None where the configuration does not give them. That depends on the configuration alone,
+        so all ranks agree on it.
     """
     policy = _sequence_log_probs(recorder.policy_output, inputs)
     if policy is None:
@@ -62,18 +94,13 @@ def _sequence_log_probs(output: Any, inputs: dict[str, Any]) -> Tensor | None:
         if logits is None:
             return None
         # Prompt-learning adapters put virtual tokens in front, hence positions from the end.
-        logits = logits.detach()[:, -mask.size(1) - 1 : -1]
+        logits = logits[:, -mask.size(1) - 1 : -1]
         targets = inputs["input_ids"][:, 1:]
         if logits.shape[:2] != targets.shape:
             return None
-        # Row by row: a second full-size copy of the logits could exhaust the memory.
-        token_log_probs = torch.stack(
-            [
-                row.gather(-1, target[:, None]).squeeze(-1).float() - row.float().logsumexp(-1)
-                for row, target in zip(logits, targets, strict=True)
-            ]
-        )
-    token_log_probs = token_log_probs.detach()[:, -mask.size(1) :]
+        # Row by row inside: a second full-size copy of the logits could exhaust the memory.
+        token_log_probs = selective_log_softmax(logits, targets)
+    token_log_probs = token_log_probs[:, -mask.size(1) :]
     if token_log_probs.shape != mask.shape:
         return None
     log_probs: Tensor = (token_log_probs.float() * mask).sum(dim=1)

@@ -1,21 +1,40 @@
-"""DPOTrainer with per-pair margins, checks of the data, and a stop without validation data."""
+"""DPOTrainer for preference data with wrong labels: loss, noise rate, flip report and stop."""
 
 # TRL exports lazily and leaves most functions untyped.
 # mypy: disable-error-code="attr-defined,no-untyped-call"
 
 import logging
-from collections import defaultdict
+import re
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerState
 from trl import DPOTrainer
 
+from poprisk_integrations.core.preference_losses import dpo_loss
+from poprisk_integrations.distributed import mean_over_ranks
+from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 from poprisk_integrations.huggingface.registration import PreClipNorm
-from poprisk_integrations.trl._upstream import add_metric, batch_log_ratios, current_mode
+from poprisk_integrations.trl._upstream import (
+    add_metric,
+    batch_log_ratios,
+    current_mode,
+    reference_model,
+)
 from poprisk_integrations.trl.early_stopping import add_stop
+from poprisk_integrations.trl.end_report import describe_end
+from poprisk_integrations.trl.flip_report import FlipReport
 from poprisk_integrations.trl.forward_recorder import ForwardRecorder
+from poprisk_integrations.trl.label_noise import LabelNoise
+from poprisk_integrations.trl.label_noise_callback import LabelNoiseCallback
+from poprisk_integrations.trl.labelled_pairs import LabelledPairs
+from poprisk_integrations.trl.on_policy_kl import on_policy_kl
+from poprisk_integrations.trl.pair_checks import check_vocabulary
+from poprisk_integrations.trl.pair_columns import PAIR_COLUMNS, PairCollator, take_pair_columns
 from poprisk_integrations.trl.pair_log_ratios import margin_metrics
+from poprisk_integrations.trl.pair_records import PairRecords
 from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
 from poprisk_integrations.trl.validation import check_before_work
 
@@ -25,21 +44,33 @@ logger = logging.getLogger(__name__)
 
 
 class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
-    """`trl.DPOTrainer` whose optimizer and stop are made for data with wrong labels.
+    """`trl.DPOTrainer` that says how wrong the labels are, and trains well in spite of them.
 
-    The loss is TRL's own: this class looks at what its forward passes return and adds no pass.
+    It looks at what TRL's forward passes return and adds no pass of its own. In training, the term
+    `sigmoid` of the loss may become that of `args.noise`; evaluations keep TRL's loss.
+
     Beside TRL's metrics it logs, over the pairs since the last log and all ranks:
 
-    - `poprisk/margin_p10`, `poprisk/margin_p50`: quantiles of the pairs' reward margins.
+    - `poprisk/reward_accuracy`: share of pairs ranked as labelled, equal rewards counted half.
+      TRL's `rewards/accuracies` counts them as wrong, hence its 0.0 in the first step, where policy
+      and reference are the same. Both are against the labels, wrong ones too.
+    - `poprisk/margin_p10`, `poprisk/margin_p50`: quantiles of the pairs' reward margins; once the
+      noise rate is known also of the pairs that look clean (`_clean`) and suspect (`_suspect`).
+    - `poprisk/flips_fitted`: share of the suspect pairs that are ranked as labelled.
+    - `poprisk/noise_rate` with `_low` and `_high`, `poprisk/flips_suspected`.
     - `poprisk/kl_data`: mean log-ratio policy / reference on the completions of the data. It is
-      not the on-policy KL divergence, see `margin_metrics`.
+      not the on-policy KL divergence, see `margin_metrics`; that is `poprisk/kl_on_policy`, with
+      `args.on_policy_kl_samples`.
+
+    At the end of training `flip_report.csv`, `flip_report.parquet` and `poprisk_noise.json` are
+    written to `args.output_dir`, and a line says what happened.
 
     Args:
         model: Model or its name, as for `trl.DPOTrainer`.
         ref_model: Reference model, as for `trl.DPOTrainer`.
         args: Settings.
         train_dataset: Preference pairs in one of TRL's formats. Map-style data are checked before
-            anything is loaded.
+            anything is loaded; streamed data have no flip report and no estimate of the noise.
         eval_dataset: Same, or a dict of them. Not needed for the stop.
         callbacks: A `PopRiskEarlyStoppingCallback` among them takes the place of the one that
             `args.stop` would add.
@@ -47,8 +78,9 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
 
     Raises:
         TypeError: If `args` is not a `PopRiskDPOConfig`.
-        ValueError: If the data lack columns, have empty rows or pairs of equal completions, or
-            do not fill one global batch.
+        ValueError: If the data lack columns, have empty rows or pairs of equal completions, ids or
+            weights that are none, or do not fill one global batch; if a noise mode does not go
+            with the data; if the reference has another vocabulary.
         OSError: If `args.output_dir` cannot be written.
     """
 
@@ -69,21 +101,44 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
         if not isinstance(args, PopRiskDPOConfig):
             raise TypeError(f"args must be a PopRiskDPOConfig, not {type(args).__name__}.")
         check_before_work(args, train_dataset, eval_dataset)
-        self._log_ratios: dict[str, list[Tensor]] = defaultdict(list)  # mode -> (B, 2) each
+        self._pairs = LabelledPairs(args, train_dataset)
         self._margins_missing = False
+        self._flips_fitted: float | None = None
         super().__init__(
             model,
             ref_model,
             args,
             data_collator,
-            train_dataset,
+            self._pairs.dataset,
             eval_dataset,
             processing_class,
             compute_metrics,
             callbacks,
             **kwargs,
         )
+        check_vocabulary(self.model, self.ref_model)
+        self._check_on_policy_kl()
+        self.data_collator = PairCollator(self.data_collator)
+        self._pairs.note_dropped(self.train_dataset)
+        self._noise = LabelNoise(len(self._pairs), loss=args.pair_loss, noise_rate=args.noise_rate)
+        self._records = PairRecords(self.accelerator.gather, args.beta, self._noise.margins)
+        self.add_callback(
+            LabelNoiseCallback(
+                self._noise, self._records, self._describe_end, self._save_flip_report
+            )
+        )
         add_stop(self)
+
+    def flip_report(self) -> FlipReport:
+        """The pairs with the probability that their label is wrong, the most suspect first.
+
+        Probabilities come from the margin that a pair had before it was first trained on, with the
+        noise rate that these margins give (or `args.noise_rate`).
+
+        Raises:
+            ValueError: If the data are streamed, or too few pairs have been trained on.
+        """
+        return self._pairs.flip_report(self._noise)
 
     def compute_loss(
         self,
@@ -92,27 +147,161 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """TRL's loss, unchanged; the log-ratios of the batch are kept for the next log."""
+        """TRL's loss, in training with the pairs' loss of the noise mode; keeps log-ratios."""
+        inputs, rows, weights = take_pair_columns(inputs)
         if return_outputs:
             return super().compute_loss(model, inputs, True, num_items_in_batch)
         reference: Any = self.ref_model if self.ref_model is not None else self.model
         with ForwardRecorder(model, reference) as recorder:
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
-        log_ratios = batch_log_ratios(self, inputs, recorder)
-        if log_ratios is not None:
-            self._log_ratios[current_mode(self)].append(self.accelerator.gather(log_ratios))
-        elif not self._margins_missing:
-            self._margins_missing = True
-            logger.warning(
-                "Per-pair margins are not available in this configuration: poprisk/margin_* and "
-                "poprisk/kl_data are not logged. Training is not affected."
-            )
-        return loss
+        mode = current_mode(self)
+        replaced = mode == "train" and self.args.loss_is_replaced
+        with torch.set_grad_enabled(replaced and torch.is_grad_enabled()):
+            log_ratios = batch_log_ratios(self, inputs, recorder)
+        if log_ratios is None:
+            self._without_margins()
+            return loss
+        self._records.add(mode, log_ratios.detach(), rows, self.state.global_step)
+        return self._replaced(loss, log_ratios, rows, weights) if replaced else loss
+
+    def take_log_ratios(self, mode: str) -> tuple[Tensor, Tensor]:
+        """Log-ratios and row numbers of the pairs of all ranks since the last log or call.
+
+        Args:
+            mode: "train" or "eval".
+
+        Returns:
+            Shape (N, 2), chosen and rejected, and shape (N,); a row is -1 where pairs have none.
+        """
+        return self._records.take(mode)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with the margins of the pairs since the last one."""
-        log_ratios = self._log_ratios.pop(current_mode(self), [])
-        if log_ratios:
-            for name, value in margin_metrics(torch.cat(log_ratios), self.args.beta).items():
-                add_metric(self, name, value)
+        for name, value in self._margin_metrics(current_mode(self)).items():
+            add_metric(self, name, value)
         super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the on-policy KL at the end if `args.on_policy_kl_samples` asks."""
+        output = super().train(*args, **kwargs)
+        if self.args.on_policy_kl_samples:
+            self.log({"poprisk/kl_on_policy": self.on_policy_kl()})
+        return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's, with the on-policy KL if `args.on_policy_kl_samples` asks."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if self.args.on_policy_kl_samples:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            kl = {f"{prefix}_poprisk/kl_on_policy": self.on_policy_kl()}
+            self.log(kl)
+            metrics |= kl
+        return metrics
+
+    def on_policy_kl(self, max_new_tokens: int = 64) -> float:
+        """KL(policy || reference) in nats per completion, on `args.on_policy_kl_samples` samples.
+
+        Args:
+            max_new_tokens: Longest completion.
+        """
+        wanted = max(self.args.on_policy_kl_samples, 1)
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        count = -(-wanted // ranks)
+        data: Any = self.train_dataset
+        places = [(rank * count + i) * len(data) // (count * ranks) for i in range(count)]
+        kl, _ = on_policy_kl(
+            self.accelerator.unwrap_model(self.model),
+            lambda: reference_model(self),
+            [data[place]["prompt_ids"] for place in places],
+            max_new_tokens=max_new_tokens,
+            eos_token_id=getattr(self.processing_class, "eos_token_id", None),
+            seed=self.args.seed + rank,
+        )
+        return float(mean_over_ranks(torch.tensor(kl, device=self.accelerator.device)))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, with the flip report beside the model."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:
+            self._save_flip_report(str(output_dir or self.args.output_dir))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns += [name for name in PAIR_COLUMNS if name not in columns]
+
+    def _replaced(
+        self, loss: Tensor, log_ratios: Tensor, rows: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        """The loss with the pairs' term of the noise mode; TRL's own while that mode is off."""
+        pair_loss = self._noise.loss
+        if pair_loss.mode == "off" and weights is None:
+            return loss
+        margins = self.args.beta * (log_ratios[:, 0] - log_ratios[:, 1])
+        p_correct = None
+        if pair_loss.mode == "weights" and self.args.pair_weight_column is None:
+            rows = torch.full_like(margins, -1, dtype=torch.int64) if rows is None else rows
+            p_correct = self._noise.p_correct(rows, margins)
+        ours = pair_loss(margins, weights, p_correct).mean()
+        factor = self.loss_weights[self.loss_types.index("sigmoid")]
+        if len(self.loss_types) == 1 and not self.aux_loss_enabled:
+            return factor * ours
+        # The other terms are TRL's business: take out its term for the pairs, put in ours.
+        return loss + factor * (ours - dpo_loss(margins).mean())
+
+    def _margin_metrics(self, mode: str) -> dict[str, float]:
+        log_ratios, rows = self._records.take(mode)
+        suspect = None
+        if mode == "train" and self._noise.estimate is not None and bool((rows >= 0).all()):
+            suspect = self._noise.suspects()[rows.cpu()]
+        metrics = margin_metrics(log_ratios, self.args.beta, suspect)
+        if mode == "train":
+            self._flips_fitted = metrics.get("poprisk/flips_fitted", self._flips_fitted)
+        return metrics
+
+    def _without_margins(self) -> None:
+        if self.args.noise not in ("off", "auto") or self.args.pair_weight_column is not None:
+            raise ValueError(
+                f"Invalid noise: {self.args.noise!r}. Per-pair margins are not available in this "
+                "configuration: set noise='off'."
+            )
+        if not self._margins_missing:
+            self._margins_missing = True
+            logger.warning(
+                "Per-pair margins are not available in this configuration: poprisk/margin_* and "
+                "poprisk/kl_data are not logged, and the noise rate is not estimated. Training is "
+                "that of TRL."
+            )
+
+    def _check_on_policy_kl(self) -> None:
+        if not self.args.on_policy_kl_samples:
+            return
+        if self.ref_model is None and not hasattr(self.model, "peft_config"):
+            raise ValueError(
+                f"Invalid on_policy_kl_samples: {self.args.on_policy_kl_samples}. With "
+                "precompute_ref_log_probs no reference model is in memory: set it to 0."
+            )
+        if not isinstance(self.train_dataset, Dataset):
+            raise ValueError(
+                f"Invalid on_policy_kl_samples: {self.args.on_policy_kl_samples}. Prompts are "
+                "taken from map-style training data: set it to 0."
+            )
+
+    def _save_flip_report(self, directory: str) -> None:
+        if len(self._pairs) and self._noise.estimate is not None:
+            self.flip_report().save(directory)
+
+    def _describe_end(self, state: TrainerState) -> str:
+        self._margin_metrics("train")
+        stops = [
+            callback.stopping_state
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, PopRiskEarlyStoppingCallback)
+        ]
+        kept = re.search(r"checkpoint-(\d+)$", state.best_model_checkpoint or "")
+        return describe_end(
+            self._noise,
+            flips_fitted=self._flips_fitted,
+            stopping_state=stops[0] if stops else None,
+            kept_step=None if kept is None else int(kept.group(1)),
+        )

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["config_options", "pairs", "save_model", "tiny_model", "tiny_tokenizer"]
+__all__ = ["config_options", "easy_pairs", "pairs", "save_model", "tiny_model", "tiny_tokenizer"]
 
 # deepspeed, where installed, sets it on import, and accelerate imports it late: in the midst of a
 # test, which would then look as if it leaked into the environment.
@@ -33,6 +33,23 @@ def pairs(count: int = 16, seed: int = 0) -> Dataset:
                 "chosen": " " + " ".join([prompt[-1], *tail]),
                 "rejected": " " + " ".join([other, *tail[:2]]),
             }
+        )
+    return Dataset.from_list(rows)
+
+
+def easy_pairs(count: int, seed: int = 0) -> Dataset:
+    """Pairs of which a few steps learn the rule: most words of the chosen are of the first half."""
+    rng = random.Random(seed)
+    half = len(_WORDS) // 2
+    rows = []
+    for _ in range(count):
+        good, bad = (
+            [rng.choice(part if rng.random() < 0.9 else _WORDS) for _ in range(5)]
+            for part in (_WORDS[:half], _WORDS[half:])
+        )
+        prompt = " ".join(rng.choices(_WORDS, k=3))
+        rows.append(
+            {"prompt": prompt, "chosen": f" {' '.join(good)}", "rejected": f" {' '.join(bad)}"}
         )
     return Dataset.from_list(rows)
 

@@ -77,7 +77,7 @@ def test_quantiles_are_over_all_pairs_since_the_last_log(tmp_path: Path) -> None
 def test_nothing_is_left_between_logs(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     trainer.train()
-    assert not any(trainer._log_ratios.values())
+    assert len(trainer._records.take("train")[0]) == 0
     for model in (trainer.model, trainer.ref_model):
         assert not model._forward_hooks
         assert not model._forward_pre_hooks

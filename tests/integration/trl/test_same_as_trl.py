@@ -29,8 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "several losses": {"loss_type": ["sigmoid", "robust", "sft"], "label_smoothing": 0.1},
     "evaluation": {"eval_strategy": "steps", "eval_steps": 2},
 }
-QUIET = {"stop": False}
-MONITOR = {"stop": True, "stop_action": "monitor", "stop_window": 4}
+QUIET = {"stop": False, "noise": "off"}
+MONITOR = {"stop": True, "noise": "off", "stop_action": "monitor", "stop_window": 4}
 PLAIN = ["full", "lora", "precomputed", "accumulation"]
 RUNS = [(case, MONITOR) for case in CASES] + [(case, QUIET) for case in PLAIN]
 

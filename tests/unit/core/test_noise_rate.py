@@ -88,6 +88,8 @@ def test_margins_without_information_say_so() -> None:
     rng = np.random.default_rng(0)
     estimate = estimate_noise_rate(record_of(rng.normal(size=1000)))
     assert estimate.high - estimate.low > 0.3
+    assert not estimate.determined
+    assert str(estimate).startswith("the margins do not tell how many labels are wrong (95 %")
     nothing = estimate_noise_rate(record_of(np.zeros(100)))
     assert (nothing.low, nothing.high, nothing.slope) == (0.0, 0.49, 0.0)
     assert nothing.upper_bound == 0.5

@@ -13,7 +13,8 @@ def test_rows_are_pairs_and_first_column_is_chosen() -> None:
     ratios = pair_log_ratios(policy, reference)
     assert ratios.tolist() == [[0.5, 0.0], [0.5, 0.0], [0.5, 1.0]]
     assert ratios.dtype == torch.float32
-    assert not ratios.requires_grad
+    (grad,) = torch.autograd.grad(ratios[:, 0].sum() - ratios[:, 1].sum(), policy)
+    assert grad.tolist() == [1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
 
 
 def test_metrics_equal_a_float64_twin() -> None:
@@ -23,6 +24,7 @@ def test_metrics_equal_a_float64_twin() -> None:
     assert metrics == pytest.approx(
         {
             "poprisk/kl_data": ratios.mean(),
+            "poprisk/reward_accuracy": np.mean(margins > 0),
             "poprisk/margin_p10": np.quantile(margins, 0.1),
             "poprisk/margin_p50": np.median(margins),
         },
@@ -32,3 +34,22 @@ def test_metrics_equal_a_float64_twin() -> None:
 
 def test_no_pair_gives_no_metric() -> None:
     assert margin_metrics(torch.empty(0, 2), beta=0.1) == {}
+
+
+def test_equal_rewards_count_half() -> None:
+    ratios = torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0], [0.0, 0.0]])
+    assert margin_metrics(ratios, beta=0.1)["poprisk/reward_accuracy"] == 0.5
+
+
+def test_suspect_pairs_are_told_from_the_others() -> None:
+    margins = torch.tensor([3.0, 1.0, -1.0, -2.0, 0.5])
+    ratios = torch.stack([margins, torch.zeros(5)], dim=1)
+    suspect = torch.tensor([False, False, True, True, True])
+    metrics = margin_metrics(ratios, beta=1.0, suspect=suspect)
+    assert metrics["poprisk/flips_fitted"] == pytest.approx(1 / 3)
+    assert metrics["poprisk/margin_p50_clean"] == 2.0
+    assert metrics["poprisk/margin_p50_suspect"] == -1.0
+    assert metrics["poprisk/margin_p10_suspect"] == pytest.approx(-1.8)
+    none = margin_metrics(ratios, beta=1.0, suspect=torch.zeros(5, dtype=torch.bool))
+    assert not any("suspect" in name or "fitted" in name for name in none)
+    assert none["poprisk/margin_p50_clean"] == none["poprisk/margin_p50"]

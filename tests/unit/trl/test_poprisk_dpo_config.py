@@ -23,7 +23,8 @@ def config(tmp_path: Path, **options: Any) -> PopRiskDPOConfig:
 def test_defaults(tmp_path: Path) -> None:
     ours = config(tmp_path)
     assert ours.optim == "poprisk_adamw"
-    assert (ours.noise, ours.noise_rate, ours.stop, ours.stop_window) == ("off", None, True, "auto")
+    assert (ours.noise, ours.noise_rate) == ("auto", None)
+    assert (ours.stop, ours.stop_window) == (True, "auto")
     theirs = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     different = {
         f.name for f in fields(DPOConfig) if getattr(ours, f.name) != getattr(theirs, f.name)
@@ -34,31 +35,91 @@ def test_defaults(tmp_path: Path) -> None:
 def test_every_own_field_has_a_help_text() -> None:
     own = {f.name: f for f in fields(PopRiskDPOConfig)}.keys() - {f.name for f in fields(DPOConfig)}
     assert own == {
-        "noise", "noise_rate", "pair_id_column", "pair_weight_column", "stop", "stop_kappa",
+        "noise", "noise_rate", "pair_id_column", "pair_weight_column", "rdpo_max_margin",
+        "holder_gamma", "on_policy_kl_samples", "stop", "stop_kappa",
         "stop_window", "stop_threshold", "stop_min_steps", "stop_action", "stop_restore",
     }  # fmt: skip
     for field in fields(PopRiskDPOConfig):
         assert field.metadata.get("help") or field.name not in {*own, "optim"}, field.name
 
 
-@pytest.mark.parametrize("noise", ["cdpo", "rdpo", "holder", "weights", "auto", "none"])
-def test_noise_modes_are_refused_by_name(tmp_path: Path, noise: str) -> None:
-    with pytest.raises(ValueError, match=f"noise: '{noise}'. Only 'off' is available in this"):
-        config(tmp_path, noise=noise)
+@pytest.mark.parametrize("noise", ["off", "cdpo", "rdpo", "holder", "weights", "auto"])
+def test_noise_modes(tmp_path: Path, noise: str) -> None:
+    ours = config(tmp_path, noise=noise)
+    assert ours.loss_is_replaced == (noise != "off")
+    assert (ours.pair_loss.mode, ours.pair_loss.max_margin, ours.pair_loss.gamma) == (noise, 4, 2)
+
+
+def test_unknown_mode_and_bare_off_of_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"noise: 'none'. Must be one of \('off', 'cdpo'"):
+        config(tmp_path, noise="none")
+    assert config(tmp_path, noise=False).noise == "off"
+
+
+@pytest.mark.parametrize("rate", [-0.01, 0.5, 1.0, float("nan")])
+def test_noise_rate_out_of_range(tmp_path: Path, rate: float) -> None:
+    with pytest.raises(ValueError, match=r"Invalid noise_rate: .*Must be in \[0, 0.5\)"):
+        config(tmp_path, noise_rate=rate)
 
 
 @pytest.mark.parametrize(
-    "option", [{"noise_rate": 0.3}, {"pair_id_column": "id"}, {"pair_weight_column": "weight"}]
+    ("options", "message"),
+    [
+        ({"noise": "off", "noise_rate": 0.3}, "noise_rate: 0.3. noise='off' makes no use"),
+        ({"noise": "holder", "noise_rate": 0.3}, "noise_rate: 0.3. noise='holder' makes no use"),
+        ({"noise": "off", "pair_weight_column": "w"}, "pair_weight_column: 'w'. noise='off'"),
+        ({"rdpo_max_margin": 0.0}, "rdpo_max_margin: 0.0"),
+        ({"rdpo_max_margin": float("inf")}, "rdpo_max_margin: inf"),
+        ({"holder_gamma": -1.0}, "holder_gamma: -1.0"),
+        ({"on_policy_kl_samples": -1}, "on_policy_kl_samples: -1"),
+        ({"noise": "rdpo", "rdpo_max_margin": None, "stop": False}, "nothing bounds the loss"),
+    ],
 )
-def test_options_of_later_versions_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
-    (name,) = option
-    with pytest.raises(ValueError, match=f"Invalid {name}: .* not available in this version"):
-        config(tmp_path, **option)
+def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_the_published_rdpo_is_to_be_had_with_the_stop(tmp_path: Path) -> None:
+    assert config(tmp_path, noise="rdpo", rdpo_max_margin=None).pair_loss.max_margin is None
+
+
+OTHER_LOSSES = [
+    ({"loss_type": "ipo"}, r"loss_type: \['ipo'\]. noise='rdpo' stands in for the loss 'sigmoid'"),
+    ({"loss_type": ["hinge", "sft"]}, "loss_type: "),
+    ({"loss_type": ["sigmoid", "sigmoid"]}, "each may occur once"),
+    ({"f_divergence_type": "js_divergence"}, "f_divergence_type: 'js_divergence'"),
+    ({"ld_alpha": 0.5}, "ld_alpha: 0.5"),
+    ({"use_weighting": True}, "use_weighting: True"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OTHER_LOSSES)
+def test_losses_without_a_form_for_wrong_labels(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, noise="rdpo", **options)
+    with pytest.raises(ValueError, match=r"pair_weight_column='w'|loss_type|which pair_weight"):
+        config(tmp_path, pair_weight_column="w", **options)
+    # The default gets in nobody's way.
+    assert not config(tmp_path, **options).loss_is_replaced
+    assert not config(tmp_path, noise="off", **options).loss_is_replaced
+
+
+def test_sigmoid_among_other_terms(tmp_path: Path) -> None:
+    assert config(tmp_path, noise="rdpo", loss_type=["sft", "sigmoid"]).loss_is_replaced
+
+
+def test_sampling_needs_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"on_policy_kl_samples: 4. Sampling needs the whole"):
+        config(tmp_path, on_policy_kl_samples=4)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", ["sigmoid"], ["sigmoid", "sft"], "ipo", "hinge"])
 def test_label_smoothing_without_effect_is_refused(tmp_path: Path, loss_type: Any) -> None:
-    with pytest.raises(ValueError, match=r"label_smoothing: 0.1. TRL .* loss_type='robust'"):
+    with pytest.raises(ValueError, match=r"label_smoothing: 0.1. TRL .* noise_rate=0.1 with"):
         config(tmp_path, loss_type=loss_type, label_smoothing=0.1)
 
 
@@ -109,6 +170,7 @@ def test_rebuilding_from_a_dict_and_replace(tmp_path: Path) -> None:
         (["--stop", "false"], {"stop": False}),
         (["--stop_restore", "none", "--stop_kappa", "3"], {"stop_restore": None, "stop_kappa": 3}),
         (["--optim", "adamw_torch"], {"optim": "adamw_torch"}),
+        (["--noise", "rdpo", "--noise_rate", "0.2"], {"noise": "rdpo", "noise_rate": 0.2}),
     ],
 )
 def test_command_line(tmp_path: Path, arguments: list[str], expected: dict[str, Any]) -> None:

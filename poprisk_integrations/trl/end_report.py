@@ -1,0 +1,47 @@
+"""One line about how a DPO run on noisy labels ended."""
+
+from typing import Any
+
+from poprisk_integrations.trl.label_noise import LabelNoise
+
+__all__ = ["describe_end"]
+
+
+def describe_end(
+    noise: LabelNoise,
+    *,
+    flips_fitted: float | None = None,
+    stopping_state: dict[str, Any] | None = None,
+    kept_step: int | None = None,
+) -> str:
+    """What happened, for people: noise rate, suspects fitted, memorising since when, what was kept.
+
+    Args:
+        noise: After training.
+        flips_fitted: Share of the suspect pairs that are ranked as labelled; None if unknown.
+        stopping_state: Of the stop, see `core.StoppingState`; None without one.
+        kept_step: Step of the checkpoint that was kept as the best; None if none was.
+
+    Example:
+        >>> from poprisk_integrations.trl.pair_loss import PairLoss
+        >>> noise = LabelNoise(10, loss=PairLoss())
+        >>> describe_end(noise, stopping_state={"onset_step": 310}, kept_step=290)
+        'noise rate not estimated; memorising since step 310; kept step 290'
+    """
+    parts = ["noise rate not estimated" if noise.estimate is None else str(noise.estimate)]
+    if noise.rate is not None:
+        suspects = int(noise.suspects().sum()) if int(noise.margins.seen.sum()) else 0
+        if suspects:
+            fitted = "" if flips_fitted is None else f", {100 * flips_fitted:.0f} % of them fitted"
+            parts.append(f"{suspects} suspect pairs{fitted}")
+    if noise.loss.mode != "off":
+        rate = "" if noise.loss.mode == "holder" else f" at noise rate {noise.loss.noise_rate:.2f}"
+        parts.append(f"loss {noise.loss.mode}{rate}")
+    onset = None if stopping_state is None else stopping_state.get("onset_step")
+    if onset is not None:
+        parts.append(f"memorising since step {onset}")
+    elif stopping_state is not None:
+        parts.append("no sign of memorising")
+    if kept_step is not None:
+        parts.append(f"kept step {kept_step}")
+    return "; ".join(parts)

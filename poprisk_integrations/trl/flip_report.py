@@ -1,0 +1,332 @@
+"""The table of a run's preference pairs, those first whose label is most probably wrong."""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+__all__ = [
+    "ACTIONS",
+    "DROP_AT",
+    "FLIP_REPORT",
+    "REVIEW_AT",
+    "SWAP_AT",
+    "FlipReport",
+    "suggested_actions",
+]
+
+FLIP_REPORT = "flip_report"  # name of the files, without their suffix
+
+# From which probability of a wrong label on an action is suggested.
+SWAP_AT = 0.9  # exchanged, a label is right nine times in ten
+DROP_AT = 0.5  # more probably wrong than right
+REVIEW_AT = 0.3  # worth a look by a person; below, the pair is kept
+ACTIONS = ("swap", "drop", "review", "keep", "unseen", "too_long")
+
+_COLUMNS = ("pair_id", "row", "probability_wrong", "margin", "step", "action")
+
+
+def suggested_actions(probability_wrong: Sequence[float]) -> list[str]:
+    """What to do with pairs, by the probability that their label is wrong.
+
+    Args:
+        probability_wrong: Each in [0, 1], or NaN where no margin was taken.
+
+    Returns:
+        "swap" from 0.9 on, "drop" from 0.5, "review" from 0.3, "keep" below; "unseen" for NaN.
+
+    Example:
+        >>> suggested_actions([0.95, 0.9, 0.5, 0.3, 0.1, math.nan])
+        ['swap', 'swap', 'drop', 'review', 'keep', 'unseen']
+    """
+    p = np.asarray(probability_wrong, dtype=np.float64)
+    conditions = [np.isnan(p), p >= SWAP_AT, p >= DROP_AT, p >= REVIEW_AT]
+    chosen: list[str] = np.select(conditions, ["unseen", "swap", "drop", "review"], "keep").tolist()
+    return chosen
+
+
+class FlipReport:
+    """Preference pairs with the probability that their label is wrong, the most suspect first.
+
+    Pairs without a probability come last; equal ones are in the order of their margins.
+
+    Args:
+        pair_id: The user's ids, all text or all integers, or the row numbers; unique.
+        row: Row numbers in the training data as they were passed to the trainer, before any pair
+            was dropped; >= 0, unique.
+        probability_wrong: In [0, 1]; NaN where no margin was taken.
+        margin: From before the pair was trained on, reward units; NaN where none was taken, or
+            where it was not finite.
+        step: Optimizer steps done when it was taken; -1 where none was.
+        action: One of `ACTIONS` for each pair; `suggested_actions` by default. "too_long" is for
+            pairs that TRL dropped since their prompt fills `max_length`.
+
+    Raises:
+        ValueError: If the columns do not fit together or hold what they cannot.
+
+    Example:
+        >>> report = FlipReport(
+        ...     pair_id=["a", "b", "c"],
+        ...     row=[0, 1, 2],
+        ...     probability_wrong=[0.1, 0.95, math.nan],
+        ...     margin=[1.5, -2.0, math.nan],
+        ...     step=[0, 3, -1],
+        ... )
+        >>> print(report)
+        3 pairs, 1.1 wrong labels expected: 1 swap, 0 drop, 0 review, 1 keep, 1 unseen
+        >>> report.top(1)["pair_id"].tolist()
+        ['b']
+    """
+
+    def __init__(
+        self,
+        *,
+        pair_id: Sequence[str] | Sequence[int],
+        row: Sequence[int],
+        probability_wrong: Sequence[float],
+        margin: Sequence[float],
+        step: Sequence[int],
+        action: Sequence[str] | None = None,
+    ) -> None:
+        if action is None:
+            action = suggested_actions(probability_wrong)
+        given = (pair_id, row, probability_wrong, margin, step, action)
+        lengths = {name: len(values) for name, values in zip(_COLUMNS, given, strict=True)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"The columns of a flip report must be of one length, not {lengths}.")
+        frame = pd.DataFrame(
+            {
+                "pair_id": _ids(pair_id),
+                "row": _integers("row", row, smallest=0),
+                "probability_wrong": np.asarray(probability_wrong, dtype=np.float64),
+                "margin": np.asarray(margin, dtype=np.float64),
+                "step": _integers("step", step, smallest=-1),
+                "action": pd.Series(list(action), dtype=str),
+            }
+        )
+        _check(frame)
+        self._frame = frame.sort_values(
+            ["probability_wrong", "margin", "row"],
+            ascending=[False, True, True],
+            na_position="last",
+        ).reset_index(drop=True)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._frame)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        summary = self.summary()
+        always = ("swap", "drop", "review", "keep")
+        counts = [f"{n} {name}" for name, n in summary["actions"].items() if n or name in always]
+        return (
+            f"{len(self)} pairs, {summary['expected_wrong']:.1f} wrong labels expected: "
+            f"{', '.join(counts)}"
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self}\n{self._frame!r}"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return f"<p>{self}</p>{self._frame.to_html(max_rows=20, index=False)}"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The table, as a copy."""
+        return self._frame.copy()
+
+    def top(self, count: int) -> pd.DataFrame:
+        """The pairs whose label is most probably wrong.
+
+        Args:
+            count: How many, >= 0; fewer where there are fewer. Pairs without a probability are
+                never among them.
+        """
+        return self._frame[self._frame["probability_wrong"].notna()].head(count).copy()
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and the expected number of wrong labels.
+
+        Returns:
+            `num_pairs`; `num_scored`, those with a probability; `expected_wrong`, the sum of the
+            probabilities; `actions`, a count for each of `ACTIONS`.
+        """
+        counts = self._frame["action"].value_counts()
+        p = self._frame["probability_wrong"]
+        return {
+            "num_pairs": len(self),
+            "num_scored": int(p.notna().sum()),
+            "expected_wrong": float(p.sum()),
+            "actions": {name: int(counts.get(name, 0)) for name in ACTIONS},
+        }
+
+    def save(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """Write `flip_report.csv` and `flip_report.parquet`, each under another name first.
+
+        In the CSV text is quoted and numbers are not, which is how `load` tells the id "7" from 7.
+
+        Args:
+            directory: Is made if it does not exist.
+
+        Returns:
+            The two paths.
+        """
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        frame, base = self._frame, Path(directory) / FLIP_REPORT
+
+        def write_csv(path: Path) -> None:
+            frame.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC, encoding="utf-8")
+
+        return [
+            _written(base.with_suffix(".csv"), write_csv),
+            _written(
+                base.with_suffix(".parquet"), lambda path: frame.to_parquet(path, index=False)
+            ),
+        ]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "FlipReport":
+        """Read a report.
+
+        Args:
+            path: A `.parquet` or `.csv` file, or a directory with `flip_report.parquet` or, failing
+                that, `flip_report.csv`. Further columns are not read.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If the file is no flip report; the message names the file.
+        """
+        file = _find(Path(path))
+        try:
+            columns = _read_parquet(file) if file.suffix == ".parquet" else _read_csv(file)
+            return cls(**columns)
+        except (ValueError, csv.Error) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{str(file)!r} is not a flip report: {reason}") from None
+
+
+def _ids(values: Sequence[Any]) -> pd.Series:
+    ids = list(values)
+    if all(isinstance(value, str) for value in ids):
+        return pd.Series(ids, dtype=str)
+    for value in ids:
+        if not isinstance(value, (str, int, np.integer)) or isinstance(value, bool):
+            raise ValueError(f"Invalid pair_id: {value!r}. Must be text or an integer.")
+    if any(isinstance(value, str) for value in ids):
+        raise ValueError("Invalid pair_id: some are text and some integers. Use one of them.")
+    series = pd.Series([int(value) for value in ids])
+    if series.dtype.kind not in "iu":
+        raise ValueError("Invalid pair_id: integers must fit 64 bits. Use text.")
+    return series
+
+
+def _integers(name: str, values: Sequence[int], smallest: int) -> np.ndarray:
+    array = np.asarray(values)
+    if len(array) == 0:
+        return np.zeros(0, dtype=np.int64)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"Invalid {name}: must be integers, not {array.dtype}.")
+    if array.min() < smallest:
+        raise ValueError(f"Invalid {name}: {array.min()}. Must be >= {smallest}.")
+    return array.astype(np.int64)
+
+
+def _check(frame: pd.DataFrame) -> None:
+    for name in ("pair_id", "row"):
+        twice = frame[name].duplicated()
+        if twice.any():
+            value = frame[name][twice].tolist()[0]
+            raise ValueError(f"Invalid {name}: {value!r} occurs more than once.")
+    p, margin = frame["probability_wrong"], frame["margin"]
+    _refuse("probability_wrong", p[~(p.isna() | p.between(0, 1))], "Must be in [0, 1], or NaN.")
+    _refuse("margin", margin[np.isinf(margin)], "Must be finite, or NaN.")
+    _refuse("probability_wrong", p[p.notna() & margin.isna()], "There is no margin to it.")
+    _refuse("margin", margin[margin.notna() & (frame["step"] < 0)], "There is no step to it.")
+    action = frame["action"]
+    _refuse("action", action[~action.isin(ACTIONS)], f"Must be one of {', '.join(ACTIONS)}.")
+
+
+def _refuse(name: str, wrong: pd.Series, rule: str) -> None:
+    if len(wrong):
+        raise ValueError(f"Invalid {name}: {wrong.tolist()[0]!r}. {rule}")
+
+
+def _written(path: Path, write: Callable[[Path], None]) -> Path:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _find(path: Path) -> Path:
+    if path.is_dir():
+        for suffix in (".parquet", ".csv"):
+            if (path / f"{FLIP_REPORT}{suffix}").is_file():
+                return path / f"{FLIP_REPORT}{suffix}"
+        raise FileNotFoundError(f"no {FLIP_REPORT}.parquet or {FLIP_REPORT}.csv in {str(path)!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no flip report at {str(path)!r}")
+    if path.suffix not in (".parquet", ".csv"):
+        raise ValueError(f"{str(path)!r} is not a flip report: neither .parquet nor .csv.")
+    return path
+
+
+def _read_parquet(path: Path) -> dict[str, Any]:
+    frame = pd.read_parquet(path)
+    _require_columns(list(frame.columns))
+    return {name: frame[name].tolist() for name in _COLUMNS}
+
+
+def _read_csv(path: Path) -> dict[str, Any]:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
+        text = file.read()
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = next(lines, [])
+    _require_columns(header)
+    records = [line for line in lines if line]
+    for number, record in enumerate(records, start=1):
+        if len(record) != len(header):
+            raise ValueError(f"record {number} has {len(record)} of {len(header)} values.")
+    columns: dict[str, list[Any]] = {
+        name: [record[header.index(name)] for record in records] for name in _COLUMNS
+    }
+    numbers: dict[str, type] = {
+        "row": int,
+        "step": int,
+        "probability_wrong": float,
+        "margin": float,
+    }
+    for name, kind in numbers.items():
+        columns[name] = _parsed(name, columns[name], kind)
+    quoted = header[0] == "pair_id" and text.partition("\n")[2].startswith('"')
+    if not quoted:  # integers of ours, or anything that a spreadsheet has saved again
+        with suppress(ValueError):
+            columns["pair_id"] = [int(value) for value in columns["pair_id"]]
+    return columns
+
+
+def _parsed(name: str, values: list[str], kind: type) -> list[Any]:
+    parsed = []
+    for value in values:
+        try:
+            parsed.append(math.nan if value == "" and kind is float else kind(value))
+        except ValueError:
+            raise ValueError(f"Invalid {name}: {value!r} is no {kind.__name__}.") from None
+    return parsed
+
+
+def _require_columns(found: list[str]) -> None:
+    missing = [name for name in _COLUMNS if name not in found]
+    if missing:
+        raise ValueError(f"it has no column {' and no column '.join(map(repr, missing))}.")

@@ -1,0 +1,157 @@
+"""What a run knows about its labels, and the loss that follows from it."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poprisk_integrations.core.flip_probability import flip_probability
+from poprisk_integrations.core.noise_rate import NoiseRateEstimate, estimate_noise_rate
+from poprisk_integrations.core.untrained_margins import UntrainedMargins
+from poprisk_integrations.trl.pair_loss import PairLoss
+
+__all__ = ["AUTO_MODE", "LARGEST_USED_RATE", "SUSPECT", "LabelNoise"]
+
+# Chosen by recipes/benchmarks/noisy_dpo, on its selection seeds.
+AUTO_MODE = "rdpo"
+# Over-stating the rate is worse than under-stating it: rdpo's push grows like 1 / (1 - 2 e).
+LARGEST_USED_RATE = 0.35
+# A pair is suspect if its label is more probably wrong than right.
+SUSPECT = 0.5
+
+
+class LabelNoise:
+    """Margins from before training, the noise rate they give, and the loss in force.
+
+    Until the rate is known, by `noise_rate` or by `update_estimate`, the loss is DPO's.
+
+    Args:
+        num_pairs: Rows of the training data, before any was dropped.
+        loss: The mode that was asked for with its options; "auto" is resolved when the estimate is
+            there. A `noise_rate` in it is not used.
+        noise_rate: As given by the user; None to estimate.
+
+    Attributes:
+        margins: The record that everything is estimated from.
+        estimate: The estimate, or None before there is one.
+        estimate_step: Optimizer step at which it was made.
+
+    Example:
+        >>> noise = LabelNoise(4, loss=PairLoss(mode="rdpo"), noise_rate=0.2)
+        >>> noise.loss.noise_rate
+        0.2
+    """
+
+    def __init__(self, num_pairs: int, *, loss: PairLoss, noise_rate: float | None = None) -> None:
+        self.margins = UntrainedMargins(num_pairs)
+        self.estimate: NoiseRateEstimate | None = None
+        self.estimate_step: int | None = None
+        self._asked = loss
+        self._given = noise_rate
+        self._p_correct: Tensor | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """The rate in use: the user's, else the estimate up to 0.35.
+
+        None before there is an estimate, and where the margins do not determine it.
+        """
+        if self._given is not None:
+            return self._given
+        if self.estimate is None or not self.estimate.determined:
+            return None
+        return min(self.estimate.rate, LARGEST_USED_RATE)
+
+    @property
+    def loss(self) -> PairLoss:
+        """The loss in force."""
+        mode, rate = self._asked.mode, self.rate
+        if mode == "auto":
+            mode = AUTO_MODE
+            if self._given is None and (self.estimate is None or self.estimate.low == 0.0):
+                mode = "off"  # no sign of wrong labels
+        if mode in ("off", "holder"):
+            return replace(self._asked, mode=mode)
+        if rate is None:
+            return replace(self._asked, mode="off")
+        return replace(self._asked, mode=mode, noise_rate=rate)
+
+    @property
+    def slope(self) -> float:
+        """Log-odds per unit of margin: the estimate's, 1 (Bradley-Terry's own) before it."""
+        return 1.0 if self.estimate is None else self.estimate.slope
+
+    def p_correct(self, rows: Tensor, margins: Tensor) -> Tensor | None:
+        """Probability that the labels of a batch are right, from margins before training.
+
+        Args:
+            rows: Shape (B,).
+            margins: Shape (B,), of the present forward pass: used for rows that have no earlier
+                margin, which have not been trained on either. Detached.
+
+        Returns:
+            Shape (B,), or None while the rate is unknown.
+        """
+        rate = self.rate
+        if rate is None:
+            return None
+        present = 1 - flip_probability(margins.detach(), rate, self.slope)
+        if self._p_correct is None:
+            return present
+        if self._p_correct.device != rows.device:
+            self._p_correct = self._p_correct.to(rows.device)
+        known = self._p_correct[rows].to(present)
+        return torch.where(known.isnan(), present, known)
+
+    def update_estimate(self, step: int) -> None:
+        """Estimate from the margins recorded so far.
+
+        Args:
+            step: Optimizer step.
+
+        Raises:
+            ValueError: If there are too few.
+        """
+        self.estimate = estimate_noise_rate(self.margins)
+        self.estimate_step = step
+        self._p_correct = (1 - self.probability_wrong()).to(torch.float32)
+
+    def probability_wrong(self) -> Tensor:
+        """Shape (num_pairs,), fp64: posterior of a wrong label; NaN where there is no margin.
+
+        Raises:
+            ValueError: If no rate is known.
+        """
+        if self._given is not None:
+            rate = self._given
+        elif self.estimate is None:
+            raise ValueError("The noise rate is not known yet.")
+        else:
+            rate = self.estimate.rate
+        return flip_probability(self.margins.margin, rate, self.slope)
+
+    def suspects(self) -> Tensor:
+        """Boolean, shape (num_pairs,): labels that are more probably wrong than right."""
+        return self.probability_wrong() >= SUSPECT
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors, and text for the metadata of the file that holds them."""
+        estimate = None if self.estimate is None else self.estimate.to_json()
+        text = {"estimate": json.dumps(estimate), "step": json.dumps(self.estimate_step)}
+        return self.margins.state_dict(), text
+
+    def load_state_dict(self, tensors: dict[str, Tensor], text: dict[str, Any]) -> None:
+        """Continue from what was saved.
+
+        Raises:
+            ValueError: If it is of a data set of another size.
+        """
+        self.margins.load_state_dict(tensors)
+        saved = json.loads(text["estimate"])
+        self.estimate = None if saved is None else NoiseRateEstimate(**saved)
+        self.estimate_step = json.loads(text["step"])
+        self._p_correct = None
+        if self.estimate is not None:
+            self._p_correct = (1 - self.probability_wrong()).to(torch.float32)

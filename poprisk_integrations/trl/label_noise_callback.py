@@ -1,0 +1,157 @@
+"""Estimates the noise rate at the right moment, logs it, saves it, and says how the run ended."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from poprisk_integrations.core.noise_rate import FEWEST_PAIRS
+from poprisk_integrations.huggingface.callbacks.epoch_length import steps_per_epoch
+from poprisk_integrations.huggingface.log_metrics import MetricsCallback
+from poprisk_integrations.huggingface.registration import checkpoint_directory
+from poprisk_integrations.trl.label_noise import LabelNoise
+from poprisk_integrations.trl.pair_records import PairRecords
+
+__all__ = ["LABELS_FILE", "NOISE_REPORT", "LabelNoiseCallback"]
+
+LABELS_FILE = "poprisk_labels.safetensors"
+NOISE_REPORT = "poprisk_noise.json"
+
+logger = logging.getLogger(__name__)
+
+
+class LabelNoiseCallback(MetricsCallback):
+    """Watches the first pass over the pairs.
+
+    The noise rate is estimated after half of the first epoch and again at its end, from the margins
+    of pairs that had not been trained on; later margins are memorised and never used. All ranks
+    hold the same margins, and so the same estimate.
+
+    Args:
+        noise: Holds margins and estimate.
+        records: Gathers the margins of all ranks.
+        describe: One line on how the run ended.
+        save_report: Writes the flip report to a directory, if there is anything to report.
+    """
+
+    def __init__(
+        self,
+        noise: LabelNoise,
+        records: PairRecords,
+        describe: Callable[[TrainerState], str],
+        save_report: Callable[[str], None],
+    ) -> None:
+        self.noise = noise
+        self.records = records
+        self._describe = describe
+        self._save_report = save_report
+        self._estimate_at: set[int] = set()
+
+    def metrics(self) -> dict[str, float]:
+        """`poprisk/noise_rate` with its interval, and how many pairs are suspect."""
+        estimate = self.noise.estimate
+        if estimate is None:
+            return {}
+        return {
+            "poprisk/noise_rate": estimate.rate,
+            "poprisk/noise_rate_low": estimate.low,
+            "poprisk/noise_rate_high": estimate.high,
+            "poprisk/flips_suspected": float(self.noise.suspects().sum()),
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Plan the estimates, and continue from a checkpoint."""
+        epoch = steps_per_epoch(kwargs.get("train_dataloader"), args.gradient_accumulation_steps)
+        self._estimate_at = set() if epoch is None else {epoch // 2, epoch} - {0}
+        if state.global_step > 0:
+            self._resume(state)
+        if len(self.noise.margins) < FEWEST_PAIRS and state.is_world_process_zero:
+            logger.warning(
+                "train_dataset has %d pairs; an estimate of the noise rate needs %d. Give "
+                "noise_rate, or the loss stays that of DPO.",
+                len(self.noise.margins),
+                FEWEST_PAIRS,
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Estimate in the middle and at the end of the first epoch."""
+        if state.global_step in self._estimate_at:
+            self._update(state.global_step)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put margins and estimate beside Trainer's files."""
+        self.records.flush()
+        directory = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+        if not (state.is_world_process_zero and os.path.isdir(directory)):
+            return
+        tensors, text = self.noise.state_dict()
+        path = os.path.join(directory, LABELS_FILE)
+        save_file(tensors, f"{path}.tmp", metadata=text)
+        os.replace(f"{path}.tmp", path)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the flip report and the noise rate, and say how the run ended."""
+        self.records.flush()
+        if self.noise.estimate is None:
+            self._update(state.global_step)
+        if not state.is_world_process_zero:
+            return
+        line = self._describe(state)
+        os.makedirs(str(args.output_dir), exist_ok=True)
+        self._save_report(str(args.output_dir))
+        estimate = self.noise.estimate
+        report = {
+            **(
+                {"rate": None, "num_pairs": int(self.noise.margins.seen.sum())}
+                if estimate is None
+                else estimate.to_json()
+            ),
+            "method": "maximum likelihood on margins from before training",
+            "estimated_at_step": self.noise.estimate_step,
+            "rate_in_use": self.noise.rate,
+            "loss": self.noise.loss.mode,
+            "diagnosis": line,
+        }
+        path = os.path.join(str(args.output_dir), NOISE_REPORT)
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=2, allow_nan=False)
+            file.write("\n")
+        os.replace(f"{path}.tmp", path)
+        tqdm.write(f"poprisk: {line}", file=sys.stderr)  # leaves progress bars whole
+
+    def _update(self, step: int) -> None:
+        self.records.flush()
+        if int(self.noise.margins.margin.isfinite().sum()) >= FEWEST_PAIRS:
+            self.noise.update_estimate(step)
+
+    def _resume(self, state: TrainerState) -> None:
+        directory = checkpoint_directory(state)
+        path = None if directory is None else os.path.join(directory, LABELS_FILE)
+        if path is None or not os.path.isfile(path):
+            if state.is_world_process_zero:
+                logger.warning(
+                    "no %s in the checkpoint: which pairs were trained on is not known, so the "
+                    "noise rate is not estimated.",
+                    LABELS_FILE,
+                )
+            self._estimate_at = set()
+            self.noise.margins.step.fill_(0)  # as if seen: none of them gets a margin any more
+            return
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self.noise.load_state_dict(tensors, file.metadata() or {})

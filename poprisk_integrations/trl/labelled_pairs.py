@@ -1,0 +1,136 @@
+"""The training pairs with their ids and weights, numbered so that each is known again later."""
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from poprisk_integrations.trl.flip_report import FlipReport, suggested_actions
+from poprisk_integrations.trl.label_noise import LabelNoise
+from poprisk_integrations.trl.pair_checks import check_weights, pair_ids
+from poprisk_integrations.trl.pair_columns import ROW_COLUMN, add_pair_columns
+
+if TYPE_CHECKING:
+    from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
+
+__all__ = ["LabelledPairs", "flip_report"]
+
+logger = logging.getLogger(__name__)
+
+_FEWEST_STEPS = 4
+
+
+class LabelledPairs:
+    """Ids, weights and row numbers of the pairs, from before TRL filters and shards them.
+
+    Args:
+        args: Settings of the run.
+        dataset: Training pairs; without a length (streamed) they have neither ids nor weights.
+
+    Raises:
+        ValueError: If ids or weights are none, or are asked for where the data are streamed.
+
+    Attributes:
+        dataset: The data to train on, with the columns of `add_pair_columns`.
+    """
+
+    def __init__(self, args: "PopRiskDPOConfig", dataset: Any) -> None:
+        self._dropped: set[int] = set()
+        self._ids: list[int] | list[str] = []
+        self.dataset = dataset
+        if not isinstance(dataset, Dataset):
+            if dataset is not None:
+                _refuse_streamed(args)
+            return
+        self._ids = pair_ids(dataset, args.pair_id_column)
+        column = args.pair_weight_column
+        weights = None if column is None else check_weights(dataset, column)
+        self.dataset = add_pair_columns(dataset, weights)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if (args.stop or args.noise != "off") and len(dataset) < _FEWEST_STEPS * batch:
+            logger.warning(
+                "One epoch of %d pairs has fewer than %d optimizer steps (batches of %d): the "
+                "stop and the noise rate see too little. Use a smaller batch or more data.",
+                len(dataset),
+                _FEWEST_STEPS,
+                batch,
+            )
+
+    def __len__(self) -> int:
+        """Rows before any was dropped; 0 for streamed data."""
+        return len(self._ids)
+
+    def note_dropped(self, prepared: Any) -> None:
+        """Compare with what TRL made of the data, and say how many pairs are missing.
+
+        Args:
+            prepared: The trainer's `train_dataset`.
+        """
+        if not len(self) or not isinstance(prepared, Dataset):
+            return
+        self._dropped = set(range(len(self))) - set(prepared.with_format(None)[ROW_COLUMN])
+        if self._dropped:
+            logger.warning(
+                "%d of %d training pairs were dropped: their prompts alone fill max_length.",
+                len(self._dropped),
+                len(self),
+            )
+
+    def flip_report(self, noise: LabelNoise) -> FlipReport:
+        """The report of these pairs.
+
+        Args:
+            noise: Margins and estimate of the run.
+
+        Raises:
+            ValueError: If the data are streamed, or there is no estimate.
+        """
+        if not len(self):
+            raise ValueError("A flip report needs map-style training data, not streamed ones.")
+        return flip_report(noise, self._ids, self._dropped)
+
+
+def flip_report(noise: LabelNoise, ids: list[int] | list[str], dropped: set[int]) -> FlipReport:
+    """Put the report together.
+
+    Args:
+        noise: Margins and estimate.
+        ids: One per row.
+        dropped: Rows that TRL left out.
+
+    Raises:
+        ValueError: If there is no estimate.
+    """
+    if noise.estimate is None:
+        raise ValueError(
+            "No flip report yet: it needs margins of at least 50 pairs from before they were "
+            "trained on, and is made in the first epoch of training."
+        )
+    probability = noise.probability_wrong().tolist()
+    actions = suggested_actions(probability)
+    for row in dropped:
+        probability[row] = math.nan
+        actions[row] = "too_long"
+    return FlipReport(
+        pair_id=ids,
+        row=list(range(len(ids))),
+        probability_wrong=probability,
+        margin=noise.margins.margin.tolist(),
+        step=noise.margins.step.tolist(),
+        action=actions,
+    )
+
+
+def _refuse_streamed(args: "PopRiskDPOConfig") -> None:
+    for name in ("pair_id_column", "pair_weight_column"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"Invalid {name}: {getattr(args, name)!r}. It needs map-style training data, not "
+                "streamed ones."
+            )
+    if args.noise in ("cdpo", "rdpo", "weights") and args.noise_rate is None:
+        raise ValueError(
+            f"Invalid noise_rate: None. With noise={args.noise!r} it is estimated from map-style "
+            "training data; these are streamed. Give the rate."
+        )
