@@ -21,6 +21,7 @@ __all__ = [
     "add_metric",
     "batch_log_ratios",
     "current_mode",
+    "pair_term",
     "reference_model",
 ]
 
@@ -36,6 +37,17 @@ def current_mode(trainer: Any) -> str:
 def add_metric(trainer: Any, name: str, value: float) -> None:
     """Have the trainer's next `log` report a number (the mean, if called more than once)."""
     trainer._metrics[current_mode(trainer)][name].append(value)
+
+
+def pair_term(trainer: Any) -> tuple[float, bool]:
+    """Weight of the term `sigmoid` in the loss, and whether it is the only term.
+
+    Raises:
+        ValueError: If there is no such term.
+    """
+    weight = float(trainer.loss_weights[trainer.loss_types.index("sigmoid")])
+    auxiliary = getattr(trainer, "aux_loss_enabled", False)  # TRL 1.0 has none for DPO
+    return weight, len(trainer.loss_types) == 1 and not auxiliary
 
 
 @contextmanager

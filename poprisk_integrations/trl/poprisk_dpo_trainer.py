@@ -21,6 +21,7 @@ from poprisk_integrations.trl._upstream import (
     add_metric,
     batch_log_ratios,
     current_mode,
+    pair_term,
     reference_model,
 )
 from poprisk_integrations.trl.early_stopping import add_stop
@@ -243,8 +244,8 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
             rows = torch.full_like(margins, -1, dtype=torch.int64) if rows is None else rows
             p_correct = self._noise.p_correct(rows, margins)
         ours = pair_loss(margins, weights, p_correct).mean()
-        factor = self.loss_weights[self.loss_types.index("sigmoid")]
-        if len(self.loss_types) == 1 and not self.aux_loss_enabled:
+        factor, alone = pair_term(self)
+        if alone:
             return factor * ours
         # The other terms are TRL's business: take out its term for the pairs, put in ours.
         return loss + factor * (ours - dpo_loss(margins).mean())

@@ -16,12 +16,14 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.helpers.tiny_dpo import config_options, pairs, tiny_model, tiny_tokenizer
+from tests.helpers.tiny_dpo import config_options, easy_pairs, pairs, tiny_model, tiny_tokenizer
 
 LORA = {"r": 4, "target_modules": ["v_proj", "o_proj"]}
 
 
-def train(output_dir: Path, *, ours: bool, peft: bool = False, **options: Any) -> Any:
+def train(
+    output_dir: Path, *, ours: bool, peft: bool = False, data: Any = None, **options: Any
+) -> Any:
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
@@ -34,7 +36,7 @@ def train(output_dir: Path, *, ours: bool, peft: bool = False, **options: Any) -
         tiny_model(),
         ref_model=None if peft else tiny_model(),
         args=config_class(**config_options(output_dir, **options)),
-        train_dataset=pairs(32),
+        train_dataset=pairs(32) if data is None else data,
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(**LORA) if peft else None,
     )
@@ -50,6 +52,14 @@ def logged(trainer: Any, name: str) -> list[float]:
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
+def train_noisy(output_dir: Path, per_device: int) -> Any:
+    """130 pairs: the last batch is short, and padded with pairs of the first on two processes."""
+    return train(
+        output_dir, ours=True, data=easy_pairs(130), noise="rdpo", stop=False, optim="sgd",
+        learning_rate=0.3, max_steps=40, per_device_train_batch_size=per_device,
+    )  # fmt: skip
+
+
 def main(folder: Path) -> None:
     """Runs on each rank; writes what it found for the test to judge."""
     torch.set_num_threads(1)
@@ -59,7 +69,7 @@ def main(folder: Path) -> None:
         "lora": {"peft": True, "learning_rate": 0.05},
     }.items():
         theirs = train(folder / case, ours=False, optim="adamw_torch", **options)
-        monitor = {"stop_action": "monitor", "stop_window": 4}
+        monitor = {"stop_action": "monitor", "stop_window": 4, "noise": "off"}
         mine = train(folder / case, ours=True, optim="adamw_torch", **monitor, **options)
         found[case] = {
             "same_weights": torch.equal(weights(mine), weights(theirs)),
@@ -87,6 +97,14 @@ def main(folder: Path) -> None:
     stop = stopped.callback_handler.callbacks[-1]
     found["stop"] = {"step": stopped.state.global_step, "state": stop.stopping_state}
     sgd = train(folder / "sgd", ours=True, stop=False, optim="sgd", learning_rate=0.1)
+    noisy = train_noisy(folder / "noisy", per_device=4)
+    found["noisy"] = {
+        "loss": noisy._noise.loss.mode,
+        "estimate": noisy._noise.estimate.to_json(),
+        "margins": noisy._noise.margins.margin.tolist(),
+        "steps": noisy._noise.margins.step.tolist(),
+        "weights": weights(noisy).tolist(),
+    }
     rank = int(os.environ["RANK"])
     torch.save(weights(sgd), folder / f"sgd-{rank}.pt")
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
@@ -122,6 +140,15 @@ def test_two_processes(tmp_path: Path) -> None:
             assert found[0][case][name] == found[1][case][name]
     assert found[0]["stop"] == found[1]["stop"]
     assert found[0]["stop"]["step"] == found[0]["stop"]["state"]["stop_step"] < 200
+
+    one = train_noisy(tmp_path / "noisy-one", per_device=8)
+    assert found[0]["noisy"] == found[1]["noisy"]
+    assert found[0]["noisy"]["steps"] == one._noise.margins.step.tolist()
+    assert found[0]["noisy"]["margins"] == pytest.approx(
+        one._noise.margins.margin.tolist(), abs=1e-4
+    )
+    assert found[0]["noisy"]["estimate"] == pytest.approx(one._noise.estimate.to_json(), abs=2e-3)
+    assert (tmp_path / "noisy" / "flip_report.csv").exists()
 
     joined = train(
         tmp_path / "one", ours=True, stop=False, optim="sgd", learning_rate=0.1,

@@ -170,7 +170,9 @@ def test_unusable_data(
         ({"dataset_name": "/no/such/pairs.json"}, "cannot load the data"),
         ({"dataset_train_split": "train", "eval_strategy": "epoch"}, "no split 'test'"),
         ({"label_smoothing": 0.2}, "label_smoothing: 0.2"),
-        ({"noise": "auto"}, "Only 'off' is available"),
+        ({"noise": "sometimes"}, "Invalid noise: 'sometimes'"),
+        ({"model_name_or_path": "builtin:llama"}, "known: builtin:tiny-llama"),
+        ({"dataset_name": "builtin:pairs"}, "known: builtin:tiny-pairs"),
         ({"dataset_streaming": True, "flip_rate": 0.5}, "need data that are not streamed"),
     ],
 )

@@ -1,15 +1,17 @@
-"""Every recipe in the index is there, its config parses, and its smoke run trains."""
+"""Every recipe in the index is there, its configs parse, and its smoke run trains, offline."""
 
 import json
 import re
+import socket
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from poprisk_integrations.cli.main import main
 from poprisk_integrations.cli.recipe import parse_recipe
-from tests.helpers.tiny_dpo import pairs, save_model
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -19,43 +21,99 @@ pytestmark = [
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 NAMES = sorted(path.parent.name for path in RECIPES.glob("*/config.yaml"))
+CONFIGS = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.glob("*/config*.yaml"))
+SHARDED = ["dpo-noisy-fsdp2", "dpo-noisy-zero3"]
+ON_CPU = ("--use_cpu", "true", "--bf16", "false")
+# What a smoke run leaves out or cuts down is size, never a method.
+METHOD = ("noise", "optim", "stop", "flip_rate", "flip_seed", "beta", "drop_unusable_pairs")
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
 
 
 def test_index_is_complete() -> None:
     listed = re.findall(r"^\| \[([\w.-]+)\]\(\1\)", (RECIPES / "README.md").read_text(), re.M)
     assert sorted(listed) == NAMES
-    assert len(NAMES) == 1
+    assert len(NAMES) == 4
     for name in NAMES:
         assert {path.name for path in (RECIPES / name).iterdir()} >= {"README.md", "smoke.yaml"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_config_parses(name: str) -> None:
-    path = RECIPES / name / "config.yaml"
-    on_cpu = ("--use_cpu", "true", "--bf16", "false")
-    recipe = parse_recipe(["--config", str(path), *on_cpu])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_parses(config: str) -> None:
+    path = RECIPES / config
+    recipe = parse_recipe(["--config", str(path), *ON_CPU])
     assert recipe.training.optim == "poprisk_adamw"
     assert recipe.training.stop
-    # What the smoke run leaves out or cuts down is size, never a method.
-    smoke = yaml.safe_load((path.parent / "smoke.yaml").read_text())
-    config = yaml.safe_load(path.read_text())
-    for key in ("optim", "stop", "flip_rate", "flip_seed", "beta", "drop_unusable_pairs"):
-        assert smoke[key] == config[key]
+    assert recipe.training.noise == "auto"
+    assert recipe.training.noise_rate is None  # estimated
+    smoke = read(path.parent / "smoke.yaml")
+    for key in METHOD:
+        assert smoke[key] == read(path)[key]
+    if path.name == "config.yaml":
+        assert smoke.get("use_peft") == read(path).get("use_peft")
+        assert smoke.get("lora_target_modules") == read(path).get("lora_target_modules")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_of_the_readme(name: str) -> None:
+    """Each names a file that is there and options that exist."""
+    found = re.findall(r"^(?:poprisk|accelerate launch .*\.cli) dpo (.*)$", readme(name), re.M)
+    assert len(found) >= 3
+    for line in found:
+        arguments = re.sub(r"\s#.*", "", line).split()
+        arguments[1] = str(RECIPES / name / arguments[1])
+        recipe = parse_recipe([*arguments, *ON_CPU])
+        assert recipe.model.load_in_4bit is ("--load_in_4bit" in line)
+
+
+def readme(name: str) -> str:
+    return (RECIPES / name / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    data, out = tmp_path / "data", tmp_path / "out"
-    data.mkdir()
-    pairs(20).to_json(data / "train.jsonl")
-    pairs(8, seed=1).to_json(data / "test.jsonl")
-    arguments = [
-        "--model_name_or_path", save_model(tmp_path / "model"),
-        "--dataset_name", str(data), "--output_dir", str(out), "--disable_tqdm", "true",
-    ]  # fmt: skip
-    assert main(["dpo", "--config", str(RECIPES / name / "smoke.yaml"), *arguments]) == 0
+    """As it is: no option is added, the working directory is empty and there is no network."""
+
+    def no_network(*args: object) -> NoReturn:
+        raise AssertionError("a smoke run reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.chdir(tmp_path)
+    assert main(["dpo", "--config", str(RECIPES / name / "smoke.yaml")]) == 0
+    out = tmp_path / "out-smoke"
+    assert list(tmp_path.iterdir()) == [out]
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert any("eval_poprisk/kl_data" in line for line in history)
-    assert json.loads((out / "label_flips.json").read_text())["num_flipped"] == 6
-    assert (out / "poprisk_stop.json").exists()
+    assert json.loads((out / "label_flips.json").read_text())["num_flipped"] == 29
+    assert json.loads((out / "poprisk_stop.json").read_text())["history"]
+    assert json.loads((out / "poprisk_noise.json").read_text())["num_pairs"] == 96
+    assert '"train-0"' in (out / "flip_report.csv").read_text()
+    assert (out / "flip_report.parquet").exists()
+    adapter = out / "adapter_config.json"
+    assert adapter.exists() is bool(read(RECIPES / name / "smoke.yaml").get("use_peft"))
+    if adapter.exists():
+        assert Path(json.loads(adapter.read_text())["base_model_name_or_path"]).is_dir()
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_launcher_files(name: str) -> None:
+    """accelerate knows every key, and ZeRO leaves the optimizer to Trainer."""
+    full = load_config_from_file(str(RECIPES / name / "accelerate.yaml"))
+    assert full.num_processes == 8
+    if name == "dpo-noisy-fsdp2":
+        assert full.distributed_type == "FSDP"
+        assert full.fsdp_config["fsdp_version"] == 2
+    else:
+        assert full.distributed_type == "DEEPSPEED"
+        assert full.deepspeed_config["zero_stage"] == 3
+        assert full.deepspeed_config["offload_optimizer_device"] == "none"
+        assert not any("optimizer" in key for key in full.deepspeed_config if "offload" not in key)
+    smoke = load_config_from_file(str(RECIPES / name / "accelerate-smoke.yaml"))
+    assert (smoke.num_processes, smoke.mixed_precision) == (2, "no")
+    (launch,) = re.findall(
+        r"^# (accelerate launch.*)$", (RECIPES / name / "config.yaml").read_text(), re.M
+    )
+    assert launch in readme(name)

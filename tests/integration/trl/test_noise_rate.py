@@ -21,6 +21,7 @@ from poprisk_integrations.trl import (
 )
 from poprisk_integrations.trl.label_flips import flip_preferences
 from tests.helpers.tiny_dpo import config_options, easy_pairs, pairs, tiny_model, tiny_tokenizer
+from tests.helpers.trl_versions import needs_trl
 
 # transformers 5.23 deprecates a name that TRL 1.16 still uses.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -34,7 +35,13 @@ def noisy(count: int = 320, rate: float = 0.25) -> tuple[Dataset, list[int]]:
 def build(
     tmp_path: Path, data: Dataset, eval_dataset: Any = None, callbacks: Any = None, **options: Any
 ) -> PopRiskDPOTrainer:
-    settings = {"stop": False, "max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "optim": "adamw_torch"}
+    settings = {
+        "stop": False,
+        "max_steps": 60,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 8,
+        "optim": "adamw_torch",
+    }
     return PopRiskDPOTrainer(
         tiny_model(),
         ref_model=tiny_model(),
@@ -77,6 +84,7 @@ class Margins(TrainerCallback):
         self.at_step[state.global_step] = found
 
 
+@needs_trl("1.9", "filter for prompts that fill max_length")
 def test_margins_are_those_before_the_pair_was_trained_on(tmp_path: Path) -> None:
     # Two long prompts are dropped, so places in the prepared data are not rows.
     rows = [*pairs(12)]

@@ -61,7 +61,7 @@ def test_config_with_an_equals_sign(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         ({"learnin_rate": 1}, "unknown key in the recipe: 'learnin_rate'. Did you mean 'learning"),
-        ({"noise": "cdpo"}, "noise: 'cdpo'. Only 'off' is available"),
+        ({"noise": "sometimes"}, "Invalid noise: 'sometimes'. Must be one of"),
         ({"stop_kappa": 0}, "Invalid stop_kappa: 0"),
         ({"label_smoothing": 0.1}, "label_smoothing: 0.1"),
         ({"flip_rate": 1.5}, "Invalid flip_rate: 1.5"),
@@ -70,6 +70,8 @@ def test_config_with_an_equals_sign(tmp_path: Path) -> None:
         ({"datasets": [{"path": "json", "date_files": "x"}]}, "date_files"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"dataset_name": None}, "dataset_name is missing"),
+        ({"model_name_or_path": "builtin:llama"}, "'builtin:llama'; known: builtin:tiny-llama"),
+        ({"dataset_name": "builtin:pairs"}, "'builtin:pairs'; known: builtin:tiny-pairs"),
     ],
 )
 def test_mistakes_in_the_file(tmp_path: Path, keys: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer
 from poprisk_integrations.trl import _upstream
 from poprisk_integrations.trl.pair_log_ratios import pair_log_ratios
 from tests.helpers.tiny_dpo import config_options, pairs, tiny_model, tiny_tokenizer
+from tests.helpers.trl_versions import needs_trl
 
 # transformers 5.23 deprecates a name that TRL 1.16 still uses.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -42,6 +43,14 @@ def test_metrics_are_averaged_and_reset_by_log(trainer: DPOTrainer) -> None:
     assert trainer.state.log_history[-1]["eval_poprisk/x"] == 3.0
 
 
+def test_term_of_the_pairs(trainer: DPOTrainer) -> None:
+    assert _upstream.pair_term(trainer) == (1.0, True)
+    trainer.loss_types, trainer.loss_weights = ["sft", "sigmoid"], [0.5, 2.0]
+    assert _upstream.pair_term(trainer) == (2.0, False)
+    trainer.loss_types, trainer.aux_loss_enabled = ["sigmoid"], True
+    assert not _upstream.pair_term(trainer)[1]
+
+
 def test_constructor_still_takes_our_positions() -> None:
     names = list(inspect.signature(DPOTrainer.__init__).parameters)[1:10]
     assert names == [
@@ -65,7 +74,9 @@ def plain_log_probs(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Ten
     return (tokens * inputs["completion_mask"][:, 1:]).sum(1)
 
 
-@pytest.mark.parametrize("output", ["log_probs", "logits"])
+@pytest.mark.parametrize(
+    "output", [pytest.param("log_probs", marks=needs_trl("1.15", "a fused head")), "logits"]
+)
 def test_log_ratios_equal_those_from_the_logits(trainer: DPOTrainer, output: str) -> None:
     inputs = batch(trainer)
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
