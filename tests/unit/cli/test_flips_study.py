@@ -13,13 +13,13 @@ from poprisk_integrations.cli.flips_study import flips_found, load_swapped_rows
 from poprisk_integrations.trl.flip_report import FlipReport
 
 
-def report(probabilities: list[float]) -> FlipReport:
+def report(probabilities: list[float], margins: list[float] | None = None) -> FlipReport:
     count = len(probabilities)
     return FlipReport(
         pair_id=[f"id{i}" for i in range(count)],
         row=range(count),
         probability_wrong=probabilities,
-        margin=[-p for p in probabilities],
+        margin=[-p for p in probabilities] if margins is None else margins,
         step=[-1 if math.isnan(p) else 0 for p in probabilities],
     )
 
@@ -38,6 +38,16 @@ def test_equals_scikit_learn() -> None:
     assert (found.num_swapped, found.num_scored) == (len(swapped), 180)
     assert (found.swapped_scored, found.flagged) == (sum(truth), sum(flags))
     assert f"AUC {found.auc:.3f}; at 0.5 precision" in str(found)
+
+
+def test_margins_rank_pairs_of_one_probability() -> None:
+    margins = [0.5, -1.0, 0.5, -2.0, 3.0, 0.0]
+    found = flips_found(report([0.0] * 6, margins), {0, 3, 5})
+    truth = [i in {0, 3, 5} for i in range(6)]
+    assert found.auc == pytest.approx(roc_auc_score(truth, [-margin for margin in margins]))
+    assert found.flagged == 0
+    # A probability comes first, whatever the margins say.
+    assert flips_found(report([0.2, 0.1], [9.0, -9.0]), {0}).auc == 1.0
 
 
 def test_what_is_not_defined_is_said_so() -> None:

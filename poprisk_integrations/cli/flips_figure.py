@@ -1,0 +1,99 @@
+"""The picture of a flip report: margins by action, and how many wrong labels to expect."""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from poprisk_integrations.trl.flip_report import DROP_AT, REVIEW_AT, SWAP_AT, FlipReport
+
+__all__ = ["draw_flips"]
+
+# Okabe-Ito: distinct also to the colour-blind and in grey.
+_BLUE, _SKY, _YELLOW, _ORANGE = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
+_PURPLE, _GREY = "#CC79A7", "#555555"
+_COLORS = {
+    "keep": _BLUE,
+    "review": _SKY,
+    "drop": _YELLOW,
+    "swap": _ORANGE,
+    "swapped on purpose": _PURPLE,
+    "not swapped": _BLUE,
+}
+_BINS = 50
+
+
+def draw_flips(
+    report: FlipReport, title: str, swapped_rows: Collection[int] | None = None
+) -> Figure:
+    """Histogram of the margins, and the cumulative number of wrong labels over the ranked pairs.
+
+    Args:
+        report: With at least one probability.
+        title: First line of the picture; the second is the report's own.
+        swapped_rows: Rows whose labels were swapped on purpose, if it is known: the histogram then
+            tells them apart, and the curve has the true number beside it.
+    """
+    table = report.top(len(report))
+    figure = Figure(figsize=(8.0, 6.4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1)
+    swapped = None if swapped_rows is None else table["row"].isin(set(swapped_rows)).to_numpy()
+    if swapped is None:
+        action = table["action"].to_numpy()
+        groups = {name: action == name for name in ("swap", "drop", "review", "keep")}
+        groups["no action"] = ~np.isin(action, list(groups))  # of a report edited by hand
+    else:
+        groups = {"swapped on purpose": swapped, "not swapped": ~swapped}
+    _histogram(top, table["margin"].to_numpy(), groups)
+    _curve(bottom, table["probability_wrong"].to_numpy(), swapped)
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+    figure.suptitle(f"{title}\n{report}", fontsize=9, ha="left", x=0.02, parse_math=False)
+    return figure
+
+
+def _histogram(axis: Any, margin: Any, groups: dict[str, Any]) -> None:
+    low, high = np.quantile(margin, [0.005, 0.995])
+    room = 0.25 * (high - low)
+    low, high = max(margin.min(), low - room), min(margin.max(), high + room)
+    tails = int(((margin < low) | (margin > high)).sum())
+    if low == high:  # one value
+        low, high = low - 0.5, high + 0.5
+    shown = {name: mask for name, mask in groups.items() if mask.any()}
+    axis.hist(
+        [np.clip(margin[mask], low, high) for mask in shown.values()],
+        bins=np.linspace(low, high, _BINS + 1),
+        stacked=True,
+        color=[_COLORS.get(name, _GREY) for name in shown],
+        label=[f"{name} ({mask.sum()})" for name, mask in shown.items()],
+        edgecolor="white",
+        linewidth=0.3,
+    )
+    axis.axvline(0.0, color=_GREY, lw=0.8)
+    rest = f"; the outermost bars hold {tails} from beyond" if tails else ""
+    axis.set_xlabel(f"margin before training (reward units{rest})")
+    axis.set_ylabel("pairs")
+    axis.legend(fontsize=8, frameon=False, loc="upper right")
+
+
+def _curve(axis: Any, p: Any, swapped: Any) -> None:
+    count = np.arange(len(p) + 1)
+    axis.plot(count, np.r_[0, np.cumsum(p)], color=_BLUE, label="expected wrong labels")
+    if swapped is not None:
+        true = np.r_[0, np.cumsum(swapped)]
+        axis.plot(count, true, color=_PURPLE, ls="--", label="swapped on purpose")
+    axis.plot(count, count, color=_GREY, lw=0.8, label="if all of them were wrong")
+    top = max(float(p.sum()), 1.0 if swapped is None else float(swapped.sum()), 1.0)
+    axis.set_ylim(0, 1.15 * top)
+    axis.set_xlim(0, len(p))
+    for name, threshold in (("swap", SWAP_AT), ("drop", DROP_AT), ("review", REVIEW_AT)):
+        last = int((p >= threshold).sum())
+        if 0 < last < len(p):
+            axis.axvline(last, color=_COLORS[name], ls=":", label=f"{name}: P >= {threshold}")
+    axis.set_xlabel("pairs, the most suspect first")
+    axis.set_ylabel("wrong labels among them")
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
