@@ -1,4 +1,4 @@
-"""Loads preference pairs: a hub name, a local file or directory, or a mixture."""
+"""Loads preference pairs: a hub name, a local file or directory, built-in ones, or a mixture."""
 
 # TRL exports lazily and leaves most functions untyped.
 # mypy: disable-error-code="attr-defined,no-untyped-call"
@@ -10,6 +10,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
+from poprisk_integrations.cli.builtin import is_builtin, load_pairs
 from poprisk_integrations.cli.errors import UsageError, one_line
 
 __all__ = ["builder_for_file", "load_preferences"]
@@ -57,6 +58,10 @@ def load_preferences(
 
 def _load_by_name(script: ScriptArguments) -> Any:
     name = str(script.dataset_name)
+    if is_builtin(name):
+        splits = load_pairs(name)
+        streamed = {split: data.to_iterable_dataset() for split, data in splits.items()}
+        return streamed if script.dataset_streaming else splits
     builder = builder_for_file(name)
     if builder is not None:
         files = {script.dataset_train_split: name}

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from poprisk_integrations.cli.builtin import check_names
 from poprisk_integrations.cli.errors import UsageError
 from poprisk_integrations.trl import PopRiskDPOConfig
 
@@ -113,6 +114,7 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
         raise UsageError("model_name_or_path is missing: a name or a local directory")
     if not (recipe.script.dataset_name or recipe.mixture.datasets):
         raise UsageError("dataset_name is missing: a name, a local file or directory; or datasets")
+    check_names(recipe.model.model_name_or_path, recipe.script.dataset_name)
     return recipe
 
 

@@ -1,5 +1,6 @@
 """The recipes for several GPUs, really launched: two gloo processes train as one does."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -46,6 +47,12 @@ def launch(recipe, config_file, strategy, out):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def margins_by_pair(out):
+    """Of the flip report: what each pair's margin was when it was first seen."""
+    with (out / "flip_report.csv").open(newline="") as file:
+        return {row["pair_id"]: float(row["margin"]) for row in csv.DictReader(file)}
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +111,9 @@ def test_two_processes_equal_one(one, tmp_path, recipe, config_file, strategy, k
     for mine, theirs in zip(stop["history"], alone["history"], strict=True):
         for key, value in theirs.items():
             assert mine[key] == pytest.approx(value, rel=1e-2, abs=1e-6), key
+
+    margins, alone = (margins_by_pair(out) for out in (tmp_path / "run", one))
+    assert margins.keys() == alone.keys()
+    assert len(margins) == 96
+    for pair_id, margin in alone.items():
+        assert margins[pair_id] == pytest.approx(margin, abs=1e-4)

@@ -66,6 +66,7 @@ def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":
     from datasets import Dataset
     from trl import get_peft_config, get_quantization_config
 
+    from poprisk_integrations.cli.builtin import local_model
     from poprisk_integrations.cli.preference_data import load_preferences
     from poprisk_integrations.trl import PopRiskDPOTrainer
     from poprisk_integrations.trl.validation import check_output_dir
@@ -93,7 +94,7 @@ def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":
     train, flips = _flip(recipe, train)
     try:
         trainer = PopRiskDPOTrainer(
-            model=str(model.model_name_or_path),
+            model=local_model(str(model.model_name_or_path), output_dir),
             args=training,
             train_dataset=train,
             eval_dataset=evaluation,

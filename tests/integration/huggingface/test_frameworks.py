@@ -3,6 +3,7 @@
 None of them is installed: stubs with their interfaces stand in (`tests.helpers.framework_stubs`).
 """
 
+import doctest
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,10 @@ def test_swift4(swift4: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert stop.stopping_state["stop_step"] == trainer.state.global_step < 60 * 8
 
 
+def test_swift4_examples(swift4: ModuleType) -> None:
+    assert doctest.testmod(swift4) == (0, 1)
+
+
 def test_swift4_other_names(swift4: ModuleType, tmp_path: Path) -> None:
     """alpha=finite needs what only Trainer knows: the number of examples."""
     finite = stubs.swift4_train(tmp_path, "poprisk_adamw", optim_args="alpha=finite")
@@ -209,7 +214,7 @@ def llama_factory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[A
             module.main()
             return trained.pop()
 
-        run.main = module.main  # type: ignore[attr-defined]
+        run.module = module  # type: ignore[attr-defined]
         yield run
 
 
@@ -222,6 +227,10 @@ def test_llama_factory(llama_factory: Any) -> None:
     assert stop.stopping_state["stop_step"] == trainer.state.global_step < 60 * 8
 
 
+def test_llama_factory_examples(llama_factory: Any) -> None:
+    assert doctest.testmod(llama_factory.module) == (0, 1)
+
+
 def test_llama_factory_without_the_stop(llama_factory: Any) -> None:
     trainer = llama_factory("stage: sft\noptim: adamw_torch\npoprisk_stop: false")
     assert stops(trainer) == []
@@ -232,7 +241,7 @@ def test_llama_factory_mistakes(llama_factory: Any, monkeypatch: pytest.MonkeyPa
         llama_factory("stage: sft\npoprisk_stop_kapa: 3")
     monkeypatch.setattr(sys, "argv", ["-m"])
     with pytest.raises(SystemExit, match="a configuration is missing"):
-        llama_factory.main()
+        llama_factory.module.main()
     monkeypatch.setattr(sys, "argv", ["-m", "--stage", "sft", "--poprisk_stop_kappa", "3"])
     with pytest.raises(ValueError, match="'--poprisk_stop_kappa': give it as a key"):
-        llama_factory.main()
+        llama_factory.module.main()
