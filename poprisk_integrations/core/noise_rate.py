@@ -1,7 +1,7 @@
 """How many labels are wrong, estimated from margins that never saw them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ __all__ = ["NoiseRateEstimate", "double_annotation_rate", "estimate_noise_rate"]
 LARGEST_RATE = 0.49
 MOST_CONFIDENT = 0.1  # the anchor's share of the pairs
 FEWEST_PAIRS = 50
-WIDEST_INTERVAL = 0.25
-_HALF_CHI2 = 1.9207  # half the 95 % point of chi-square with one degree of freedom
+# Prior of the slope in units of 1 / rms(h): log-normal. If margins of right labels are N(mu, v) and
+# of wrong ones N(-mu, v), the slope is 2 mu / v, which is 1.6 in these units where the model ranks
+# three quarters of the pairs rightly, 0.8 at two thirds, 4 at nine tenths.
+SLOPE_MEDIAN = 1.5
+SLOPE_FACTOR = 2.0
 _BINS = 400
 
 
@@ -24,11 +27,13 @@ class NoiseRateEstimate:
     """A noise rate with its interval, and what it was made from.
 
     Attributes:
-        rate: Maximum-likelihood estimate, in [0, 0.49].
-        low: Lower end of the 95 % profile-likelihood interval.
+        rate: Posterior mean, in [0, 0.49].
+        low: Lower end of the 95 % credible interval (2.5 % of the posterior below).
         high: Upper end of it.
         slope: k > 0: a pair of margin h has log-odds k |h| that the model ranks it as a clean label
-            would. 0 where the margins tell nothing; `rate` is then not determined by the data.
+            would. 0 where all margins are zero.
+        maximum_likelihood: The rate of largest likelihood: the fixed point of EM, with k free. Of
+            large spread where the model is weak, since k and the rate can make up for each other.
         upper_bound: Share of the labels that the margins contradict. The true rate is below it but
             for sampling error, if the model is right more often than not.
         anchor: The same among the tenth of the pairs with the largest absolute margin. Above the
@@ -40,14 +45,19 @@ class NoiseRateEstimate:
     low: float
     high: float
     slope: float
+    maximum_likelihood: float
     upper_bound: float
     anchor: float
     num_pairs: int
 
     @property
-    def determined(self) -> bool:
-        """Whether the interval is narrow enough (0.25) for the rate to mean something."""
-        return self.high - self.low <= WIDEST_INTERVAL
+    def informative(self) -> bool:
+        """Whether the margins agree with the labels more often than guesses, by two errors.
+
+        If they do not, half of the labels may be wrong or the model may have learned nothing: the
+        interval then starts at zero.
+        """
+        return 0.5 - self.upper_bound > 1 / math.sqrt(self.num_pairs)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -55,25 +65,24 @@ class NoiseRateEstimate:
 
     def __str__(self) -> str:
         """One line for people."""
-        interval = (
-            f"(95 % interval {100 * self.low:.0f} to {100 * self.high:.0f} %, "
-            f"{self.num_pairs} pairs)"
-        )
-        if not self.determined:
-            return f"the margins do not tell how many labels are wrong {interval}"
-        return f"{100 * self.rate:.0f} % of the labels look wrong {interval}"
+        interval = f"{100 * self.low:.0f} to {100 * self.high:.0f} %, {self.num_pairs} pairs"
+        if not self.informative:
+            return f"the margins do not tell how many labels are wrong ({interval})"
+        return f"{100 * self.rate:.0f} % of the labels look wrong (95 % interval {interval})"
 
 
 def estimate_noise_rate(margins: UntrainedMargins) -> NoiseRateEstimate:
-    """Maximum likelihood of a mixture of right and wrong labels.
+    """Posterior of the share of wrong labels in a mixture of right and wrong ones.
 
         P(margin agrees with the label | |h|) = (1 - e) s(k |h|) + e s(-k |h|)
 
-    with s the logistic function; e and k are fitted together. The curve starts at 1/2 for margins
-    that carry no information and saturates at 1 - e: pairs the model is sure about decide e, the
-    others decide k. Alternating between e and the posterior of each label is the EM of RE-PO
-    (arXiv:2509.24159), whose fixed point this is; here k is free, since a model in training is not
-    calibrated, and the likelihood is maximized on a grid, which also gives the interval.
+    with s the logistic function; prior flat for e in [0, 0.49], log-normal for k (median 1.5 /
+    rms(h), a factor of 2 for one standard deviation). The curve starts at 1/2 for margins that
+    carry no information and saturates at 1 - e: pairs the model is sure about decide e, the others
+    decide k. Without the prior of k the estimate is that of RE-PO's EM (arXiv:2509.24159, with a
+    free scale), and a weak model then passes for one that is always sure, with every
+    contradiction a wrong label. Labels that are wrong for a reason the margins share (length, an
+    annotator's habit) count as right.
 
     Args:
         margins: Taken before the pairs were trained on.
@@ -101,38 +110,31 @@ def estimate_noise_rate(margins: UntrainedMargins) -> NoiseRateEstimate:
     size, agree = h.abs(), (h > 0).double() + 0.5 * (h == 0).double()
     order = size.argsort(stable=True)
     top = order[-max(round(MOST_CONFIDENT * len(h)), 1) :]
-    scale = float(size.square().mean().sqrt())
-    common: dict[str, Any] = {
-        "upper_bound": 1 - float(agree.mean()),
-        "anchor": 1 - float(agree[top].mean()),
-        "num_pairs": len(h),
-    }
-    if scale == 0.0:
-        return NoiseRateEstimate(rate=0.0, low=0.0, high=LARGEST_RATE, slope=0.0, **common)
+    rms = float(size.square().mean().sqrt())
     # Neighbours in |h| share a bin: the likelihood then costs the same for any number of pairs.
     parts = torch.tensor_split(order, min(_BINS, len(h)))
-    centre = torch.stack([size[part].mean() for part in parts]) / scale
+    centre = torch.stack([size[part].mean() for part in parts]) / (rms or 1.0)
     agreeing = torch.stack([agree[part].sum() for part in parts])
     contradicting = torch.tensor([float(len(part)) for part in parts]).double() - agreeing
 
-    rates = torch.linspace(0, LARGEST_RATE, 50, dtype=torch.float64)
+    rates = torch.linspace(0, LARGEST_RATE, 99, dtype=torch.float64)
     slopes = torch.logspace(-2, 2, 81, dtype=torch.float64)
     table = _log_likelihood(rates, slopes, centre, agreeing, contradicting)
-    profile = table.amax(dim=1)
-    at = int(profile.argmax())
-    fine_rates = torch.linspace(
-        float(rates[max(at - 1, 0)]), float(rates[min(at + 1, len(rates) - 1)]), 41
-    ).double()
-    slope_at = int(table[at].argmax())
-    fine_slopes = torch.logspace(-0.1, 0.1, 41, dtype=torch.float64) * slopes[slope_at]
-    fine = _log_likelihood(fine_rates, fine_slopes, centre, agreeing, contradicting)
-    best = int(fine.argmax())
-    rate, slope = float(fine_rates[best // 41]), float(fine_slopes[best % 41])
-    peak = max(float(fine.max()), float(profile.max()))
-    low, high = _interval(rates, profile, peak)
-    return NoiseRateEstimate(
-        rate=rate, low=min(low, rate), high=max(high, rate), slope=slope / scale, **common
+    prior = -0.5 * ((slopes / SLOPE_MEDIAN).log() / math.log(SLOPE_FACTOR)) ** 2
+    posterior = (table + prior).flatten().softmax(0).reshape(table.shape)
+    of_rate = posterior.sum(1)
+    slope = float((posterior.sum(0) @ slopes.log()).exp())
+    estimate = NoiseRateEstimate(
+        rate=float(of_rate @ rates),
+        low=_quantile(rates, of_rate, 0.025),
+        high=_quantile(rates, of_rate, 0.975),
+        slope=slope / rms if rms > 0 else 0.0,
+        maximum_likelihood=float(rates[int(table.amax(1).argmax())]),
+        upper_bound=1 - float(agree.mean()),
+        anchor=1 - float(agree[top].mean()),
+        num_pairs=len(h),
     )
+    return estimate if estimate.informative else replace(estimate, low=0.0)
 
 
 def double_annotation_rate(num_pairs: int, num_disagreements: int) -> tuple[float, float]:
@@ -183,20 +185,7 @@ def _log_likelihood(
     return p.clamp(min=tiny).log() @ agreeing + (1 - p).clamp(min=tiny).log() @ contradicting
 
 
-def _interval(rates: Tensor, profile: Tensor, peak: float) -> tuple[float, float]:
-    """Where the profile likelihood falls by half the chi-square point, interpolated."""
-    inside = torch.nonzero(profile >= peak - _HALF_CHI2).squeeze(1)
-    if not len(inside):  # the interval is narrower than the grid
-        nearest = float(rates[int(profile.argmax())])
-        step = float(rates[1] - rates[0])
-        return max(nearest - step, 0.0), min(nearest + step, LARGEST_RATE)
-
-    def crossing(inner: int, outer: int) -> float:
-        if not 0 <= outer < len(rates):
-            return float(rates[inner])
-        drop = float(profile[inner] - (peak - _HALF_CHI2))
-        whole = float(profile[inner] - profile[outer])
-        return float(rates[inner] + (rates[outer] - rates[inner]) * drop / whole)
-
-    first, last = int(inside[0]), int(inside[-1])
-    return crossing(first, first - 1), crossing(last, last + 1)
+def _quantile(values: Tensor, weights: Tensor, share: float) -> float:
+    """Smallest value with at least `share` of the weight up to it."""
+    place = int(torch.searchsorted(weights.cumsum(0), share))
+    return float(values[min(place, len(values) - 1)])

@@ -18,6 +18,8 @@ __all__ = ["AUTO_MODE", "LARGEST_USED_RATE", "SUSPECT", "LabelNoise"]
 AUTO_MODE = "rdpo"
 # Over-stating the rate is worse than under-stating it: rdpo's push grows like 1 / (1 - 2 e).
 LARGEST_USED_RATE = 0.35
+# "auto" changes the loss where the interval of the estimate lies above this rate.
+SURE_FROM = 0.05
 # A pair is suspect if its label is more probably wrong than right.
 SUSPECT = 0.5
 
@@ -56,11 +58,11 @@ class LabelNoise:
     def rate(self) -> float | None:
         """The rate in use: the user's, else the estimate up to 0.35.
 
-        None before there is an estimate, and where the margins do not determine it.
+        None before there is an estimate, and where the margins tell nothing.
         """
         if self._given is not None:
             return self._given
-        if self.estimate is None or not self.estimate.determined:
+        if self.estimate is None or not self.estimate.informative:
             return None
         return min(self.estimate.rate, LARGEST_USED_RATE)
 
@@ -70,8 +72,8 @@ class LabelNoise:
         mode, rate = self._asked.mode, self.rate
         if mode == "auto":
             mode = AUTO_MODE
-            if self._given is None and (self.estimate is None or self.estimate.low == 0.0):
-                mode = "off"  # no sign of wrong labels
+            if self._given is None and (self.estimate is None or self.estimate.low < SURE_FROM):
+                mode = "off"  # few labels are wrong, or the margins cannot tell
         if mode in ("off", "holder"):
             return replace(self._asked, mode=mode)
         if rate is None:

@@ -36,28 +36,42 @@ def sample(rate: float, count: int = 1500, slope: float = 8.0, seed: int = 0) ->
 def test_error_is_at_most_five_points(rate: float) -> None:
     found = [estimate_noise_rate(record_of(sample(rate, seed=seed))).rate for seed in range(8)]
     assert np.mean(np.abs(np.array(found) - rate)) < 0.05
-    assert abs(np.mean(found) - rate) < 0.025
+    assert abs(np.mean(found) - rate) < 0.04  # a mean is pulled from the ends of the range
 
 
-def test_maximum_is_that_of_a_general_optimizer() -> None:
+def test_posterior_equals_a_plain_sum() -> None:
     h = sample(0.3, count=390)  # below the number of bins: the likelihood is exact
     estimate = estimate_noise_rate(record_of(h))
+    rates, slopes = np.linspace(0, 0.49, 50), np.geomspace(0.01, 100, 61)
+    mean, distribution = twin.rate_posterior(h, rates, slopes)
+    assert estimate.rate == pytest.approx(mean, abs=0.003)
+    assert estimate.low == pytest.approx(np.interp(0.025, distribution, rates), abs=0.015)
+    assert estimate.high == pytest.approx(np.interp(0.975, distribution, rates), abs=0.015)
+
+
+def test_maximum_likelihood_is_that_of_a_general_optimizer() -> None:
+    h = sample(0.3, count=390)
     best = minimize(
         lambda p: -twin.log_likelihood(h, 0.5 * twin.s(p[0]), math.exp(p[1])),
         x0=[0.0, 0.0],
         method="Nelder-Mead",
         options={"xatol": 1e-8, "fatol": 1e-10, "maxiter": 4000},
     )
-    assert estimate.rate == pytest.approx(0.5 * twin.s(best.x[0]), abs=0.002)
-    assert estimate.slope == pytest.approx(math.exp(best.x[1]), rel=0.02)
-    # The ends of the interval lie where the profile has fallen by half the chi-square point.
-    for end in (estimate.low, estimate.high):
-        profile = minimize(
-            lambda p, e=end: -twin.log_likelihood(h, e, math.exp(p[0])),
-            x0=[best.x[1]],
-            method="Nelder-Mead",
-        )
-        assert profile.fun - best.fun == pytest.approx(1.9207, abs=0.15)
+    found = estimate_noise_rate(record_of(h)).maximum_likelihood
+    assert found == pytest.approx(0.5 * twin.s(best.x[0]), abs=0.006)
+
+
+def test_a_weak_model_does_not_pass_for_one_that_is_always_sure() -> None:
+    """Two thirds of the clean labels ranked rightly: the maximum is anywhere, the mean is not."""
+    rng = np.random.default_rng(0)
+    errors, maxima = [], []
+    for _ in range(12):
+        h = rng.normal(0.43, 1, 1000) * np.where(rng.random(1000) < 0.3, -1, 1)
+        estimate = estimate_noise_rate(record_of(h))
+        errors.append(abs(estimate.rate - 0.3))
+        maxima.append(abs(estimate.maximum_likelihood - 0.3))
+    assert np.mean(errors) < 0.09
+    assert np.mean(errors) < 0.6 * np.mean(maxima)
 
 
 def test_interval_covers() -> None:
@@ -87,18 +101,20 @@ def test_bounds_are_the_shares_of_contradicted_labels() -> None:
 def test_margins_without_information_say_so() -> None:
     rng = np.random.default_rng(0)
     estimate = estimate_noise_rate(record_of(rng.normal(size=1000)))
-    assert estimate.high - estimate.low > 0.3
-    assert not estimate.determined
-    assert str(estimate).startswith("the margins do not tell how many labels are wrong (95 %")
+    assert not estimate.informative
+    assert estimate.low == 0.0
+    assert str(estimate).startswith("the margins do not tell how many labels are wrong (0 to 49 %")
+    assert estimate_noise_rate(record_of(sample(0.3))).informative
     nothing = estimate_noise_rate(record_of(np.zeros(100)))
-    assert (nothing.low, nothing.high, nothing.slope) == (0.0, 0.49, 0.0)
+    assert (nothing.low, nothing.slope, nothing.informative) == (0.0, 0.0, False)
     assert nothing.upper_bound == 0.5
 
 
 def test_scale_of_the_margins_does_not_matter() -> None:
     h = sample(0.3)
     estimates = [estimate_noise_rate(record_of(factor * h)) for factor in (1e-6, 1.0, 1e6)]
-    assert estimates[0].rate == estimates[1].rate == estimates[2].rate
+    rates = [estimate.rate for estimate in estimates]
+    assert rates == pytest.approx([rates[1]] * 3, abs=1e-9)
     assert estimates[0].slope == pytest.approx(1e6 * estimates[1].slope)
 
 
