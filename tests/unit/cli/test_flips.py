@@ -22,7 +22,14 @@ ROWS = [
     for i in range(COUNT)
 ]
 RANKED = sorted((i for i in range(COUNT) if P[i] == P[i]), key=lambda i: (-P[i], i))
-ESTIMATE = {"slope": 2.0, "upper_bound": 0.3, "anchor": 0.2, "num_pairs": 37, "method": "m"}
+ESTIMATE = {
+    "slope": 2.0,
+    "maximum_likelihood": 0.3,
+    "upper_bound": 0.3,
+    "anchor": 0.2,
+    "num_pairs": 37,
+    "method": "m",
+}
 SWAPPED = [i for i in range(COUNT) if i % 3 == 0]
 
 
@@ -126,8 +133,8 @@ def test_json(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "31 % of the labels look wrong (95 % interval 26 to 36 %, 37 pairs)",
         ),
         (
-            ESTIMATE | {"rate": 0.0, "low": 0.0, "high": 0.48},
-            "the margins do not tell how many labels are wrong (95 % interval 0 to 48 %, 37 pairs)",
+            ESTIMATE | {"rate": 0.4, "low": 0.0, "high": 0.48, "upper_bound": 0.49},
+            "the margins do not tell how many labels are wrong (0 to 48 %, 37 pairs)",
         ),
         ({"rate": 0.2, "method": "double labels"}, "20 % of the labels look wrong"),
         ({"rate": None, "num_pairs": 3}, "noise rate not estimated"),
