@@ -43,7 +43,7 @@ def close_bound(h: Tensor, context: Context) -> Tensor:
 
 
 def posterior(h: Tensor, context: Context) -> Tensor:
-    """The posterior mean of DPO: w DPO + (1 - w) DPO of the swapped pair, w from the margin before training."""
+    """Both labels, each with its probability given the margin before training."""
     if context.estimate is None:
         return dpo_loss(h)
     member = torch.arange(len(h), device=h.device)[:, None]
