@@ -9,6 +9,12 @@ if TYPE_CHECKING:
 
 __all__ = ["flip_preferences", "flipped_rows"]
 
+_COLUMNS = (
+    ("chosen", "rejected"),
+    ("chosen_ids", "rejected_ids"),
+    ("ref_chosen_logps", "ref_rejected_logps"),
+)
+
 
 def flipped_rows(num_rows: int, rate: float, seed: int = 0) -> list[int]:
     """Rows whose labels are to be swapped: an exact count, drawn without replacement.
@@ -35,7 +41,7 @@ def flipped_rows(num_rows: int, rate: float, seed: int = 0) -> list[int]:
 
 
 def flip_preferences(dataset: "Dataset", rate: float, seed: int = 0) -> tuple["Dataset", list[int]]:
-    """Swap `chosen` and `rejected` in a share of the rows.
+    """Swap `chosen` and `rejected` in a share of the rows, and what TRL keeps of both.
 
     Args:
         dataset: Preference pairs; it is not changed.
@@ -50,10 +56,15 @@ def flip_preferences(dataset: "Dataset", rate: float, seed: int = 0) -> tuple["D
     """
     rows = flipped_rows(len(dataset), rate, seed)
     swapped = set(rows)
+    columns = [(a, b) for a, b in _COLUMNS if {a, b} <= set(dataset.column_names)]
 
     def swap(example: dict[str, Any], index: int) -> dict[str, Any]:
-        if index not in swapped:
-            return {"chosen": example["chosen"], "rejected": example["rejected"]}
-        return {"chosen": example["rejected"], "rejected": example["chosen"]}
+        first, second = (1, 0) if index in swapped else (0, 1)
+        values = [(example[pair[first]], example[pair[second]]) for pair in columns]
+        return {
+            name: value
+            for pair, both in zip(columns, values, strict=True)
+            for name, value in zip(pair, both, strict=True)
+        }
 
     return dataset.map(swap, with_indices=True, desc="Swapping labels"), rows

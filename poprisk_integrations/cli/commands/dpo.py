@@ -105,9 +105,13 @@ def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":
         raise UsageError(one_line(error)) from error
     if recipe.script.ignore_bias_buffers:
         _ignore_bias_buffers(trainer.model)
-    if flips is not None and trainer.is_world_process_zero():
-        _write_json(output_dir / "label_flips.json", flips)
-        print(f"{flips['num_flipped']} of {flips['num_pairs']} training labels swapped")
+    if trainer.is_world_process_zero():
+        record = output_dir / "label_flips.json"
+        if flips is None:
+            record.unlink(missing_ok=True)  # of an earlier run: it would be taken for this one's
+        else:
+            _write_json(record, flips)
+            print(f"{flips['num_flipped']} of {flips['num_pairs']} training labels swapped")
     return trainer
 
 

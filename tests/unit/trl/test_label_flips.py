@@ -1,6 +1,7 @@
 """Exact counts, fixed draws, nothing else touched."""
 
 import pytest
+from datasets import Dataset
 
 from poprisk_integrations.trl.label_flips import flip_preferences, flipped_rows
 from tests.helpers.tiny_dpo import pairs
@@ -38,3 +39,16 @@ def test_only_the_labels_of_the_drawn_rows_change() -> None:
         )
         assert (new["chosen"], new["rejected"]) == expected
         assert new["prompt"] == old["prompt"]
+
+
+def test_what_belongs_to_a_completion_goes_with_it() -> None:
+    columns = {"chosen": ["a"], "rejected": ["b"], "ref_chosen_logps": [1.0]}
+    both = Dataset.from_dict({**columns, "ref_rejected_logps": [2.0], "score": [7]})
+    (row,) = flip_preferences(both, 1.0)[0]
+    assert row == {
+        "chosen": "b", "rejected": "a", "ref_chosen_logps": 2.0, "ref_rejected_logps": 1.0,
+        "score": 7,
+    }  # fmt: skip
+    tokens = Dataset.from_dict({"prompt_ids": [[0]], "chosen_ids": [[1]], "rejected_ids": [[2, 3]]})
+    (row,) = flip_preferences(tokens, 1.0)[0]
+    assert row == {"prompt_ids": [0], "chosen_ids": [2, 3], "rejected_ids": [1]}
