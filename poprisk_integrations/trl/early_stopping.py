@@ -15,7 +15,8 @@ def auto_window(num_pairs: int, *, per_device: int, accumulation: int, world_siz
     """Optimizer steps in a third of an epoch, at least 8: what "auto" means for DPO.
 
     Unlike in `auto_window_steps`, also for runs of many epochs: wrong labels are fitted within a
-    few epochs, which leaves few windows of a whole one. A choice, not a measured optimum.
+    few epochs, and at large learning rates within the second, which leaves no window of a whole
+    one. `recipes/benchmarks/noisy_dpo` compares the two.
 
     Args:
         num_pairs: Pairs in the training set.

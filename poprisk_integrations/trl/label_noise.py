@@ -10,16 +10,12 @@ from torch import Tensor
 from poprisk_integrations.core.flip_probability import flip_probability
 from poprisk_integrations.core.noise_rate import NoiseRateEstimate, estimate_noise_rate
 from poprisk_integrations.core.untrained_margins import UntrainedMargins
-from poprisk_integrations.trl.pair_loss import PairLoss
+from poprisk_integrations.trl.pair_loss import AUTO_MODE, PairLoss
 
-__all__ = ["AUTO_MODE", "LARGEST_USED_RATE", "SUSPECT", "LabelNoise"]
+__all__ = ["LARGEST_USED_RATE", "SUSPECT", "LabelNoise"]
 
-# Chosen by recipes/benchmarks/noisy_dpo, on its selection seeds.
-AUTO_MODE = "rdpo"
 # Over-stating the rate is worse than under-stating it: rdpo's push grows like 1 / (1 - 2 e).
 LARGEST_USED_RATE = 0.35
-# "auto" changes the loss where the interval of the estimate lies above this rate.
-SURE_FROM = 0.05
 # A pair is suspect if its label is more probably wrong than right.
 SUSPECT = 0.5
 
@@ -72,8 +68,6 @@ class LabelNoise:
         mode, rate = self._asked.mode, self.rate
         if mode == "auto":
             mode = AUTO_MODE
-            if self._given is None and (self.estimate is None or self.estimate.low < SURE_FROM):
-                mode = "off"  # few labels are wrong, or the margins cannot tell
         if mode in ("off", "holder"):
             return replace(self._asked, mode=mode)
         if rate is None:

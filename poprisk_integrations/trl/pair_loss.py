@@ -12,9 +12,12 @@ from poprisk_integrations.core.preference_losses import (
     robust_dpo_loss,
 )
 
-__all__ = ["MODES", "PairLoss"]
+__all__ = ["AUTO_MODE", "MODES", "PairLoss"]
 
 MODES = ("off", "cdpo", "rdpo", "holder", "weights", "auto")
+# What "auto" trains with: chosen by recipes/benchmarks/noisy_dpo on its selection seeds. Beside the
+# gate and the stop no other loss was better than TRL's own.
+AUTO_MODE = "off"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from trl import DPOConfig
 from poprisk_integrations.huggingface.optim_args import parse_optim_args
 from poprisk_integrations.trl._upstream import LIGER_HIDES_LOG_PROBS
 from poprisk_integrations.trl.early_stopping import stopping_callback
-from poprisk_integrations.trl.pair_loss import MODES, PairLoss
+from poprisk_integrations.trl.pair_loss import AUTO_MODE, MODES, PairLoss
 
 __all__ = ["PopRiskDPOConfig"]
 
@@ -42,7 +42,8 @@ class PopRiskDPOConfig(DPOConfig):
     | "holder" | s(h)^(1+g) + s(-h)^(1+g) - (1 + 1/g) s(h)^g, over 1 + g; g is `holder_gamma` |
     | "weights" | w (-log s(h)) with w from `pair_weight_column`; without the column
                   -w log s(h) - (1 - w) log s(-h) with w the probability that the label is right |
-    | "auto" | that of "rdpo" if the estimated rate is significantly above zero, else "off" |
+    | "auto" | estimate e and report it; the loss is the one that `recipes/benchmarks/noisy_dpo`
+               favours beside gate and stop, which is TRL's own |
 
     Where `noise_rate` is None, e is estimated after half of the first epoch and at its end, from
     margins of pairs that had not been trained on; until then the loss is TRL's own.
@@ -63,7 +64,10 @@ class PopRiskDPOConfig(DPOConfig):
             evaluation, for `poprisk/kl_on_policy`; 0 for none.
         stop: Add `PopRiskEarlyStoppingCallback`, with the options below, unless one was passed to
             the trainer.
-        stop_kappa: Stop at this multiple of the onset time, >= 1.
+        stop_kappa: Stop at this multiple of the onset time, >= 1. The default is 1, where the
+            callback's own is 2: on noisy preferences the accuracy on clean pairs is best at the
+            onset (`recipes/benchmarks/noisy_dpo`). The reward of samples goes on rising for a
+            while, and with it the distance from the reference: for that use 2.
         stop_window: Optimizer steps per window of the statistic, >= 4, or "auto": a third of an
             epoch, at least 8.
         stop_threshold: The onset is where the statistic falls below this, > 0.
@@ -114,7 +118,7 @@ class PopRiskDPOConfig(DPOConfig):
         metadata={"help": "Stop without validation data, when the gradients carry only noise."},
     )
     stop_kappa: float = field(
-        default=2.0,
+        default=1.0,
         metadata={"help": "Stop at this multiple of the time at which the signal faded, >= 1."},
     )
     # `int | str | None`, since the argument parser would read `int | str` as int alone.
@@ -168,9 +172,11 @@ class PopRiskDPOConfig(DPOConfig):
     @property
     def loss_is_replaced(self) -> bool:
         """Whether the term `sigmoid` of the loss may become another one in this run."""
-        if self.noise == "auto" and self._noise_obstacle() is not None:
-            return False  # the default must not get in anyone's way
-        return self.noise != "off"
+        mode = AUTO_MODE if self.noise == "auto" else self.noise
+        if mode == "off" and self.pair_weight_column is None:
+            return False
+        # The default must not get in anyone's way.
+        return self.noise != "auto" or self._noise_obstacle() is None
 
     def _check_noise(self) -> None:
         noise: object = self.noise

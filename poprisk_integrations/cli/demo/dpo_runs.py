@@ -17,6 +17,7 @@ from poprisk_integrations.cli.demo.progress import StepProgress
 from poprisk_integrations.cli.demo.settings import DemoSettings
 from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
+from poprisk_integrations.trl.early_stopping import auto_window
 
 __all__ = ["OPTIMIZERS", "DPOTask", "Point", "RunResult", "run_dpo"]
 
@@ -186,10 +187,12 @@ def run_dpo(
         logging_strategy="no",
         disable_tqdm=True,
     )
+    # As PopRiskDPOTrainer would make it, but for what it does with its decision.
+    window = auto_window(
+        len(task.train_rows), per_device=settings.batch_size, accumulation=1, world_size=1
+    )
     stopper = PopRiskEarlyStoppingCallback(
-        action="monitor",
-        restore=None,
-        window=task.epoch_steps,  # shorter windows see too little of so weak a signal
+        config.stop_kappa, window, action="monitor", restore=None
     )
     result = RunResult(optimizer, learning_rate)
     model = copy.deepcopy(task.reference)

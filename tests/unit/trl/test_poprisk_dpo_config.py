@@ -24,7 +24,7 @@ def test_defaults(tmp_path: Path) -> None:
     ours = config(tmp_path)
     assert ours.optim == "poprisk_adamw"
     assert (ours.noise, ours.noise_rate) == ("auto", None)
-    assert (ours.stop, ours.stop_window) == (True, "auto")
+    assert (ours.stop, ours.stop_window, ours.stop_kappa) == (True, "auto", 1.0)
     theirs = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     different = {
         f.name for f in fields(DPOConfig) if getattr(ours, f.name) != getattr(theirs, f.name)
@@ -46,7 +46,8 @@ def test_every_own_field_has_a_help_text() -> None:
 @pytest.mark.parametrize("noise", ["off", "cdpo", "rdpo", "holder", "weights", "auto"])
 def test_noise_modes(tmp_path: Path, noise: str) -> None:
     ours = config(tmp_path, noise=noise)
-    assert ours.loss_is_replaced == (noise != "off")
+    assert ours.loss_is_replaced == (noise not in ("off", "auto"))
+    assert config(tmp_path, pair_weight_column="w").loss_is_replaced
     assert (ours.pair_loss.mode, ours.pair_loss.max_margin, ours.pair_loss.gamma) == (noise, 4, 2)
 
 
