@@ -18,8 +18,10 @@ def header(table):
 
 def test_all_were_found():
     assert FOLDERS == [
+        "dpo_step_cost",
         "early_stopping",
         "fsdp2_step",
+        "noisy_dpo",
         "noisy_dpo_demo",
         "open_fraction",
         "optimizer_step",

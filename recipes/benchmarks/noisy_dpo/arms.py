@@ -1,4 +1,7 @@
-"""The arms: an optimizer, a loss on margins, and what happens to an update after the step."""
+"""The arms: an optimizer, a loss on margins, and what happens to an update after the step.
+
+A3, rDPO with an estimated noise rate, is E4 of `variants.py`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -102,16 +105,6 @@ def robust(h: Tensor, context: Context, off: float = 0.0) -> Tensor:
     return robust_dpo_loss(h, (context.noise_rate + off).clamp(0.0, 0.45))
 
 
-def robust_estimated(h: Tensor, context: Context) -> Tensor:
-    """Plain DPO until there is an estimate, shape (M, 1)."""
-    return dpo_loss(h) if context.estimate is None else robust_dpo_loss(h, context.estimate)
-
-
-def no_estimate_yet(context: Context) -> Tensor:
-    """Hook of the arms that estimate the noise rate from the ledger: to be filled."""
-    return torch.zeros_like(context.noise_rate)
-
-
 A1 = Arm(name="A1 AdamW DPO", optimizer=adamw, loss=plain)
 A8 = replace(A1, name="A8 gate 1", optimizer=paper)
 A9 = replace(A1, name="A9 gate 0.192", optimizer=gated)
@@ -120,7 +113,6 @@ ARMS = {
     for arm in (
         A1,
         replace(A1, name="A2 rDPO", loss=robust),
-        replace(A1, name="A3 rDPO e_hat", loss=robust_estimated, after_first_epoch=no_estimate_yet),
         replace(A1, name="A4a rDPO e-0.1", loss=partial(robust, off=-0.1)),
         replace(A1, name="A4b rDPO e+0.1", loss=partial(robust, off=0.1)),
         replace(A1, name="A5 IPO", loss=ipo),

@@ -18,8 +18,20 @@ from arms import ARMS
 from pairs import Sizes, Task, build
 from sft import references
 from training import EPOCHS, train
+from variants import VARIANTS
 
-__all__ = ["FRESH", "GROUPS", "LRS", "SELECTION", "Cell", "cells", "load", "run", "run_all"]
+__all__ = [
+    "FRESH",
+    "GROUPS",
+    "LRS",
+    "RUNNABLE",
+    "SELECTION",
+    "Cell",
+    "cells",
+    "load",
+    "run",
+    "run_all",
+]
 
 HERE = Path(__file__).parent
 SELECTION, FRESH = (100, 101, 102), (0, 1, 2, 3, 4)
@@ -29,9 +41,11 @@ GROUPS = {
     "rates": ("flips 10", "flips 20", "flips 40"),
     "structured": ("length", "annotators", "bt 30"),
 }
-# The most informative first. A3 is left out until its estimate is filled in.
+RUNNABLE = ARMS | VARIANTS
+# The most informative first.
 FIRST = ("A1", "A9", "A2", "A8")
-SECOND = ("A6", "A7", "A5", "A14", "A15", "A11", "A10", "A4a", "A4b", "C1", "C3", "C2", "C4", "C5")
+SECOND = tuple(arm for arm in VARIANTS if arm not in FIRST)
+THIRD = tuple(arm for arm in ARMS if arm not in FIRST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +71,13 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """In the order in which they are worth having."""
-    for arms in (FIRST, SECOND):
+    for arms in (FIRST, SECOND, THIRD):
         for arm in arms:
             for lr in (3e-4, 1e-3, 1e-4, 3e-3, 3e-5):
                 yield Cell(arm=arm, lr=lr)
     yield Cell(arm="A1", lr=1e-5)  # below the grid, to show that its best rate is inside
     for group in ("rates", "structured"):
-        for arm in ("A1", "A2", "A9", "A7"):
+        for arm in ("A1", "A9", "E1", "E1g", "A2", "A7", "C1", "C3"):
             for lr in (1e-4, 3e-4, 1e-3):
                 yield Cell(arm=arm, lr=lr, group=group)
     for beta in (0.05, 0.3):
@@ -83,7 +97,7 @@ def shard(cell: Cell, folder: Path) -> Path:
 @cache
 def task_of(group: str, seeds: tuple[int, ...], folder: Path, quick: bool) -> Task:
     """The data; made once in a process."""
-    sizes = Sizes(train=448, held=100, sampled=50) if quick else Sizes()
+    sizes = Sizes(train=384, held=100, sampled=50) if quick else Sizes()
     reference = references(list(seeds), folder, _samples(quick))
     return build(list(GROUPS[group]), list(seeds), reference, sizes)
 
@@ -94,7 +108,7 @@ def run(cell: Cell, folder: Path) -> Path:
     if path.exists():
         return path
     torch.set_num_threads(1)
-    arm = ARMS[cell.arm]
+    arm = RUNNABLE[cell.arm]
     recorded = None
     if arm.needs is not None:
         other = Cell(**{**cell.__dict__, "arm": arm.needs})
@@ -115,16 +129,20 @@ def run(cell: Cell, folder: Path) -> Path:
 
 
 def run_all(wanted: list[Cell], folder: Path, jobs: int) -> None:
-    """What is missing, those that need another run last."""
+    """What is missing; with several jobs, those that need another run last."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in wanted if not shard(cell, folder).exists()]
     if not missing:
+        return
+    if jobs == 1:
+        for cell in missing:
+            _report(cell, run(cell, folder))
         return
     # Threads of one process wait for each other when cores are shared, so every process has one.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_reference, *zip(*_references_of(missing, folder), strict=True)))
         for needy in (False, True):
-            part = [cell for cell in missing if (ARMS[cell.arm].needs is not None) == needy]
+            part = [cell for cell in missing if (RUNNABLE[cell.arm].needs is not None) == needy]
             futures = {pool.submit(run, cell, folder): cell for cell in part}
             for future in as_completed(futures):
                 _report(futures[future], future.result())
@@ -144,7 +162,9 @@ def _samples(quick: bool) -> int:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """A run; arrays only, nothing pickled."""
+    """A run, or what there is of it: that of the selection seeds. Arrays, nothing pickled."""
+    if not path.exists():
+        path = path.with_stem(f"{path.stem}_s{'-'.join(map(str, SELECTION))}")
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
