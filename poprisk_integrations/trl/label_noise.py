@@ -63,6 +63,13 @@ class LabelNoise:
         return min(self.estimate.rate, LARGEST_USED_RATE)
 
     @property
+    def rate_of_report(self) -> float | None:
+        """The rate behind the probabilities: the user's, else the estimate as it is."""
+        if self._given is not None:
+            return self._given
+        return None if self.estimate is None else self.estimate.rate
+
+    @property
     def loss(self) -> PairLoss:
         """The loss in force."""
         mode, rate = self._asked.mode, self.rate
@@ -120,12 +127,9 @@ class LabelNoise:
         Raises:
             ValueError: If no rate is known.
         """
-        if self._given is not None:
-            rate = self._given
-        elif self.estimate is None:
+        rate = self.rate_of_report
+        if rate is None:
             raise ValueError("The noise rate is not known yet.")
-        else:
-            rate = self.estimate.rate
         return flip_probability(self.margins.margin, rate, self.slope)
 
     def suspects(self) -> Tensor:

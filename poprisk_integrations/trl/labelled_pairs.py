@@ -100,9 +100,9 @@ def flip_report(noise: LabelNoise, ids: list[int] | list[str], dropped: set[int]
         dropped: Rows that TRL left out.
 
     Raises:
-        ValueError: If there is no estimate.
+        ValueError: If no pair was trained on, or the rate is neither estimated nor given.
     """
-    if noise.estimate is None:
+    if noise.rate_of_report is None or not bool(noise.margins.seen.any()):
         raise ValueError(
             "No flip report yet: it needs margins of at least 50 pairs from before they were "
             "trained on, and is made in the first epoch of training."

@@ -282,14 +282,16 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
                 f"Invalid on_policy_kl_samples: {self.args.on_policy_kl_samples}. With "
                 "precompute_ref_log_probs no reference model is in memory: set it to 0."
             )
-        if not isinstance(self.train_dataset, Dataset):
+        data = self.train_dataset
+        if not isinstance(data, Dataset) or "prompt_ids" not in data.column_names:
             raise ValueError(
                 f"Invalid on_policy_kl_samples: {self.args.on_policy_kl_samples}. Prompts are "
-                "taken from map-style training data: set it to 0."
+                "taken from map-style training data of texts: set it to 0."
             )
 
     def _save_flip_report(self, directory: str) -> None:
-        if len(self._pairs) and self._noise.estimate is not None:
+        known = self._noise.rate_of_report is not None and bool(self._noise.margins.seen.any())
+        if len(self._pairs) and known:
             self.flip_report().save(directory)
 
     def _describe_end(self, state: TrainerState) -> str:

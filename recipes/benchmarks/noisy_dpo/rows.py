@@ -1,7 +1,7 @@
 """From shards to the rows of the results file: one per run and seed, all endpoints side by side.
 
 An endpoint is an evaluated epoch, a stop (`onset`: windows of a third of an epoch and kappa 1, the
-default of `PopRiskDPOTrainer`; `third`, `epoch`: windows of that length and kappa 2, the default of the
+default of `PopRiskDPOTrainer`; `third`, `epoch`: windows of that length and kappa 2, that of the
 callback), or the epoch of the smallest loss on pairs that were held out with their noise (`held`).
 """
 

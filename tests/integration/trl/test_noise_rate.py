@@ -165,6 +165,20 @@ def test_report_goes_beside_a_saved_model(tmp_path: Path) -> None:
     }
 
 
+def test_a_given_rate_needs_no_estimate(tmp_path: Path) -> None:
+    data, _ = noisy(count=24)
+    trainer = build(tmp_path, data, noise="rdpo", noise_rate=0.3, max_steps=6)
+    with pytest.raises(ValueError, match="No flip report yet"):
+        trainer.flip_report()
+    trainer.train()
+    table = trainer.flip_report().to_pandas()
+    margins = table["margin"].to_numpy()
+    expected = 0.3 / (0.3 + 0.7 * np.exp(margins))
+    np.testing.assert_allclose(table["probability_wrong"], expected, rtol=1e-9)
+    assert np.ptp(margins) > 0
+    assert json.loads((tmp_path / "poprisk_noise.json").read_text())["rate_in_use"] == 0.3
+
+
 class Interrupt(TrainerCallback):
     """Stands for a killed process: the run ends right after a checkpoint."""
 
