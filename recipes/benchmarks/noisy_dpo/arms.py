@@ -55,6 +55,7 @@ class Arm:
             the context's `estimate` from there on. Until then it is None.
         update: What is done to each step's update; see `updates.py`. None: nothing.
         needs: Arm whose run with the same settings must be on disk before.
+        backward: In place of one backward pass of the loss; see `gates.in_pieces`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Arm:
     after_first_epoch: Callable[[Context], Any] | None = None
     update: str | None = None
     needs: str | None = None
+    backward: Callable[..., Tensor] | None = None
 
 
 def adamw(params: list[Tensor], lr: float, b: int, n: int, beta2: float = 0.999) -> Any:

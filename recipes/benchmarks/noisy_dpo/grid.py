@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from arms import ARMS
+from gates import GATES
 from pairs import Sizes, Task, build
 from sft import references
 from training import EPOCHS, train
@@ -41,7 +42,7 @@ GROUPS = {
     "rates": ("flips 10", "flips 20", "flips 40"),
     "structured": ("length", "annotators", "bt 30"),
 }
-RUNNABLE = ARMS | VARIANTS
+RUNNABLE = ARMS | VARIANTS | GATES
 # The most informative first.
 FIRST = ("A1", "A9", "A2", "A8")
 SECOND = tuple(arm for arm in VARIANTS if arm not in FIRST)

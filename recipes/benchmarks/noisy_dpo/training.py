@@ -64,16 +64,24 @@ def train(
     change = _Change(arm, task, values, optimizer, recorded)
     order = _orders(task, arm, kept, total * BATCH)
     member = torch.arange(len(task.seeds))[:, None]
+
+    def margins(params: dict[str, Tensor], member: Tensor, rows: Tensor) -> Tensor:
+        return beta * _margins(params, task, member, rows)
+
     evaluate(params, 0)
     for step in range(total):
         context.epoch, within = divmod(step, epoch_steps)
         if context.epoch == 1 and within == 0 and arm.after_first_epoch is not None:
             context.estimate = arm.after_first_epoch(context)
         context.rows = rows = order[:, step * BATCH : (step + 1) * BATCH]
-        h = beta * _margins(params, task, member, rows)
+        if arm.backward is None:
+            h = margins(params, member, rows)
+        else:
+            h = arm.backward(arm, params, margins, context)
         seen = context.ledger[member, rows]
         context.ledger[member, rows] = torch.where(seen.isnan(), h.detach(), seen)
-        arm.loss(h, context).mean(1).sum().backward()
+        if arm.backward is None:
+            arm.loss(h, context).mean(1).sum().backward()
         recorder.add()
         now = lr if schedule == "constant" else lr * (1 - step / total)
         for group in optimizer.param_groups:
