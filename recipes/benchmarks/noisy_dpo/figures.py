@@ -17,15 +17,16 @@ __all__ = ["draw"]
 COLORS = {
     "A1": "#1f4e79",
     "A9": "#c0504d",
-    "E1g": "#e0912f",
-    "A2": "#6a9a3b",
+    "A2": "#e0912f",
     "C1": "#7b5ea7",
     "C3": "#a8577e",
+    "V3b": "#2a9d8f",
+    "V3bc": "#8ecf5a",
     "A15": "black",
 }
 GREY = "#c8c8c8"
 CONDITIONS = ("flips 0", "flips 30")
-STYLES = {"epoch": "--", "stop": "-"}  # last epoch; stop
+STYLES = {True: "--", False: "-"}  # last epoch; stop
 KL_SHOWN = 13.0
 LEAST_ACCURACY = {"flips 0": 0.78, "flips 30": 0.6}
 
@@ -78,8 +79,9 @@ def _rewards(axis: Axes, arms: dict[str, list[Run]], condition: str) -> None:
 def _accuracies(axis: Axes, arms: dict[str, list[Run]], condition: str) -> None:
     for arm, runs in _in_order(arms):
         color = COLORS.get(arm, GREY)
-        for end, style in STYLES.items():
-            points = [p for run in runs for p in run.ends if p.end.startswith(end)]
+        for is_epoch, style in STYLES.items():
+            ends = [p for run in runs for p in run.ends]
+            points = [p for p in ends if p.is_epoch == is_epoch and (is_epoch or p.end == "stop")]
             points.sort(key=lambda point: point.lr)
             lrs = [point.lr for point in points]
             axis.plot(

@@ -16,7 +16,7 @@ from torch import Tensor
 from updates import UPDATES, member_norm, moved_share
 from windows import WindowRecorder
 
-__all__ = ["BATCH", "EPOCHS", "train"]
+__all__ = ["BATCH", "EPOCHS", "log_ratio_margins", "train"]
 
 BATCH, EPOCHS = 32, (1, 2, 3, 4, 5, 6, 8, 10, 12)
 
@@ -66,7 +66,7 @@ def train(
     member = torch.arange(len(task.seeds))[:, None]
 
     def margins(params: dict[str, Tensor], member: Tensor, rows: Tensor) -> Tensor:
-        return beta * _margins(params, task, member, rows)
+        return beta * log_ratio_margins(params, task, member, rows)
 
     evaluate(params, 0)
     for step in range(total):
@@ -108,7 +108,9 @@ def train(
     }
 
 
-def _margins(params: dict[str, Tensor], task: Task, member: Tensor, rows: Tensor) -> Tensor:
+def log_ratio_margins(
+    params: dict[str, Tensor], task: Task, member: Tensor, rows: Tensor
+) -> Tensor:
     """Log-ratio of chosen minus that of rejected, shape (M, B)."""
     prompts = task.prompts[member, rows]
     both = torch.cat([task.chosen[member, rows], task.rejected[member, rows]], 1)
