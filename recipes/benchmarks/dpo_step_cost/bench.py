@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, for tests")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # transformers deprecates a name TRL still uses
-    steps, warm_up = (8, 2) if args.quick else (96, 4)
+    steps, warm_up = (8, 2) if args.quick else (48, 4)
     rows = measure(steps, warm_up, args.quick)
     path = args.out / f"{hardware()}.csv"
     write_csv(path, rows)
