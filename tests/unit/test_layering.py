@@ -79,9 +79,10 @@ def test_import_adds_no_framework():
 
 
 def test_import_is_quick():
-    """Under 50 ms over torch; the best of some tries, since the machine is shared."""
+    """A twelfth of torch's own import at most, in CPU time: the machine is shared."""
     code = (
-        "import torch, time; t = time.perf_counter(); import poprisk_integrations;"
-        "print(1e3 * (time.perf_counter() - t))"
+        "import time; start = time.process_time(); import torch; middle = time.process_time();"
+        "import poprisk_integrations; end = time.process_time();"
+        "print((end - middle) / (middle - start))"
     )
-    assert min(float(run(code)[0]) for _ in range(5)) < 50
+    assert min(float(run(code)[0]) for _ in range(3)) < 1 / 12
