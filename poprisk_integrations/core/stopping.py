@@ -326,9 +326,10 @@ def _is_due(state: StoppingState, step: int, config: StoppingConfig) -> bool:
 
 
 def _stop_reason(state: StoppingState, step: int, config: StoppingConfig) -> str:
+    kappa = f"{state.onset_kappa:.3g}"
+    waited = "" if kappa == "1" else f", and {kappa} times that training time has passed"
     return (
         f"stopped at step {step}: the training gradients carry no more signal than noise since "
-        f"step {state.onset_step} (F = {state.onset_ratio:.3g} < {config.threshold:g}), and "
-        f"{state.onset_kappa:.3g} times that training time has passed; further training would "
-        "mostly memorise"
+        f"step {state.onset_step} (F = {state.onset_ratio:.3g} < {config.threshold:g}){waited}; "
+        "further training would mostly memorise"
     )

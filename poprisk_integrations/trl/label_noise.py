@@ -83,8 +83,13 @@ class LabelNoise:
 
     @property
     def slope(self) -> float:
-        """Log-odds per unit of margin: the estimate's, 1 (Bradley-Terry's own) before it."""
-        return 1.0 if self.estimate is None else self.estimate.slope
+        """Log-odds per unit of margin: the estimate's, 1 (Bradley-Terry's own) before it.
+
+        0 where the margins tell nothing: no pair is then more suspect than another.
+        """
+        if self.estimate is None:
+            return 1.0
+        return self.estimate.slope if self.estimate.informative else 0.0
 
     def p_correct(self, rows: Tensor, margins: Tensor) -> Tensor | None:
         """Probability that the labels of a batch are right, from margins before training.

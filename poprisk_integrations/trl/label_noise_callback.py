@@ -121,7 +121,7 @@ class LabelNoiseCallback(MetricsCallback):
                 if estimate is None
                 else estimate.to_json()
             ),
-            "method": "maximum likelihood on margins from before training",
+            "method": "posterior mean, from margins before training",
             "estimated_at_step": self.noise.estimate_step,
             "rate_in_use": self.noise.rate,
             "loss": self.noise.loss.mode,

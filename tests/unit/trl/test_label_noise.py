@@ -60,6 +60,8 @@ def test_margins_that_tell_nothing_change_no_loss() -> None:
     noise.update_estimate(step=1)
     assert noise.estimate is not None
     assert (noise.rate, noise.loss.mode) == (None, "off")
+    assert noise.probability_wrong().tolist() == pytest.approx([noise.estimate.rate] * 1000)
+    assert not noise.suspects().any()
 
 
 def test_a_pair_s_own_early_margin_decides_not_its_present_one() -> None:
