@@ -69,9 +69,7 @@ def test_stop_ends_the_run_and_says_why(tmp_path: Path, capsys: pytest.CaptureFi
     assert report["stopped"]
     assert report["stop_step"] == trainer.state.global_step
     assert (tmp_path / f"checkpoint-{report['stop_step']}").is_dir()
-    line = capsys.readouterr().err
-    assert f"stopped at step {report['stop_step']}" in line
-    assert "times that training time" not in line  # kappa 1: nothing was waited for
+    assert f"stopped at step {report['stop_step']}" in capsys.readouterr().err
 
 
 class Interrupt:

@@ -52,6 +52,13 @@ def test_kappa_scales_the_stop(kappa):
     assert run([3.0] + [0.5] * 9, kappa=kappa)[1] == expected
 
 
+@pytest.mark.parametrize(("kappa", "waited"), [(1.0, ""), (2.5, ", and 2.5 times that ")])
+def test_reason_tells_how_long_it_waited(kappa, waited):
+    rule, _ = run([3.0] + [0.5] * 9, kappa=kappa)
+    assert f"(F = 0.5 < 1){waited or '; further'}" in rule.state.reason
+    assert ("times that training time" in rule.state.reason) == bool(waited)
+
+
 def test_an_onset_right_after_another_low_window_is_at_its_middle():
     """The window before was low too, but of the first pass."""
     rule, _ = run([3.0, 0.9, 0.8, 0.8, 0.8], reused_from=2)
