@@ -57,16 +57,12 @@ def draw(runs: list[Run], path: Path) -> None:
 
 def _rewards(axis: Axes, arms: dict[str, list[Run]], condition: str) -> None:
     for arm, runs in _in_order(arms):
-        points = [point for run in runs for point in run.epochs]
-        kl, reward = _means(points, "kl"), _means(points, "reward")
-        color = COLORS.get(arm, GREY)
-        size, order = (16, 3) if arm in COLORS else (7, 1)
-        axis.scatter(kl, reward, s=size, color=color, alpha=0.6, lw=0, zorder=order)
+        _scatter(axis, arm, runs, "kl", "reward")
         if arm in COLORS:
             chosen = [Point(None), *(p for p in frontier(runs) if p.run is not None)]
             chosen = list(dict.fromkeys(chosen))
             x, y = _means(chosen, "kl"), _means(chosen, "reward")
-            axis.plot(x, y, color=color, lw=1.6, zorder=order + 1, label=title(arm))
+            axis.plot(x, y, color=COLORS[arm], lw=1.6, zorder=4, label=title(arm))
     axis.plot([], [], "o", color=GREY, ms=4, label="other arms")
     axis.set_xlim(0, KL_SHOWN)
     axis.set_ylim(bottom=0)
@@ -104,22 +100,27 @@ def _accuracies(axis: Axes, arms: dict[str, list[Run]], condition: str) -> None:
 
 def _flips(axis: Axes, arms: dict[str, list[Run]], condition: str) -> None:
     for arm, runs in _in_order(arms):
-        points = [point for run in runs for point in run.epochs]
-        size, order = (16, 3) if arm in COLORS else (7, 1)
-        axis.scatter(
-            _means(points, "accuracy"),
-            _means(points, "flipped_fitted"),
-            s=size,
-            color=COLORS.get(arm, GREY),
-            alpha=0.6,
-            lw=0,
-            zorder=order,
-        )
+        _scatter(axis, arm, runs, "accuracy", "flipped_fitted")
     axis.set_xlim(left=LEAST_ACCURACY[condition])
     axis.set_xlabel("clean accuracy")
     axis.set_ylabel("share of wrong labels fitted")
     axis.set_title(f"{condition} %: learning rates x epochs", fontsize=9)
     axis.grid(alpha=0.3)
+
+
+def _scatter(axis: Axes, arm: str, runs: list[Run], x: str, y: str) -> None:
+    """All learning rates and epochs of an arm; the highlighted ones larger and in front."""
+    points = [point for run in runs for point in run.epochs]
+    size, order = (16, 3) if arm in COLORS else (7, 1)
+    axis.scatter(
+        _means(points, x),
+        _means(points, y),
+        s=size,
+        color=COLORS.get(arm, GREY),
+        alpha=0.6,
+        lw=0,
+        zorder=order,
+    )
 
 
 def _rates(axis: Axes, runs: list[Run]) -> None:

@@ -129,17 +129,23 @@ def weights_of(trainer: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("mode", ["cdpo", "rdpo", "weights"])
-def test_until_there_is_an_estimate_training_is_that_of_trl(tmp_path: Path, mode: str) -> None:
-    options = {"max_steps": 8, "beta": BETA, "optim": "adamw_torch"}  # half an epoch of 64 pairs
-    theirs = DPOTrainer(
+def train_with_trl(tmp_path: Path, count: int, **options: Any) -> DPOTrainer:
+    """TRL's own trainer, from the same start on the same data as `build`."""
+    trainer = DPOTrainer(
         tiny_model(),
         ref_model=tiny_model(1),
         args=DPOConfig(**config_options(tmp_path, **options)),
-        train_dataset=pairs(64),
+        train_dataset=pairs(count),
         processing_class=tiny_tokenizer(),
     )
-    theirs.train()
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("mode", ["cdpo", "rdpo", "weights"])
+def test_until_there_is_an_estimate_training_is_that_of_trl(tmp_path: Path, mode: str) -> None:
+    options = {"max_steps": 8, "beta": BETA, "optim": "adamw_torch"}  # half an epoch of 64 pairs
+    theirs = train_with_trl(tmp_path, 64, **options)
     mine = build(tmp_path, pairs(64), noise=mode, max_steps=8)
     mine.train()
     assert torch.equal(weights_of(mine), weights_of(theirs))
@@ -147,14 +153,7 @@ def test_until_there_is_an_estimate_training_is_that_of_trl(tmp_path: Path, mode
 
 def test_auto_estimates_and_keeps_the_loss_of_trl(tmp_path: Path) -> None:
     options = {"max_steps": 40, "beta": BETA, "optim": "adamw_torch"}  # 2.5 epochs
-    theirs = DPOTrainer(
-        tiny_model(),
-        ref_model=tiny_model(1),
-        args=DPOConfig(**config_options(tmp_path, **options)),
-        train_dataset=pairs(64),
-        processing_class=tiny_tokenizer(),
-    )
-    theirs.train()
+    theirs = train_with_trl(tmp_path, 64, **options)
     mine = build(tmp_path, pairs(64), noise="auto", max_steps=40)
     mine.train()
     assert torch.equal(weights_of(mine), weights_of(theirs))
@@ -163,16 +162,7 @@ def test_auto_estimates_and_keeps_the_loss_of_trl(tmp_path: Path) -> None:
 
 def test_robust_with_a_known_rate_is_trl_s_robust_up_to_its_limit(tmp_path: Path) -> None:
     options = {"max_steps": 6, "beta": BETA, "optim": "sgd", "learning_rate": 0.01}
-    theirs = DPOTrainer(
-        tiny_model(),
-        ref_model=tiny_model(1),
-        args=DPOConfig(
-            **config_options(tmp_path, loss_type="robust", label_smoothing=0.3, **options)
-        ),
-        train_dataset=pairs(16),
-        processing_class=tiny_tokenizer(),
-    )
-    theirs.train()
+    theirs = train_with_trl(tmp_path, 16, loss_type="robust", label_smoothing=0.3, **options)
     mine = build(tmp_path, noise="rdpo", noise_rate=0.3, rdpo_max_margin=1e6, **options)
     mine.train()
     assert (weights_of(mine) - weights_of(theirs)).abs().max() < 1e-6
