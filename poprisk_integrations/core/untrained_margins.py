@@ -59,7 +59,8 @@ class UntrainedMargins:
         steps = torch.as_tensor(step, dtype=torch.int64).cpu().expand(rows.shape)
         if rows.numel() and int(rows.max()) >= len(self):
             raise IndexError(f"row {int(rows.max())} of a data set of {len(self)} rows")
-        new = torch.nonzero((rows >= 0) & ~self.seen[rows.clamp(min=0)]).squeeze(1)
+        numbered = torch.nonzero(rows >= 0).squeeze(1)
+        new = numbered[~self.seen[rows[numbered]]]
         first = torch.full_like(self.step, len(rows))
         first.scatter_reduce_(0, rows[new], new, "amin")
         first = first[first < len(rows)]

@@ -74,7 +74,7 @@ class LabelNoiseCallback(MetricsCallback):
         self._estimate_at = set() if epoch is None else {epoch // 2, epoch} - {0}
         if state.global_step > 0:
             self._resume(state)
-        if len(self.noise.margins) < FEWEST_PAIRS and state.is_world_process_zero:
+        if 0 < len(self.noise.margins) < FEWEST_PAIRS and state.is_world_process_zero:
             logger.warning(
                 "train_dataset has %d pairs; an estimate of the noise rate needs %d. Give "
                 "noise_rate, or the loss stays that of DPO.",

@@ -1,6 +1,7 @@
 """The loss of each noise mode inside a real run, against float64 and against TRL."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -193,3 +194,28 @@ def test_ways_to_train(tmp_path: Path, options: dict[str, Any]) -> None:
     floor = -(0.6 * np.log(0.6) + 0.4 * np.log(0.4))
     slack = 0.01 if "bf16" in options else 1e-6
     assert min(found["cdpo"]) > floor - slack
+
+
+@pytest.mark.parametrize("mode", ["off", "auto", "rdpo", "weights", "holder"])
+def test_streamed_data(tmp_path: Path, mode: str) -> None:
+    rate = {"noise_rate": 0.3} if mode in ("rdpo", "weights") else {}
+    trainer = build(tmp_path, pairs(16).to_iterable_dataset(), noise=mode, max_steps=6, **rate)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 6
+    assert np.isfinite(losses).all()
+    with pytest.raises(ValueError, match="map-style"):
+        trainer.flip_report()
+
+
+def test_a_mode_without_margins_is_an_error_and_auto_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "poprisk_integrations.trl.poprisk_dpo_trainer.ForwardRecorder.__enter__"
+    blind = SimpleNamespace(policy_output=None, reference_output=None)
+    monkeypatch.setattr(module, lambda self: blind)
+    with pytest.raises(ValueError, match=r"Invalid noise: 'rdpo'. Per-pair margins are not"):
+        build(tmp_path, noise="rdpo", noise_rate=0.3).train()
+    trainer = build(tmp_path, noise="auto")
+    trainer.train()
+    assert trainer.state.global_step == 6

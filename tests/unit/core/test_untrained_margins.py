@@ -32,6 +32,12 @@ def test_padding_is_left_out_and_infinite_margins_count_as_seen() -> None:
     assert record.step.tolist() == [-1, 0]
 
 
+def test_data_without_rows_leave_an_empty_record_empty() -> None:
+    record = UntrainedMargins(0)
+    record.record(torch.tensor([-1, -1]), torch.tensor([1.0, 2.0]), step=0)
+    assert len(record) == 0
+
+
 def test_rows_beyond_the_data_are_refused() -> None:
     with pytest.raises(IndexError, match="row 2 of a data set of 2 rows"):
         UntrainedMargins(2).record(torch.tensor([2]), torch.tensor([1.0]), step=0)
