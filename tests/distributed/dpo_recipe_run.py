@@ -18,6 +18,7 @@ from trl import DPOTrainer
 
 from poprisk_integrations.cli.main import main
 from tests.distributed.huggingface_sharded_run import gloo_is_an_accelerator, local_numel
+from tests.helpers.leave import leave
 
 
 def watch_training(found):
@@ -59,4 +60,4 @@ def run(out, strategy, arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(run(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    leave(run(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import poprisk_integrations.huggingface as hf
+from tests.helpers.leave import leave
 from tests.helpers.tiny_trainer import arguments, train, weights
 
 MID_WINDOW = 28
@@ -51,3 +52,4 @@ if __name__ == "__main__":
     alone = directory / "one" / f"checkpoint-{MID_WINDOW}"
     run(directory / "grown", per_device_batch, alone)
     torch.distributed.destroy_process_group()
+    leave()

@@ -19,6 +19,7 @@ from accelerate.state import DistributedType, PartialState
 
 import poprisk_integrations.huggingface  # noqa: F401 - registers the optimizer's name
 from poprisk_integrations.distributed import is_dtensor
+from tests.helpers.leave import leave
 from tests.helpers.tiny_trainer import TinyModel, arguments, dataset, train
 
 STEPS, MIDDLE, BATCH, EXAMPLES = 6, 3, 8, 64
@@ -147,3 +148,4 @@ def main(strategy, out):
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    leave()

@@ -20,6 +20,7 @@ from tests.distributed.huggingface_sharded_run import (
     gloo_is_an_accelerator,
     settings,
 )
+from tests.helpers.leave import leave
 from tests.helpers.tiny_trainer import arguments, train
 
 # name: changes of the training arguments
@@ -82,3 +83,4 @@ def main(out, strategies):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave()

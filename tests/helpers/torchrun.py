@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers.leave import leave
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -27,7 +29,7 @@ def run_scenarios(worker, out):
 
 
 def run_rank(scenarios, out, names):
-    """In a worker: run the named scenarios and leave this rank's results in `out`."""
+    """In a worker: run the named scenarios, write this rank's results to `out`, exit."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -35,3 +37,4 @@ def run_rank(scenarios, out, names):
         if scenario.__name__ in names:
             result = scenario(Path(out), world_size)
             torch.save(result, Path(out) / f"{scenario.__name__}-rank{rank}.pt")
+    leave()
