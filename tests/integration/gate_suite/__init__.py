@@ -1,0 +1,1 @@
+"""The gate studies: harness against the optimizer itself, tasks, tables."""
