@@ -7,13 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).parents[1]
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from choice import candidates, choose, comparisons, confirmation, read_scores
 from default_figures import draw
 from reporting import result_name, write_csv
 
 HERE = Path(__file__).parent
+BENCHMARKS = HERE.parent
 SELECTION = ("sparse_signal", "noisy_labels", "small_lm")
 CONFIRMATION = ("sparse_signal", "noisy_labels", "small_lm", "pinn", "inr")
 

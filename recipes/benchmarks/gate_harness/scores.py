@@ -80,6 +80,8 @@ def score_rows(
                     "arm": arm,
                     "condition": condition,
                     "seed": seed,
+                    "metric": metric,
+                    "higher": int(higher),
                     "tuned": _text(turn * values[best, place, -1]),
                     "tuned_lr": f"{rates[best][0]:g}",
                     "tuned_decay": f"{decay:g}",
