@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from choice import candidates, choose, comparisons, confirmation, read_scores
+from choice import candidates, choose, confirmation
 from default_figures import draw
+from gate_harness.comparison import comparisons, read_scores
 from reporting import result_name, write_csv
 
 HERE = Path(__file__).parent

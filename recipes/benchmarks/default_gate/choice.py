@@ -1,73 +1,12 @@
 """The decision rule of README.md, on score rows of several studies."""
 
-import csv
-from collections.abc import Sequence
-from pathlib import Path
-
 from gate_harness.arms import GATES
-from gate_harness.scores import interval, relative
+from gate_harness.comparison import Scores, differences
+from gate_harness.scores import interval
 
-__all__ = ["candidates", "choose", "comparisons", "confirmation", "differences", "read_scores"]
+__all__ = ["candidates", "choose", "confirmation"]
 
 PRESENT, TOLERANCE = "soft-5", -0.01
-Scores = dict[str, list[dict[str, str]]]
-
-
-def read_scores(benchmarks: Path, studies: Sequence[str], stem: str) -> Scores:
-    """Committed score rows by study; `metric` and `higher` are columns of each."""
-    found: Scores = {}
-    for study in studies:
-        for path in sorted((benchmarks / study / "results").glob(f"{stem}_*.csv")):
-            with path.open(newline="") as file:
-                found[study] = list(csv.DictReader(file))
-    return found
-
-
-def differences(rows: list[dict[str, str]], arm: str, score: str) -> dict[int, float]:
-    """Relative difference to AdamW by seed, mean over conditions; {} if the arm was not run."""
-    values = {
-        (row["arm"], row["condition"], row["seed"]): float(row[score])
-        for row in rows
-        if row["arm"] in (arm, "AdamW") and row[score] != ""
-    }
-    higher = rows[0]["higher"] in ("1", "True")
-    by_seed: dict[int, list[float]] = {}
-    for (name, condition, seed), value in values.items():
-        base = values.get(("AdamW", condition, seed))
-        if name == arm and base is not None:
-            by_seed.setdefault(int(seed), []).append(relative(value, base, higher=higher))
-    return {seed: sum(found) / len(found) for seed, found in by_seed.items()}
-
-
-def comparisons(scores: Scores, draws: int = 10_000) -> list[dict]:
-    """One row for each study and arm, and for each arm over all studies that ran it."""
-    table = []
-    arms = dict.fromkeys(row["arm"] for rows in scores.values() for row in rows)
-    for arm in (name for name in arms if name != "AdamW"):
-        everywhere: dict[str, dict[tuple[str, int], float]] = {"tuned": {}, "range": {}}
-        studies = 0
-        for study, rows in scores.items():
-            found = {score: differences(rows, arm, score) for score in everywhere}
-            if not found["tuned"]:
-                continue
-            studies += 1
-            keyed = {
-                score: {(study, seed): value for seed, value in by_seed.items()}
-                for score, by_seed in found.items()
-            }
-            for score, values in keyed.items():
-                everywhere[score] |= values
-            table.append({"study": study, "arm": arm, **_numbers(keyed, draws)})
-        table.append({"study": f"all {studies}", "arm": arm, **_numbers(everywhere, draws)})
-    return table
-
-
-def _numbers(values: dict[str, dict[tuple[str, int], float]], draws: int) -> dict[str, str]:
-    row = {"seeds": str(len(values["tuned"]))}
-    for score, found in values.items():
-        mean, low, high = interval(found, draws)
-        row |= {score: f"{mean:.5f}", f"{score}_low": f"{low:.5f}", f"{score}_high": f"{high:.5f}"}
-    return row
 
 
 def candidates(rows: list[dict]) -> list[str]:

@@ -24,57 +24,57 @@ def scores(**arms):
     ]
 
 
-def decide(study, selection, report=None):
+def decide(study, harness, selection, report=None):
     rows = [
         {"stage": stage, **row}
         for stage, found in (("selection", selection), ("confirmation", report or {}))
-        for row in study.choice.comparisons(found, 200)
+        for row in harness.comparison.comparisons(found, 200)
     ]
     lines, chosen = study.choice.choose(rows, selection, 200)
     return rows, lines, chosen
 
 
-def test_differences_are_paired_by_condition_and_seed(study):
+def test_differences_are_paired_by_condition_and_seed(harness):
     rows = scores(soft_5=(1.1, 0.9))
     rows[-1]["range"] = "1.7"  # soft-5, condition b, seed 3: a mean over conditions of 0.3
-    found = study.choice.differences(rows, "soft-5", "range")
+    found = harness.comparison.differences(rows, "soft-5", "range")
     assert found == pytest.approx({0: -0.1, 1: -0.1, 2: -0.1, 3: 0.3})
     for row in rows:
         row["higher"] = "0"
-    found = study.choice.differences(rows, "soft-5", "tuned")
+    found = harness.comparison.differences(rows, "soft-5", "tuned")
     assert found[0] == pytest.approx(-0.1)
-    assert study.choice.differences(rows, "hard-5", "tuned") == {}
+    assert harness.comparison.differences(rows, "hard-5", "tuned") == {}
 
 
-def test_the_worst_study_decides_among_those_that_qualify(study):
+def test_the_worst_study_decides_among_those_that_qualify(study, harness):
     one = scores(soft_5=(0.97, 1.3), snr_32=(0.995, 1.02), snr_fresh=(1.0, 1.5))
     two = scores(soft_5=(1.0, 1.3), snr_32=(1.01, 1.03), snr_fresh=(1.0, 0.9))
-    rows, lines, chosen = decide(study, {"one": one, "two": two})
+    rows, lines, chosen = decide(study, harness, {"one": one, "two": two})
     assert chosen == "snr-32"  # soft-5 does not qualify, snr-fresh loses in a study
     assert "soft-5: tuned at worst -3.0" in "\n".join(study.choice.candidates(rows))
     assert "default: snr-32" in lines
 
 
-def test_the_present_default_stays_where_the_winner_is_level_with_it(study):
+def test_the_present_default_stays_where_the_winner_is_level_with_it(study, harness):
     one = scores(soft_5=(1.0, 1.05), snr_32=(1.0, 1.1))
     two = scores(soft_5=(1.0, 1.2), snr_32=(1.0, 1.1))
     for seed, row in enumerate(r for r in two if r["arm"] == "snr-32"):
         row["range"] = str(1.1 + 0.4 * (seed % 2))  # seeds disagree widely
-    assert decide(study, {"one": one, "two": two})[2] == "soft-5"
+    assert decide(study, harness, {"one": one, "two": two})[2] == "soft-5"
 
 
-def test_adamw_ahead_is_said_and_no_gate_qualifying_is_said(study):
-    _, lines, chosen = decide(study, {"one": scores(soft_5=(1.0, 0.9))})
+def test_adamw_ahead_is_said_and_no_gate_qualifying_is_said(study, harness):
+    _, lines, chosen = decide(study, harness, {"one": scores(soft_5=(1.0, 0.9))})
     assert (chosen, lines[1]) == ("soft-5", "AdamW (0, 0) is ahead of every gate by this rule")
-    _, lines, chosen = decide(study, {"one": scores(soft_5=(0.9, 1.2), snr_5=(0.95, 0.5))})
+    _, lines, chosen = decide(study, harness, {"one": scores(soft_5=(0.9, 1.2), snr_5=(0.95, 0.5))})
     assert chosen == "snr-5"
     assert lines[0].startswith("no gate qualifies")
 
 
-def test_confirmation_is_on_the_other_stage(study):
+def test_confirmation_is_on_the_other_stage(study, harness):
     selection = {"one": scores(soft_5=(1.0, 1.1))}
     report = {"one": scores(soft_5=(0.98, 1.1)), "pinn": scores(soft_5=(1.2, 1.1))}
-    rows, _, chosen = decide(study, selection, report)
+    rows, _, chosen = decide(study, harness, selection, report)
     lines = study.choice.confirmation(rows, chosen)
     assert "one -2.00% (MISSED)" in lines[0]
     assert "+10.00% [+10.00%, +10.00%] (met)" in lines[1]

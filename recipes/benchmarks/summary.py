@@ -1,0 +1,78 @@
+"""Writes README.md of this folder from the studies' READMEs and result files.
+
+Usage: python recipes/benchmarks/summary.py
+"""
+
+import re
+from pathlib import Path
+
+from gate_harness.comparison import comparisons, read_scores
+
+HERE = Path(__file__).parent
+GATE_STUDIES = ("sparse_signal", "noisy_labels", "small_lm", "pinn", "inr")
+SHOWN = ("paper", "soft-5", "snr-32", "norm(soft-5)", "ratio(soft-5)")
+INTRODUCTION = """# Benchmarks
+
+One question for each folder: its README has the set-up, the decision rule written before the run, the verdict and what it does not
+show; `results/` has the CSV, with versions and hardware in each row, and the plot. `bench.py --quick` is the same in seconds.
+What did not work stays.
+
+This page is written by `python recipes/benchmarks/summary.py`; a test writes it again and compares.
+"""
+
+
+def page() -> str:
+    """The whole README."""
+    return "\n".join([INTRODUCTION, *verdicts(), "", *gates(), ""])
+
+
+def verdicts() -> list[str]:
+    """Question and verdict of every folder, from its README."""
+    lines = ["| question | verdict |", "|---|---|"]
+    for path in sorted(HERE.glob("*/README.md")):
+        if not (path.parent / "bench.py").exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        question = text.splitlines()[0].removeprefix("# ")
+        result = text[text.index("## Result") :]
+        verdict = re.search(r"\*\*(.+?)\*\*", result, flags=re.DOTALL)
+        if verdict is None:
+            raise ValueError(f"{path}: no verdict in bold after '## Result'")
+        said = " ".join(verdict[1].split()).removeprefix("Verdict: ")
+        lines.append(f"| [{question}]({path.parent.name}) | {said} |")
+    return lines
+
+
+def gates(draws: int = 10_000) -> list[str]:
+    """Gates and controls against tuned AdamW, from the committed scores."""
+    rows = comparisons(read_scores(HERE, GATE_STUDIES, "scores"), draws)
+    at = {(row["study"], row["arm"]): row for row in rows}
+    studies = [s for s in GATE_STUDIES if any(study == s for study, _ in at)]
+    whole = next((s for s, arm in at if s.startswith("all") and arm == "soft-5"), "")
+    lines = [
+        "## Gates against AdamW",
+        "",
+        "Relative to AdamW with the same seeds, in %, positive where the arm is better, with a 95 % interval over seeds. *Tuned*: each "
+        "with the learning rate that is best on the other seeds, at the end of training. *Range*: mean over the learning rates "
+        "3e-4, 1e-3, 3e-3, 1e-2. `soft-5` is the calibrated soft gate, `norm(soft-5)` AdamW with steps of its length, `ratio(soft-5)` a "
+        "threshold on m^2/v, which needs no third state ([what the arms and scores are](gate_harness)).",
+    ]
+    for score in ("tuned", "range"):
+        lines += ["", "| " + " | ".join([score, *(f"`{arm}`" for arm in SHOWN)]) + " |"]
+        lines.append("|---" * (len(SHOWN) + 1) + "|")
+        for study in [*studies, whole]:
+            name = f"[{study}]({study})" if study in studies else f"{study} studies"
+            cells = [_cell(at.get((study, arm)), score) for arm in SHOWN]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+    return lines
+
+
+def _cell(row: dict[str, str] | None, score: str) -> str:
+    if row is None:
+        return ""
+    mean, low, high = (100 * float(row[score + end]) for end in ("", "_low", "_high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+if __name__ == "__main__":
+    (HERE / "README.md").write_text(page(), encoding="utf-8")
