@@ -13,9 +13,9 @@ GATE_STUDIES = ("sparse_signal", "noisy_labels", "small_lm", "pinn", "inr")
 SHOWN = ("paper", "soft-5", "snr-32", "norm(soft-5)", "ratio(soft-5)")
 INTRODUCTION = """# Benchmarks
 
-One question for each folder: its README has the set-up, the decision rule written before the run, the verdict and what it does not
-show; `results/` has the CSV, with versions and hardware in each row, and the plot. `bench.py --quick` is the same in seconds.
-What did not work stays.
+One question for each folder: its README has the set-up, the decision rule written before the run,
+the verdict and what it does not show; `results/` has the CSV, with versions and hardware in each
+row, and the plot. `bench.py --quick` is the same in seconds. What did not work stays.
 
 This page is written by `python recipes/benchmarks/summary.py`; a test writes it again and compares.
 """
@@ -52,10 +52,12 @@ def gates(draws: int = 10_000) -> list[str]:
     lines = [
         "## Gates against AdamW",
         "",
-        "Relative to AdamW with the same seeds, in %, positive where the arm is better, with a 95 % interval over seeds. *Tuned*: each "
-        "with the learning rate that is best on the other seeds, at the end of training. *Range*: mean over the learning rates "
-        "3e-4, 1e-3, 3e-3, 1e-2. `soft-5` is the calibrated soft gate, `norm(soft-5)` AdamW with steps of its length, `ratio(soft-5)` a "
-        "threshold on m^2/v, which needs no third state ([what the arms and scores are](gate_harness)).",
+        "Relative to AdamW with the same seeds, in %, positive where the arm is better, with a 95 %"
+        " interval over seeds. *Tuned*: each with the learning rate best on the other seeds, "
+        "at the end of training. *Range*: mean over the learning rates 3e-4, 1e-3, 3e-3, 1e-2. "
+        "`soft-5` is the calibrated soft gate, `norm(soft-5)` AdamW with steps of its length, "
+        "`ratio(soft-5)` a threshold on m^2/v, which needs no third state "
+        "([what the arms and scores are](gate_harness)).",
     ]
     for score in ("tuned", "range"):
         lines += ["", "| " + " | ".join([score, *(f"`{arm}`" for arm in SHOWN)]) + " |"]
