@@ -1,0 +1,78 @@
+"""Pictures of noisy_labels beyond accuracy against learning rate."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from gate_harness.figures import style_of
+from noisy_labels_verdict import COLUMNS, found
+
+__all__ = ["draw_differences", "draw_fitted"]
+
+TITLES = {"tuned": "tuned, at the end", "tuned_stopped": "tuned, stopped", "range": "33x range"}
+
+
+def draw_differences(scores: list[dict], path: Path) -> None:
+    """Relative difference to AdamW of every arm, with intervals; one panel for each score."""
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in scores) if arm != "AdamW"]
+    fig, axes = plt.subplots(
+        1, len(COLUMNS), figsize=(12, 1.5 + 0.34 * len(arms)), sharey=True, dpi=120
+    )
+    looks = {"wrong labels": ("#d55e00", "o", -0.14), "clean labels": ("#0072b2", "s", 0.14)}
+    for axis, column in zip(axes, COLUMNS, strict=True):
+        for group, (colour, marker, shift) in looks.items():
+            triples = [found(scores, arm, "AdamW", column, group) for arm in arms]
+            mean, low, high = 100 * np.array(triples).T
+            axis.errorbar(
+                mean,
+                np.arange(len(arms)) + shift,
+                xerr=[np.maximum(mean - low, 0), np.maximum(high - mean, 0)],
+                fmt=marker,
+                color=colour,
+                markersize=4,
+                capsize=2,
+                label=group,
+            )
+        axis.axvline(0, color="0.4", lw=0.8)
+        axis.grid(axis="x", color="0.9")
+        axis.set(title=TITLES[column], xlabel="clean test accuracy, % relative to AdamW")
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].set_ylim(len(arms) - 0.4, -0.6)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.set_layout_engine("constrained")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def draw_fitted(rows: list[dict], path: Path) -> None:
+    """Share of wrong labels fitted at the end against clean test accuracy, one line per arm.
+
+    A point is the mean over seeds at one learning rate; one panel for each condition with flips.
+    """
+    conditions = [c for c in dict.fromkeys(row["condition"] for row in rows) if " 0%" not in c]
+    across = (len(conditions) + 1) // 2
+    fig, axes = plt.subplots(2, across, figsize=(4 * across + 2, 7.5), squeeze=False, dpi=120)
+    for axis, condition in zip(axes.flat, conditions, strict=False):
+        for place, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+            mine = [r for r in rows if (r["arm"], r["condition"]) == (arm, condition)]
+            points = []
+            for lr in dict.fromkeys(row["lr"] for row in mine):
+                at = [row for row in mine if row["lr"] == lr]
+                points.append([mean_of(at, "fitted_wrong_end"), mean_of(at, "accuracy_end")])
+            x, y = np.array(points).T
+            axis.plot(x, y, marker=".", label=arm, **style_of(place))
+        axis.set(title=condition, xlabel="wrong labels fitted", ylabel="clean test accuracy")
+        axis.grid(color="0.9")
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    fig.set_layout_engine("constrained")
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def mean_of(rows: list[dict], column: str) -> float:
+    """Over rows."""
+    return sum(float(row[column]) for row in rows) / len(rows)
