@@ -12,12 +12,13 @@ Scores = dict[str, list[dict[str, str]]]
 
 
 def read_scores(benchmarks: Path, studies: Sequence[str], stem: str) -> Scores:
-    """Committed score rows by study; `metric` and `higher` are columns of each."""
+    """Committed score rows by study, on the study's first metric, which is its main one."""
     found: Scores = {}
     for study in studies:
         for path in sorted((benchmarks / study / "results").glob(f"{stem}_*.csv")):
             with path.open(newline="") as file:
-                found[study] = list(csv.DictReader(file))
+                rows = list(csv.DictReader(file))
+            found[study] = [row for row in rows if row["metric"] == rows[0]["metric"]]
     return found
 
 
@@ -28,7 +29,7 @@ def differences(rows: list[dict[str, str]], arm: str, score: str) -> dict[int, f
         for row in rows
         if row["arm"] in (arm, "AdamW") and row[score] != ""
     }
-    higher = rows[0]["higher"] in ("1", "True")
+    higher = str(rows[0]["higher"]) in ("1", "True")
     by_seed: dict[int, list[float]] = {}
     for (name, condition, seed), value in values.items():
         base = values.get(("AdamW", condition, seed))

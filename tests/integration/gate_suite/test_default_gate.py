@@ -1,5 +1,7 @@
 """The choice of the default: its rule on made-up scores."""
 
+import csv
+
 import pytest
 
 STUDY = "default_gate"
@@ -79,3 +81,17 @@ def test_confirmation_is_on_the_other_stage(study, harness):
     assert "one -2.00% (MISSED)" in lines[0]
     assert "+10.00% [+10.00%, +10.00%] (met)" in lines[1]
     assert study.choice.confirmation(rows, "hard-5") == ["confirmation: hard-5 was not run"]
+
+
+def test_scores_of_the_main_metric_are_read(harness, tmp_path):
+    rows = scores(soft_5=(1.1, 0.9))
+    others = [row | {"metric": "loss", "higher": "0", "tuned": "7"} for row in rows]
+    folder = tmp_path / "one" / "results"
+    folder.mkdir(parents=True)
+    with (folder / "scores_here.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows + others)
+    found = harness.comparison.read_scores(tmp_path, ["one", "two"], "scores")
+    assert list(found) == ["one"]
+    assert found["one"] == rows
