@@ -32,7 +32,7 @@ def draw_stop(report: Mapping[str, Any], title: str) -> Figure:
     top.plot(steps, ratio, color=_BLUE, marker="o", ms=3, label="F of a window")
     top.axhline(1.0, color=_GREY, lw=0.8)
     top.set_yscale("log")
-    floor = min(value for value in ratio if value > 0 or math.isnan(value))
+    floor = min((value for value in ratio if value > 0 or math.isnan(value)), default=1.0)
     top.set_ylim(bottom=0.5 * min(floor, 1.0) if math.isfinite(floor) else None)
     top.set_ylabel("signal / noise (F)")
     _band(middle, steps, history, "risk_decrease", _GREEN)
