@@ -19,6 +19,8 @@ __all__ = ["PopRiskDPOConfig"]
 
 # The losses of TRL that read `label_smoothing`. All others ignore it without a word.
 _SMOOTHED_LOSSES = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
+# The gate that was measured on preferences with wrong labels.
+_BOUNDARY = "false_open_rate=0.05"
 # Options of TRL under which the margin of a pair is not DPO's.
 _OTHER_MARGINS = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
 
@@ -50,7 +52,9 @@ class PopRiskDPOConfig(DPOConfig):
 
     Args:
         optim: Any name that transformers knows; `poprisk_adamw` by default, with `optim_args` as
-            in `poprisk_integrations.huggingface`.
+            in `poprisk_integrations.huggingface`. Where they name no boundary it is
+            `false_open_rate=0.05`, stricter than the optimizer's own: it is the one that was
+            measured on preferences with wrong labels (`recipes/benchmarks/noisy_dpo`).
         noise: What to do about wrong labels in the loss, see above.
         noise_rate: Share of wrong labels in [0, 0.5), if it is known; None to estimate it.
         pair_id_column: Column with a unique id per pair, for the flip report; None to call pairs
@@ -159,8 +163,12 @@ class PopRiskDPOConfig(DPOConfig):
         self._check_label_smoothing()
         self._check_stop()
         super().__post_init__()
-        if OptimizerNames(self.optim).value.startswith("poprisk_"):
-            parse_optim_args(self.optim_args)  # now, not after the model is loaded
+        optim = OptimizerNames(self.optim).value
+        if optim.startswith("poprisk_"):
+            options = parse_optim_args(self.optim_args)  # now, not after the model is loaded
+            named = {"alpha", "false_open_rate"} & options.keys()
+            if not named and optim != "poprisk_adamw_paper":
+                self.optim_args = ",".join(filter(None, (self.optim_args, _BOUNDARY)))
         if self.on_policy_kl_samples:
             self._check_on_policy_kl()
 

@@ -17,7 +17,7 @@ class Twin:
         weight_decay=1e-2,
         gate="soft",
         alpha=None,
-        false_open_rate=0.05,
+        false_open_rate=0.3173,
         lambda_pop=None,
         rho=0.99,
         blend=1.0,

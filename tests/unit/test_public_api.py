@@ -13,7 +13,7 @@ CONTRACT = {
     "weight_decay": 1e-2,
     "gate": "soft",
     "alpha": "calibrated",
-    "false_open_rate": 0.05,
+    "false_open_rate": 0.3173,
     "lambda_pop": None,
     "rho": 0.99,
     "gate_warmup": 0,

@@ -68,7 +68,7 @@ class PopRiskOptimizer(Callback):
         self,
         gate: Literal["soft", "hard", "snr", "none"] = "soft",
         alpha: float | Literal["calibrated", "fresh", "finite"] = "calibrated",
-        false_open_rate: float = 0.05,
+        false_open_rate: float = 0.3173,
         lambda_pop: float | None = None,
         rho: float = 0.99,
         gate_warmup: int = 0,

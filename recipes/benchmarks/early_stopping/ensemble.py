@@ -30,7 +30,7 @@ def make_optimizer(name: str, params: list[Tensor], lr: float, decay: float) -> 
         return torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=1e-4)
     if name == "AdamW":
         return torch.optim.AdamW(params, lr=lr, weight_decay=decay, foreach=True)
-    return PopRiskAdamW(params, lr=lr, weight_decay=decay, foreach=True)
+    return PopRiskAdamW(params, lr=lr, weight_decay=decay, false_open_rate=0.05, foreach=True)
 
 
 def train(

@@ -74,6 +74,7 @@ def adamw(params: list[Tensor], lr: float, b: int, n: int, beta2: float = 0.999)
 
 
 def gated(params: list[Tensor], lr: float, b: int, n: int, **options: Any) -> Any:
+    options = {"false_open_rate": 0.05, **options}
     return PopRiskAdamW(params, lr=lr, weight_decay=0.0, foreach=True, **options)
 
 

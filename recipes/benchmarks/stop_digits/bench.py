@@ -7,6 +7,7 @@ Resumable: finished cells are read back from the CSV.
 import argparse
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +23,10 @@ from poprisk_integrations.diagnostics import GradientWindow
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from reporting import hardware, read_csv, write_csv
 
-OPTIMIZERS = {"AdamW": torch.optim.AdamW, "PopRiskAdamW": PopRiskAdamW}
+OPTIMIZERS = {
+    "AdamW": torch.optim.AdamW,
+    "PopRiskAdamW": partial(PopRiskAdamW, false_open_rate=0.05),
+}
 FLIPS, LRS, BATCH, TRAIN, TEST = (0.0, 0.2, 0.4), (1e-3, 3e-3), 32, 800, 500
 
 

@@ -153,8 +153,9 @@ def test_preserve_norm_restores_the_norm(path, gate):
             moved.append([(p.detach() - b) for p, b in zip(params, before, strict=True)])
         return moved
 
-    plain, kept = deltas(gate="none"), deltas(gate=gate, preserve_norm=True)
-    gated = deltas(gate=gate)
+    plain = deltas(gate="none")
+    kept = deltas(gate=gate, false_open_rate=0.05, preserve_norm=True)
+    gated = deltas(gate=gate, false_open_rate=0.05)
     ratios, shrunk = [], []
     for a, b, c in zip(plain, kept, gated, strict=True):
         for u, v, w in zip(a, b, c, strict=True):

@@ -29,7 +29,27 @@ def test_defaults(tmp_path: Path) -> None:
     different = {
         f.name for f in fields(DPOConfig) if getattr(ours, f.name) != getattr(theirs, f.name)
     }
-    assert different == {"optim"}
+    assert different == {"optim", "optim_args"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "false_open_rate=0.05"),
+        ({"optim_args": "gate=hard"}, "gate=hard,false_open_rate=0.05"),
+        ({"optim_args": "alpha=fresh"}, "alpha=fresh"),
+        ({"optim_args": "false_open_rate=0.3"}, "false_open_rate=0.3"),
+        ({"optim": "poprisk_adamw_paper"}, None),
+        ({"optim": "adamw_torch"}, None),
+    ],
+)
+def test_the_boundary_is_the_one_measured_on_preferences(
+    tmp_path: Path, options: dict[str, Any], expected: str | None
+) -> None:
+    args = config(tmp_path, **options)
+    assert args.optim_args == expected
+    args.__post_init__()  # as copies do
+    assert args.optim_args == expected
 
 
 def test_every_own_field_has_a_help_text() -> None:
