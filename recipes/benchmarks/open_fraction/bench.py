@@ -17,8 +17,8 @@ from reporting import result_name, write_csv
 
 RULES = {
     "fresh (published, 1)": {"alpha": "fresh"},
-    "calibrated 5 % (default)": {"alpha": "calibrated", "false_open_rate": 0.05},
-    "calibrated 32 %": {"alpha": "calibrated", "false_open_rate": 0.32},
+    "calibrated 5 %": {"alpha": "calibrated", "false_open_rate": 0.05},
+    "calibrated 32 % (default)": {"alpha": "calibrated", "false_open_rate": 0.32},
     "finite, n=60k, b=128": {"alpha": "finite", "batch_size": 128, "dataset_size": 60_000},
     "finite, n=3.84M, b=256": {"alpha": "finite", "batch_size": 256, "dataset_size": 3_840_000},
 }
