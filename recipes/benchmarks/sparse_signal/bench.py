@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from sparse_signal_verdict import table, verdict
 
@@ -31,18 +32,30 @@ RATES = {  # learning rates and decays
 METRICS = ("excess", "on", "off")
 ARMS = (
     "AdamW",
-    "paper",
-    "snr-fresh",
-    "soft-5",
     "soft-32",
+    "norm(soft-32)",
+    "ratio(soft-32)",
+    "paper",
+    "soft-5",
+    "norm(soft-5)",
+    "ratio(soft-5)",
+    "mask(soft-5)",
     "snr-32",
+    "snr-fresh",
     "soft-5-norm",
     "snr-fresh-norm",
-    "norm(soft-5)",
-    "mask(soft-5)",
-    "ratio(soft-5)",
 )
 SELECTION_ARMS = (*GATES, "ratio(soft-5)", "norm(soft-5)")
+SHOWN = (
+    "AdamW",
+    "soft-32",
+    "norm(soft-32)",
+    "ratio(soft-32)",
+    "paper",
+    "soft-5",
+    "ratio(soft-5)",
+    "snr-32",
+)
 
 Traces = dict[str, dict]
 
@@ -64,7 +77,7 @@ def main() -> None:
     else:
         kind = "selection" if args.selection else "report"
         arms = list(dict.fromkeys((*(SELECTION_ARMS if args.selection else ARMS), *args.arms)))
-        seeds = args.seeds or (range(100, 105) if args.selection else range(5))
+        seeds = args.seeds or list(range(100, 105) if args.selection else range(5))
         found = run(arms, seeds, args.traces / kind)
     rows = [
         row
@@ -80,11 +93,15 @@ def main() -> None:
         prefix = "selection_" if args.selection else ""
         write_csv(args.out / f"{prefix}scores_{hardware()}.csv", scores)
         write_csv(args.out / f"{prefix}summary_{hardware()}.csv", table(scores))
+        undecayed = table(scores_of(found, decay=0.0))
+        write_csv(args.out / f"{prefix}undecayed_{hardware()}.csv", undecayed)
     if not (args.quick or args.selection):
         for name, traces in found.items():
             path = args.out / f"rates_{name}_{hardware()}.png"
-            draw_rates(traces, "excess", path, higher=False, label="excess error", log=True)
-        draw_weights(rows, args.out / f"weights_{hardware()}.png")
+            draw_rates(shown(traces), "excess", path, higher=False, label="excess error", log=True)
+        draw_weights(
+            [row for row in rows if row["arm"] in SHOWN], args.out / f"weights_{hardware()}.png"
+        )
     for line in verdict(scores):
         print(line)
 
@@ -106,14 +123,31 @@ def run(
     return found
 
 
-def scores_of(found: dict[str, Traces]) -> list[dict]:
-    """Score rows of all families and arms."""
+def scores_of(found: dict[str, Traces], decay: float | None = None) -> list[dict]:
+    """Score rows of all families and arms, of all decays or of one."""
     return [
         {"metric": "excess", "higher": 0, **row}
         for traces in found.values()
         for arm, trace in traces.items()
-        for row in score_rows(arm, trace, "excess", higher=False)
+        for row in score_rows(
+            arm, trace if decay is None else with_decay(trace, decay), "excess", higher=False
+        )
     ]
+
+
+def with_decay(trace: dict, decay: float) -> dict:
+    """The members of one weight decay."""
+    mine = trace["weight_decay"] == decay
+    return {key: x if key == "eval_step" else x[..., mine] for key, x in trace.items()}
+
+
+def shown(traces: Traces) -> Traces:
+    """What the figures draw: some arms; worse than untrained counts as untrained."""
+    return {
+        arm: {**traces[arm], "excess": np.fmin(traces[arm]["excess"], traces[arm]["excess"][:1])}
+        for arm in SHOWN
+        if arm in traces
+    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from sparse_signal_verdict import COLUMNS, found
 
 __all__ = ["draw_differences", "draw_weights"]
 
-LARGEST = 8.0  # norms beyond are of runs that broke down
+LARGEST = 5.0  # norms beyond are of runs that broke down
 TITLES = {"tuned": "tuned, at the end", "tuned_stopped": "tuned, stopped", "range": "33x range"}
 
 

@@ -9,7 +9,7 @@ from gate_harness.scores import interval, relative
 __all__ = ["COLUMNS", "GROUPS", "basis_effect", "differences", "found", "table", "verdict", "word"]
 
 COLUMNS = ("tuned", "tuned_stopped", "range")
-JUDGED = ("soft-5", "paper", "snr-32")
+JUDGED = ("soft-32", "soft-5", "paper", "snr-32")
 SPARSE = ("linear sparse", "net sparse")
 OTHER = ("linear rotated", "net rotated", "linear dense")
 GROUPS = {"all": (*SPARSE, *OTHER), "sparse": SPARSE, "rotated or dense": OTHER}
