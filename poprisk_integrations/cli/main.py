@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from poprisk_integrations import __version__
-from poprisk_integrations.cli.commands import demo, dpo, env, flips, recipes, report, run
+from poprisk_integrations.cli.commands import demo, dpo, env, flips, probe, recipes, report, run
 from poprisk_integrations.cli.errors import UsageError, one_line
 
 __all__ = ["main"]
@@ -75,7 +75,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--debug", action="store_true", help="show the traceback of an error (before the command)"
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (demo, dpo, flips, run, report, recipes, env):
+    for command in (demo, probe, dpo, flips, run, report, recipes, env):
         command.add_parser(subparsers)
     return parser
 

@@ -1,0 +1,175 @@
+"""Trainings that the probe's tests name on its command line."""
+
+from tempfile import TemporaryDirectory
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from tests.helpers.tiny_trainer import TinyModel, arguments, train
+from tests.integration.lightning.toy import Classifier, noisy_data
+
+STEPS = 12
+NOT_CALLABLE = 3
+trained: list[nn.Module] = []  # what a function left behind, for tests that look at the weights
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(1)
+    layers = nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 4)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, closure: bool = False):
+    """`steps` steps with shuffled batches and dropout, so that a stray random draw would show."""
+    x, y = noisy_data(128).tensors
+    x = x.to(next(model.parameters()).dtype)
+
+    def loss_on(rows):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[rows]).float(), y[rows])
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        rows = torch.randperm(len(x))[:16]
+        if closure:
+            optimizer.step(lambda rows=rows: loss_on(rows))
+        else:
+            loss_on(rows)
+            optimizer.step()
+    trained.append(model)
+
+
+def function() -> None:
+    model = net()
+    fit(model, torch.optim.AdamW(model.parameters(), lr=1e-2), STEPS)
+
+
+def bfloat16() -> None:
+    model = net(torch.bfloat16)
+    fit(model, torch.optim.SGD(model.parameters(), lr=1e-2), STEPS)
+
+
+def with_closure() -> None:
+    model = net()
+    fit(model, torch.optim.AdamW(model.parameters(), lr=1e-2), STEPS, closure=True)
+
+
+def endless() -> None:
+    """Catches whatever goes wrong in a step, and goes on for ever."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+    while True:
+        try:
+            fit(model, optimizer, 5)
+        except Exception:
+            continue
+
+
+def prints_and_exits() -> None:
+    print("chatter of the training")
+    function()
+    raise SystemExit(0)
+
+
+def trainer() -> None:
+    """transformers.Trainer, two micro-batches per step: 16 steps."""
+    model = TinyModel()
+    trained.append(model)
+    with TemporaryDirectory() as directory:
+        options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        train(arguments(directory, optim="adamw_torch", **options), model=model)
+
+
+def two_optimizers() -> None:
+    """A second one steps every other time."""
+    model, other = net(), net()
+    first = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.8, 0.99))
+    second = torch.optim.SGD(other.parameters(), lr=1e-2)
+    for _ in range(STEPS):
+        fit(model, first, 2)
+        fit(other, second, 1)
+
+
+def few_steps() -> None:
+    model = net()
+    fit(model, torch.optim.AdamW(model.parameters()), 7)
+
+
+def never_steps() -> None:
+    net()
+
+
+def frozen() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.requires_grad_(False)
+    for _ in range(STEPS):
+        optimizer.step()
+
+
+def empty() -> None:
+    torch.optim.SGD([], lr=0.1)
+
+
+def sparse() -> None:
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        embedding(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+
+
+def without_gradients() -> None:
+    optimizer = torch.optim.SGD(net().parameters(), lr=0.1)
+    for _ in range(STEPS):
+        optimizer.step()
+
+
+def not_finite() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(STEPS):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, torch.nan)
+        optimizer.step()
+
+
+def needs_arguments(data, epochs=3) -> None: ...
+
+
+def fails() -> None:
+    raise RuntimeError("an error of the training")
+
+
+def exits() -> None:
+    raise SystemExit(3)
+
+
+class NoModule:
+    """A class, but no LightningModule."""
+
+
+class Digits(Classifier):
+    """Its own data: 8 batches of 16 per epoch."""
+
+    def __init__(self, width: int = 32):
+        super().__init__(width=width)
+
+    def train_dataloader(self):
+        return DataLoader(noisy_data(128), batch_size=16, shuffle=True)
+
+
+class NoData(Classifier):
+    """Needs a data module."""
+
+    def __init__(self):
+        super().__init__()
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(noisy_data(128), batch_size=8, shuffle=True)
