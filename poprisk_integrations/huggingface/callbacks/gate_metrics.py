@@ -3,12 +3,19 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from poprisk_integrations.distributed import mean_over_ranks
 from poprisk_integrations.optim import PopRiskAdamW
 from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
 
-__all__ = ["GateSampler", "gate_metrics", "sample_gate_stats", "unwrap_optimizer"]
+__all__ = [
+    "GateSampler",
+    "gate_metrics",
+    "sample_gate_stats",
+    "total_metrics",
+    "unwrap_optimizer",
+]
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
@@ -79,9 +86,17 @@ def gate_metrics(optimizer: Any, device: torch.device) -> dict[str, float]:
     optimizer = unwrap_optimizer(optimizer)
     if not isinstance(optimizer, PopRiskAdamW):
         return {}
-    sums = mean_over_ranks(optimizer.gate_sums().to(device)).cpu()
+    return total_metrics(mean_over_ranks(optimizer.gate_sums().to(device)).cpu())
+
+
+def total_metrics(sums: Tensor) -> dict[str, float]:
+    """Totals as `poprisk/<name>`; empty where no coordinate was sampled on any rank.
+
+    Args:
+        sums: `PopRiskAdamW.gate_sums()`, added or averaged over ranks.
+    """
     total = sums[:, : len(COLUMNS)].sum(0)
-    if total[0] == 0:  # no coordinate was sampled on any rank
+    if total[0] == 0:
         return {}
     stats = {**gate_ratios(total), "skipped_nonfinite": sums[0, -2] / sums[0, -1]}
     return {f"poprisk/{name}": float(v) for name, v in stats.items()}

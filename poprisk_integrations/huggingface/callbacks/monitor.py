@@ -5,7 +5,14 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from poprisk_integrations.huggingface.callbacks.gate_metrics import gate_metrics, sample_gate_stats
+from poprisk_integrations.diagnostics.joint_mean import joint_mean
+from poprisk_integrations.diagnostics.layer_groups import LayerNaming, check_per_layer
+from poprisk_integrations.diagnostics.layer_sample import LayerSample
+from poprisk_integrations.huggingface.callbacks.gate_metrics import (
+    sample_gate_stats,
+    total_metrics,
+    unwrap_optimizer,
+)
 from poprisk_integrations.huggingface.log_metrics import MetricsCallback
 
 __all__ = ["PopRiskMonitorCallback"]
@@ -14,40 +21,83 @@ logger = logging.getLogger(__name__)
 
 
 class PopRiskMonitorCallback(MetricsCallback):
-    """Logs PopRiskAdamW's gate statistics as `poprisk/open_fraction`, `poprisk/mean_gate`, ...
+    """Logs PopRiskAdamW's gate and noise as `poprisk/open_fraction`, `poprisk/mean_gate`, ...
 
-    See `PopRiskAdamW.gate_stats` for their meaning. They appear in Trainer's own log lines
-    (`logging_steps`), `state.log_history` and all trackers. Training is not changed.
+    See `PopRiskAdamW.gate_stats` for the gate's statistics, `diagnostics.layer_sample.LayerSample`
+    for `poprisk/signal_to_noise` and `poprisk/predicted_decrease`. They appear in Trainer's own
+    log lines (`logging_steps`), `state.log_history` and all trackers of `report_to`. Training is
+    not changed.
 
     Args:
         every_n_steps: Optimizer steps between samples, >= 1.
+        per_layer: Log also `poprisk/<layer>/open_fraction`, ..., of layers of the model. True for
+            its numbered blocks ("model.layers.3") and the modules outside of them, 30 groups at
+            most; an integer for so many leading parts of the parameters' names; or a function
+            from a parameter's name to its group (None for no group). Off by default: six numbers
+            per layer in each log line.
 
     Raises:
-        ValueError: If `every_n_steps` is not an integer >= 1.
+        ValueError: If an argument has a value that it cannot have.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: int = 50, per_layer: LayerNaming = False) -> None:
         if type(every_n_steps) is not int or every_n_steps < 1:
             raise ValueError(f"Invalid every_n_steps: {every_n_steps!r}. Must be an integer >= 1.")
+        check_per_layer(per_layer)
         self.every_n_steps = every_n_steps
+        self.per_layer = per_layer
         self._optimizer: Any = None
         self._device: Any = None
+        self._sample: LayerSample | None = None
+        self._steps = 0  # since training began
 
     def metrics(self) -> dict[str, float]:
-        """The last sample; empty before the first."""
-        return gate_metrics(self._optimizer, self._device)
+        """The last sample; empty before the first. Every rank must call it."""
+        if self._sample is None:
+            return {}
+        tensors = [self._optimizer.gate_sums(), self._sample.sums()]
+        gate, layers = joint_mean(tensors, self._device)
+        found = self._sample.metrics(layers)
+        return {**total_metrics(gate), **{f"poprisk/{name}": v for name, v in found.items()}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Switch sampling on, whatever period a checkpoint brought along."""
-        self._optimizer, self._device = kwargs["optimizer"], args.device
-        has_gate = sample_gate_stats(self._optimizer, self.every_n_steps)
-        if not has_gate and state.is_world_process_zero:
-            logger.warning("PopRiskMonitorCallback: the optimizer has no gate, nothing to log.")
+        self._device, self._steps, self._sample = args.device, 0, None
+        if not sample_gate_stats(kwargs["optimizer"], self.every_n_steps):
+            if state.is_world_process_zero:
+                logger.warning("PopRiskMonitorCallback: the optimizer has no gate, nothing to log.")
+            return
+        self._optimizer = unwrap_optimizer(kwargs["optimizer"])
+        names = kwargs["model"].named_parameters()
+        self._sample = LayerSample(self._optimizer, names, self.per_layer)
+        if self.per_layer and not self._sample.groups and state.is_world_process_zero:
+            logger.warning("PopRiskMonitorCallback: no parameter is in a layer, only totals.")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sample the gradients of a step that is sampled."""
+        # Clipping unscales the gradients of fp16; without it they still carry the loss scale.
+        is_scaled = args.fp16 and not args.max_grad_norm
+        if self._sample is not None and self._is_due() and not is_scaled:
+            self._sample.before_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sample the step."""
+        if self._sample is not None:
+            if self._is_due():
+                self._sample.after_step()
+            self._steps += 1
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let go of the optimizer."""
-        self._optimizer = None
+        self._optimizer = self._sample = None
+
+    def _is_due(self) -> bool:
+        return self._steps % self.every_n_steps == 0

@@ -1,8 +1,16 @@
 """Logs what the gate did."""
 
+from collections.abc import Callable
 from typing import Any
 
-from poprisk_integrations.distributed import is_dtensor, mean_over_ranks
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from poprisk_integrations.diagnostics.joint_mean import joint_mean
+from poprisk_integrations.diagnostics.layer_groups import check_per_layer
+from poprisk_integrations.diagnostics.layer_sample import LayerSample
+from poprisk_integrations.distributed import is_dtensor
 from poprisk_integrations.lightning._upstream import (
     Callback,
     LightningModule,
@@ -15,34 +23,62 @@ __all__ = ["PopRiskMonitor"]
 
 
 class PopRiskMonitor(Callback):
-    """Logs PopRiskAdamW's gate statistics as `poprisk/open_fraction`, `poprisk/mean_gate`, ...
+    """Logs PopRiskAdamW's gate and noise as `poprisk/open_fraction`, `poprisk/mean_gate`, ...
 
-    See `PopRiskAdamW.gate_stats` for their meaning. Sampled at the first optimizer step of a fit
-    and every `every_n_steps` after it; loggers get the last sample at the trainer's
-    `log_every_n_steps`. Training is not changed.
+    See `PopRiskAdamW.gate_stats` for the gate's statistics, `diagnostics.layer_sample.LayerSample`
+    for `poprisk/signal_to_noise` and `poprisk/predicted_decrease` (before clipping). Sampled at
+    the first optimizer step of a fit and every `every_n_steps` after it; loggers get the last
+    sample at the trainer's `log_every_n_steps`. Training is not changed.
 
     Args:
         every_n_steps: Optimizer steps between samples, >= 1.
+        per_layer: Log also `poprisk/<layer>/open_fraction`, ..., of layers of the module. True for
+            its numbered blocks ("model.layers.3") and the modules outside of them, 30 groups at
+            most; an integer for so many leading parts of the parameters' names; or a function
+            from a parameter's name to its group (None for no group). Off by default: six numbers
+            per layer.
 
     Raises:
-        ValueError: If `every_n_steps` is not an integer >= 1.
+        ValueError: If an argument has a value that it cannot have.
         MisconfigurationException: When training starts, if the module does not have exactly one
             PopRiskAdamW.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(
+        self, every_n_steps: int = 50, per_layer: bool | int | Callable[[str], str | None] = False
+    ) -> None:
         if type(every_n_steps) is not int or every_n_steps < 1:
             raise ValueError(f"Invalid every_n_steps: {every_n_steps!r}. Must be an integer >= 1.")
+        check_per_layer(per_layer)
         self.every_n_steps = every_n_steps
+        self.per_layer = per_layer
         self._steps = 0  # of this fit
         self._global_step = 0
+        self._sample: LayerSample | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch sampling on; after a resume too, since it is not part of the checkpoint."""
-        for group in _gated_optimizer(trainer).param_groups:
+        optimizer = _gated_optimizer(trainer)
+        for group in optimizer.param_groups:
             group["collect_stats_every"] = self.every_n_steps
+        self._sample = None
+        if not trainer.barebones:
+            names = pl_module.named_parameters()
+            self._sample = LayerSample(optimizer, names, self.per_layer)
         self._steps = 0
         self._global_step = trainer.global_step
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Sample the gradients of a step that is sampled."""
+        # Then Lightning leaves the loss scale in the gradients.
+        is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None and getattr(
+            optimizer, "_step_supports_amp_scaling", False
+        )
+        is_ours = isinstance(optimizer, PopRiskAdamW)
+        if self._sample is not None and self._is_due() and is_ours and not is_scaled:
+            self._sample.before_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,11 +87,20 @@ class PopRiskMonitor(Callback):
         if trainer.global_step == self._global_step:
             return
         self._global_step = trainer.global_step
-        is_sampled = self._steps % self.every_n_steps == 0
+        is_due = self._is_due()
         self._steps += 1
-        if is_sampled and not trainer.barebones:
-            metrics = _gate_metrics(_gated_optimizer(trainer))
+        if is_due and self._sample is not None:
+            self._sample.after_step()
+            optimizer, device = _gated_optimizer(trainer), trainer.strategy.root_device
+            metrics = _metrics(optimizer, self._sample, device)
             pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizer."""
+        self._sample = None
+
+    def _is_due(self) -> bool:
+        return self._steps % self.every_n_steps == 0
 
 
 def _gated_optimizer(trainer: Trainer) -> PopRiskAdamW:
@@ -69,10 +114,16 @@ def _gated_optimizer(trainer: Trainer) -> PopRiskAdamW:
     return gated[0]
 
 
-def _gate_metrics(optimizer: PopRiskAdamW) -> dict[str, float]:
-    """Totals of the last sample. Every rank calls it: shards of a tensor are added over ranks."""
-    sums = None
-    if any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"]):
-        sums = mean_over_ranks(optimizer.gate_sums())
-    stats = optimizer.gate_stats(sums)
-    return {f"poprisk/{name}": float(v) for name, v in stats.items() if "/" not in name}
+def _metrics(
+    optimizer: PopRiskAdamW, sample: LayerSample, device: torch.device
+) -> dict[str, float]:
+    """The last sample. Every rank calls it: shards of a tensor are added over ranks."""
+    gate, layers = optimizer.gate_sums(), sample.sums()
+    if any(_is_shard(p) for group in optimizer.param_groups for p in group["params"]):
+        gate, layers = joint_mean([gate, layers], device)
+    stats = {k: float(v) for k, v in optimizer.gate_stats(gate).items() if "/" not in k}
+    return {f"poprisk/{name}": v for name, v in (stats | sample.metrics(layers)).items()}
+
+
+def _is_shard(param: Tensor) -> bool:
+    return is_dtensor(param) or getattr(param, "_fsdp_flattened", False)

@@ -76,8 +76,8 @@ class DivisionModel(nn.Module):
         q = block["query"](rows[-1]).unflatten(-1, (self.heads, -1))
         score = (k * q).sum(-1) / q.shape[-1] ** 0.5  # (2p + 2, heads)
         first, second = x[:, 0], p + 1 + x[:, 2]
-        where = (score[first], score[p].expand(len(x), -1))
-        where += (score[second], score[-1].expand(len(x), -1))
-        a = torch.stack(where, -1).softmax(-1)[..., None, :]  # (B, heads, 1, 4)
-        mixed = a[..., 0] * v[first] + a[..., 1] * v[p] + a[..., 2] * v[second] + a[..., 3] * v[-1]
+        seen = [score[first], score[p].expand(len(x), -1)]
+        seen += [score[second], score[-1].expand(len(x), -1)]
+        share = torch.stack(seen).softmax(0)[..., None]  # (4, B, heads, 1)
+        mixed = share[0] * v[first] + share[1] * v[p] + share[2] * v[second] + share[3] * v[-1]
         return self._finish(block, rows[-1], mixed.flatten(-2))

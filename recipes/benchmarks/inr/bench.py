@@ -30,11 +30,10 @@ ARMS = (
     "soft-5",
     "soft-32",
     "snr-32",
-    "soft-5-norm",
-    "snr-fresh-norm",
     "norm(soft-5)",
-    "mask(soft-5)",
     "ratio(soft-5)",
+    "norm(soft-32)",
+    "ratio(soft-32)",
 )
 METRICS = ("psnr", "fit", "noise_share")
 EPOCH = 16
@@ -76,7 +75,7 @@ def main() -> None:
     )
     if not args.quick:
         write_csv(args.out / f"scores_{hardware()}.csv", scores)
-    if not args.quick and {"AdamW", "soft-5"} <= set(traces):
+    if not args.quick and {"AdamW", "soft-5", "soft-32"} <= set(traces):
         draw_noise(traces, args.out / f"noise_{hardware()}.png", RANGE[1:])
         best = _best_gate(scores)
         draw_images(

@@ -6,7 +6,6 @@ from gate_harness.scores import interval, relative
 
 __all__ = ["decibels", "memorised", "relative_difference", "verdict", "word"]
 
-CONTROLS = ("norm(soft-5)", "mask(soft-5)", "ratio(soft-5)")
 COLUMNS = ("tuned", "tuned_stopped", "range")
 Found = tuple[float, float, float]
 
@@ -46,14 +45,15 @@ def memorised(rows: Sequence[dict], arm: str, lr: str) -> tuple[float, float]:
 
 
 def verdict(members: Sequence[dict], scores: Sequence[dict]) -> list[str]:
-    """What AdamW memorises; each arm against AdamW; soft-5 against its controls."""
+    """What AdamW memorises; each arm against AdamW; gates against their controls."""
     lines = []
     for lr in dict.fromkeys(row["lr"] for row in members):
         lost, share = memorised(members, "AdamW", lr)
         lines.append(f"AdamW, lr {lr}: {lost:.2f} dB below its best at the end, noise {share:.0%}")
     arms = list(dict.fromkeys(row["arm"] for row in scores))
     pairs = [(arm, "AdamW") for arm in arms[1:]]
-    pairs += [("soft-5", of) for of in CONTROLS if of in arms and "soft-5" in arms]
+    pairs += [(arm[arm.find("(") + 1 : -1], arm) for arm in arms if "(" in arm]
+    pairs = [(arm, base) for arm, base in pairs if arm in arms]
     for arm, base in pairs:
         text = f"{arm} over {base}:"
         for column in COLUMNS:

@@ -32,18 +32,30 @@ METRICS = {"accuracy": True, "loss": False, "fitted_wrong": False, "fitted_clean
 SCORED = ("accuracy", "loss")
 ARMS = (
     "AdamW",
-    "paper",
-    "snr-fresh",
-    "soft-5",
     "soft-32",
+    "norm(soft-32)",
+    "ratio(soft-32)",
+    "paper",
+    "soft-5",
+    "norm(soft-5)",
+    "ratio(soft-5)",
+    "mask(soft-5)",
     "snr-32",
+    "snr-fresh",
     "soft-5-norm",
     "snr-fresh-norm",
-    "norm(soft-5)",
-    "mask(soft-5)",
-    "ratio(soft-5)",
 )
 SELECTION_ARMS = (*GATES, "ratio(soft-5)", "norm(soft-5)")
+SHOWN = (
+    "AdamW",
+    "soft-32",
+    "norm(soft-32)",
+    "ratio(soft-32)",
+    "paper",
+    "soft-5",
+    "ratio(soft-5)",
+    "snr-32",
+)
 
 Traces = dict[str, dict]
 
@@ -65,7 +77,7 @@ def main() -> None:
     else:
         kind = "selection" if args.selection else "report"
         arms = list(dict.fromkeys((*(SELECTION_ARMS if args.selection else ARMS), *args.arms)))
-        seeds = args.seeds or (range(100, 105) if args.selection else range(5))
+        seeds = args.seeds or list(range(100, 105) if args.selection else range(5))
         found = run(arms, seeds, args.traces / kind)
     rows = [
         row
@@ -84,8 +96,11 @@ def main() -> None:
     if not (args.quick or args.selection):
         for name, traces in found.items():
             path = args.out / f"rates_{name}_{hardware()}.png"
-            draw_rates(traces, "accuracy", path, higher=True, label="clean test accuracy")
-        draw_fitted(rows, args.out / f"fitted_{hardware()}.png")
+            some = {arm: traces[arm] for arm in SHOWN if arm in traces}
+            draw_rates(some, "accuracy", path, higher=True, label="clean test accuracy")
+        draw_fitted(
+            [row for row in rows if row["arm"] in SHOWN], args.out / f"fitted_{hardware()}.png"
+        )
     for line in verdict(scores):
         print(line)
 

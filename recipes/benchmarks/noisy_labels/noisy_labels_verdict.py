@@ -9,7 +9,7 @@ from gate_harness.scores import interval, relative
 __all__ = ["COLUMNS", "GROUPS", "differences", "found", "table", "verdict", "word"]
 
 COLUMNS = ("tuned", "tuned_stopped", "range")
-JUDGED = ("soft-5", "paper", "snr-32")
+JUDGED = ("soft-32", "soft-5", "paper", "snr-32")
 CLEAN_COST = -0.005
 
 
@@ -91,7 +91,7 @@ def verdict(scores: list[dict]) -> list[str]:
                 f"relative to AdamW: {words[column]}"
             )
         mean, low, high = found(scores, arm, "AdamW", "tuned", "clean labels")
-        cost = "costs accuracy" if high < 0 and mean < CLEAN_COST else "costs nothing that shows"
+        cost = "costs accuracy" if high < 0 and mean < CLEAN_COST else "costs at most 0.5 %"
         lines.append(f"{arm}, clean labels, tuned: {mean:+.2%} [{low:+.2%}, {high:+.2%}]: {cost}")
         own = []
         for control in filter(arms.__contains__, (f"norm({arm})", f"ratio({arm})")):

@@ -30,11 +30,10 @@ ARMS = (
     "soft-5",
     "soft-32",
     "snr-32",
-    "soft-5-norm",
-    "snr-fresh-norm",
     "norm(soft-5)",
-    "mask(soft-5)",
     "ratio(soft-5)",
+    "norm(soft-32)",
+    "ratio(soft-32)",
 )
 STEPS, EVERY = 2000, 10
 

@@ -139,7 +139,7 @@ class PinnTask(Task):
         u, residual = transported(params, z, skip=n + 2 * b)
         return (
             (u[:, :n] - target).square().mean(1)
-            + (u[:, n : n + b] - u[:, n : n + b].detach()).square().mean(1)
+            + (u[:, n : n + b] - u[:, n + b : n + 2 * b]).square().mean(1)
             + residual.square().mean(1)
         )
 

@@ -8,7 +8,6 @@ from gate_harness.scores import interval, relative
 __all__ = ["difference", "verdict", "word"]
 
 CLAIM = 2.4
-CONTROLS = ("norm(soft-5)", "mask(soft-5)", "ratio(soft-5)")
 
 
 def word(low: float, high: float, zero: float = 0.0) -> str:
@@ -35,7 +34,7 @@ def difference(
 
 
 def verdict(rows: Sequence[dict]) -> list[str]:
-    """One line for each arm and condition; then soft-5 against its controls."""
+    """One line for each arm and condition; then gates against their controls."""
     lines = []
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     for condition in dict.fromkeys(row["condition"] for row in rows):
@@ -50,10 +49,11 @@ def verdict(rows: Sequence[dict]) -> list[str]:
         lines.append(f"{condition}: AdamW never reached the level in {never['AdamW']} tuned runs")
         for arm in arms[1:]:
             lines.append(f"{condition}, {arm}: {_line(rows, arm, condition, never[arm])}")
-        for of in CONTROLS:
-            if of in arms and "soft-5" in arms:
+        for other in arms:
+            gate = other[other.find("(") + 1 : -1]
+            if "(" in other and gate in arms:
                 lines.append(
-                    f"{condition}, soft-5 over {of}: {_line(rows, 'soft-5', condition, 0, of)}"
+                    f"{condition}, {gate} over {other}: {_line(rows, gate, condition, 0, other)}"
                 )
     return lines
 

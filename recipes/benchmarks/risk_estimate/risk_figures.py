@@ -1,5 +1,6 @@
 """The study's pictures: correlation per estimator, windows, bias over epochs."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,20 +26,24 @@ def _save(figure, path: Path) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Correlation per window for each estimator and stream: mean and range over cells and seeds."""
+    """Correlation per window for each estimator and stream: mean and range over seeds."""
     streams = [row for row in rows if row["data"] == "stream"]
-    tasks = list(dict.fromkeys(row["task"] for row in streams))
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(2.2 + 2.7 * len(tasks), 5.2), sharey=True, squeeze=False, dpi=120
-    )
-    for axis, task in zip(axes[0], tasks, strict=True):
-        wanted = cell_window(task)
+    cells = list(dict.fromkeys((row["task"], row["optimizer"], row["lr"]) for row in streams))
+    columns = min(5, len(cells))
+    shape = (math.ceil(len(cells) / columns), columns)
+    size = (2.2 + 2.7 * columns, 0.6 + 4.3 * shape[0])
+    figure, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(cells) :]:
+        axis.axis("off")
+    for axis, cell in zip(axes.flat, cells, strict=False):
+        wanted = cell_window(cell[0])
+        part = [row for row in streams if (row["task"], row["optimizer"], row["lr"]) == cell]
         for shift, (phase, colour) in zip((-0.27, 0.0, 0.27), PHASES.items(), strict=True):
             for place, name in enumerate(SHOWN):
                 values = [
                     float(row["correlation"])
-                    for row in streams
-                    if (row["task"], row["phase"], row["estimator"]) == (task, phase, name)
+                    for row in part
+                    if (row["phase"], row["estimator"]) == (phase, name)
                     and int(row["horizon"]) == wanted
                 ]
                 values = [value for value in values if np.isfinite(value)]
@@ -46,22 +51,21 @@ def draw(rows: list[dict], path: Path) -> None:
                     continue
                 label = phase if place == 0 else None
                 axis.barh(place + shift, np.mean(values), 0.25, color=colour, label=label)
-                low, high = np.quantile(values, [0.1, 0.9])
-                axis.plot([low, high], [place + shift] * 2, color="0.25", lw=0.9)
+                axis.plot([min(values), max(values)], [place + shift] * 2, color="0.25", lw=0.8)
         axis.axvline(0.8, color="black", lw=0.8, ls="--")
         axis.axvline(0.0, color="black", lw=0.8)
         axis.axhspan(len(ESTIMATORS) - 0.5, len(SHOWN) - 0.5, color="0.93", zorder=0)
-        axis.set(
-            title=f"{task}, windows of {wanted} steps", xlabel="correlation", xlim=(-0.6, 1.02)
-        )
+        axis.set_title(f"{cell[0]}, {cell[1]} {cell[2]}, {wanted} steps", fontsize=9)
+        axis.set(xlim=(-1.02, 1.02), ylim=(len(SHOWN) - 0.4, -0.6))
         axis.grid(axis="x", color="0.9")
         axis.set_axisbelow(True)
     axes[0][0].set_yticks(range(len(SHOWN)), SHOWN)
-    axes[0][0].invert_yaxis()
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(
-        "predicted and measured change of the held-out loss (grey: needs held-out data)"
+        "correlation of predicted and measured change of the held-out loss per window, streams\n"
+        "(line: range over seeds; grey: needs held-out data)",
+        fontsize=10,
     )
     figure.set_layout_engine("constrained")
     _save(figure, path)
@@ -94,8 +98,10 @@ def draw_windows(found: dict, path: Path) -> None:
         axis.axhline(0, color="0.85", zorder=0)
         axis.axvline(0, color="0.85", zorder=0)
         if phase != "second half":
-            axis.set_xscale("symlog", linthresh=3e-3)
-            axis.set_yscale("symlog", linthresh=3e-3)
+            axis.set_xscale("symlog", linthresh=1e-2)
+            axis.set_yscale("symlog", linthresh=1e-2)
+        else:
+            axis.locator_params(nbins=5)
         unit = "25 steps" if stream else "one epoch"
         r = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(predicted, actual, strict=True)])
         axis.set_title(f"{task}, {phase}: r = {r:.2f}", fontsize=10)

@@ -34,6 +34,9 @@ def summary_rows(rows: list[dict]) -> list[dict]:
     for key, group in groups.items():
         r = {("", i): float(row["correlation"]) for i, row in enumerate(group)}
         mean, low, high = interval({k: v for k, v in r.items() if np.isfinite(v)} or {("", 0): 0.0})
+        off = {("", i): float(row["bias_first_order"]) for i, row in enumerate(group)}
+        off = {k: v for k, v in off.items() if np.isfinite(v)}
+        around = interval(off) if off else ("", "", "")
         z = [float(row["z"]) for row in group if row["z"] != ""]
         table.append(
             {
@@ -44,10 +47,16 @@ def summary_rows(rows: list[dict]) -> list[dict]:
                 "low": f"{low:.3f}",
                 "high": f"{high:.3f}",
                 **{name: _mean(group, name) for name in MEANS},
+                "bias_first_order_low": _text(around[1]),
+                "bias_first_order_high": _text(around[2]),
                 "z": f"{sum(z) / len(z) ** 0.5:.2f}" if z else "",
             }
         )
     return table
+
+
+def _text(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3g}"
 
 
 def _mean(group: list[dict], name: str) -> str:
@@ -116,6 +125,15 @@ def verdict(summary: list[dict], signs: list[dict], halves: list[dict]) -> list[
         runs = np.array([row["seeds"] for row in cells])
         z = (np.array([float(row["z"]) for row in cells]) * runs**0.5).sum() / runs.sum() ** 0.5
         lines.append(f"3 {name}: z = {z:+.2f}: {'unbiased' if abs(z) <= 2.6 else 'BIASED'}")
+        zero = sum(
+            float(r["bias_first_order_low"]) <= 0 <= float(r["bias_first_order_high"])
+            for r in cells
+        )
+        mean = float(np.mean([float(r["bias_first_order"]) for r in cells]))
+        lines.append(
+            f"3 {name}: bias {mean:+.3f} on average; its interval over seeds holds 0 in {zero} of "
+            f"{len(cells)} cells"
+        )
     for phase in ("first epoch", "second half"):
         cells = list(pick(summary, "first order", phase))
         r = min(float(row["correlation"]) for row in cells)

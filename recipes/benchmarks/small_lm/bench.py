@@ -7,6 +7,7 @@ Resumable: a trace that exists is read back.
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--lrs", help="comma-separated")
     parser.add_argument("--size", choices=SIZES, default="400k")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--finished", action="store_true", help="tables of what there is")
     parser.add_argument("--quick", action="store_true", help="a tiny model, for tests")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,7 +70,10 @@ def main() -> None:
     folder = (args.out / "traces" if args.quick else args.traces) / size
     traces: dict[str, Trace] = {}
     for arm in arms:
-        traces[arm] = joined([train_seed(arm, s, lrs, size, args.device, folder) for s in seeds])
+        here = [s for s in seeds if not args.finished or is_finished(arm, s, len(lrs), folder)]
+        if not here:
+            continue
+        traces[arm] = joined([train_seed(arm, s, lrs, size, args.device, folder) for s in here])
         rows, scores = tables(traces, size)
         if args.selection:
             write_csv(args.out / f"selection_{hardware()}.csv", rows)
@@ -87,13 +92,21 @@ def main() -> None:
         print(line)
 
 
-def warm_up(steps: int):
+def warm_up(steps: int, share: float = WARM_UP) -> Callable[[float], float]:
     """From the share of the run that is done to a factor: linear over 5 % of it, then 1."""
-    warm = max(1, round(WARM_UP * steps))
-    return lambda share: min(1.0, (round(share * steps) + 1) / warm)
+    warm = max(1, round(share * steps))
+    return lambda done: min(1.0, (round(done * steps) + 1) / warm)
 
 
-def train_seed(arm: str, seed: int, lrs, size: str, device: str, folder: Path) -> Trace:
+def train_seed(
+    arm: str,
+    seed: int,
+    lrs: Sequence[float],
+    size: str,
+    device: str,
+    folder: Path,
+    warm: float = WARM_UP,
+) -> Trace:
     """All rates of a seed, one model at a time: stacking gains nothing at this size."""
     members = members_of([seed], [""], lrs, [WEIGHT_DECAY])
     return run_arms(
@@ -102,8 +115,13 @@ def train_seed(arm: str, seed: int, lrs, size: str, device: str, folder: Path) -
         members,
         folder / f"seed_{seed}",
         group=1,
-        schedule=warm_up(SIZES[size].steps),
+        schedule=warm_up(SIZES[size].steps, warm),
     )[arm]
+
+
+def is_finished(arm: str, seed: int, rates: int, folder: Path) -> bool:
+    """Whether all rates of a seed have been trained."""
+    return all((folder / f"seed_{seed}" / f"{arm}_{k}.npz").exists() for k in range(rates))
 
 
 def joined(traces: list[Trace]) -> Trace:

@@ -66,7 +66,7 @@ def _curves(traces: dict[str, Trace], arm: str, lr: float) -> tuple[np.ndarray, 
     trace = traces[arm]
     here = np.isclose(trace["lr"], lr)
     base = traces.get("AdamW", trace)
-    there = np.isclose(base["lr"], lr)
+    there = np.isclose(base["lr"], lr) & np.isin(base["seed"], trace["seed"])
     assert trace["seed"][here].tolist() == base["seed"][there].tolist()
     share = trace["moved_share"][:, here]
     length = trace["update_norm"][:, here] / base["update_norm"][:, there]

@@ -35,9 +35,9 @@ def is_open(state: dict[str, Tensor], alpha: float, rho: float = 0.99) -> Tensor
 
 
 def closed_rows(toy: Toy, lr: float, steps: int, every: int, seed: int = 0) -> list[dict]:
-    """Shares of each group's coordinates, at some steps of AdamW's path and the default's.
+    """Shares of each group's coordinates, at some steps of AdamW's path and that of `soft-5`.
 
-    `open` and `closed_*` are at the default boundary. The two reasons are those of `gate_stats`:
+    `open` and `closed_*` are at the 5 % boundary. The two reasons are those of `gate_stats`:
     no mean gradient at all, or noise. `no_gradient_now` counts the closed coordinates whose
     gradient at this very step is zero, whatever the reason that `gate_stats` gives.
 
