@@ -18,15 +18,24 @@ def header(table):
 
 def test_all_were_found():
     assert FOLDERS == [
+        "default_gate",
         "dpo_step_cost",
         "early_stopping",
         "fsdp2_step",
+        "grokking",
+        "inr",
         "noisy_dpo",
         "noisy_dpo_demo",
+        "noisy_labels",
         "open_fraction",
         "optimizer_step",
+        "pinn",
+        "risk_estimate",
+        "small_lm",
+        "sparse_signal",
         "stop_cost",
         "stop_digits",
+        "where_it_hurts",
     ]
 
 
