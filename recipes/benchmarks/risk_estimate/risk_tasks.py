@@ -8,7 +8,7 @@ noise of its own.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -100,7 +100,7 @@ def expected(clean: np.ndarray, classes: int) -> Tensor:
     return torch.tensor(p)
 
 
-def mixture(seed: int, size: int, held: int, batch_size: int = 32) -> dict:
+def mixture(seed: int, size: int, held: int) -> dict:
     """Six Gaussians in 50 dimensions, 20 % flips."""
     rng = np.random.default_rng(1000 + seed)
     centres = 0.45 * rng.normal(size=(6, 50))
@@ -115,7 +115,7 @@ def mixture(seed: int, size: int, held: int, batch_size: int = 32) -> dict:
         "y": y,
         "held_x": x[size:],
         "held_y": expected(clean[size:], 6),
-        "batch_size": batch_size,
+        "batch_size": 32,
     }
 
 
@@ -195,7 +195,6 @@ def language(seed: int, size: int, held: int) -> dict:
 # (maker, examples of the reused set, epochs, steps of the stream, held-out examples)
 TASKS: dict[str, tuple[Callable[[int, int, int], dict], int, int, int, int]] = {
     "A": (mixture, 600, 30, 800, 20_000),
-    "A128": (partial(mixture, batch_size=128), 0, 0, 800, 20_000),
     "B": (teacher, 600, 45, 800, 20_000),
     "C": (digits, 800, 30, 0, 997),
     "D": (language, 200, 8, 200, 256),
@@ -207,7 +206,7 @@ def build(name: str, seed: int, *, stream: bool, quick: bool = False) -> Problem
     maker, size, epochs, stream_steps, held = TASKS[name]
     if quick:
         epochs, stream_steps, held = min(epochs, 6), min(stream_steps, 310), min(held, 2000)
-    batch = {"D": 16, "A128": 128}.get(name, 32)
+    batch = 16 if name == "D" else 32
     size = (stream_steps + 1) * batch if stream else size  # one more for the lagged product
     parts = maker(seed, size, held)
     steps = stream_steps if stream else epochs * (size // batch)

@@ -148,7 +148,7 @@ def verdict(summary: list[dict], signs: list[dict], halves: list[dict]) -> list[
     after = {_cell(r): float(r["bias"]) for r in pick(summary, "lagged", *_REUSED[1])}
     both = [cell for cell in after if cell in before]
     grows = sum(abs(after[cell]) > abs(before[cell]) for cell in both)
-    lines.append(f"6 reused: |bias| of lagged grows in {grows} of {len(both)} cells")
+    lines.append(f"6 reused: the size of the bias of lagged grows in {grows} of {len(both)} cells")
     ratio = float(np.mean([float(row["ratio"]) for row in halves]))
     word = "holds" if 0.45 <= ratio <= 0.55 else "missed"
     lines.append(f"6 quadratic model: sign change at {ratio:.3f} of the best time: {word}")
