@@ -28,7 +28,7 @@ LRS = (3e-4, 1e-3, 3e-3, 1e-2)
 WEIGHT_DECAY = 0.1
 WARM_UP = 0.05
 LEVEL = 0.005  # smaller differences count as level
-REPORTED = ("AdamW", "soft-5", "snr-32", "paper", "norm(soft-5)", "ratio(soft-5)")
+REPORTED = ("AdamW", "soft-32", "norm(soft-32)", "ratio(soft-32)", "soft-5", "paper")
 CANDIDATES = (
     "AdamW",
     "soft-5",
@@ -38,11 +38,8 @@ CANDIDATES = (
     "soft-32",
     "soft-5-norm",
     "snr-fresh",
+    "hard-32",
     "snr-5",
-    "paper",
-    "soft-5-blend",
-    "soft-5-rho999",
-    "soft-5-warmup",
 )
 Trace = dict[str, np.ndarray]
 
@@ -92,9 +89,9 @@ def main() -> None:
         print(line)
 
 
-def warm_up(steps: int, share: float = WARM_UP) -> Callable[[float], float]:
+def warm_up(steps: int) -> Callable[[float], float]:
     """From the share of the run that is done to a factor: linear over 5 % of it, then 1."""
-    warm = max(1, round(share * steps))
+    warm = max(1, round(WARM_UP * steps))
     return lambda done: min(1.0, (round(done * steps) + 1) / warm)
 
 
@@ -105,7 +102,6 @@ def train_seed(
     size: str,
     device: str,
     folder: Path,
-    warm: float = WARM_UP,
 ) -> Trace:
     """All rates of a seed, one model at a time: stacking gains nothing at this size."""
     members = members_of([seed], [""], lrs, [WEIGHT_DECAY])
@@ -115,7 +111,7 @@ def train_seed(
         members,
         folder / f"seed_{seed}",
         group=1,
-        schedule=warm_up(SIZES[size].steps, warm),
+        schedule=warm_up(SIZES[size].steps),
     )[arm]
 
 

@@ -69,7 +69,8 @@ def _curves(traces: dict[str, Trace], arm: str, lr: float) -> tuple[np.ndarray, 
     there = np.isclose(base["lr"], lr) & np.isin(base["seed"], trace["seed"])
     assert trace["seed"][here].tolist() == base["seed"][there].tolist()
     share = trace["moved_share"][:, here]
-    length = trace["update_norm"][:, here] / base["update_norm"][:, there]
+    norm, whole = trace["update_norm"][:, here], base["update_norm"][:, there]
+    length = norm / whole if base is not trace else np.ones_like(norm)
     return _smooth(share.mean(1)), _smooth(length.mean(1))
 
 
