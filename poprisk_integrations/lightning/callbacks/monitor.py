@@ -16,6 +16,8 @@ from poprisk_integrations.lightning._upstream import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    gradients_stay_scaled,
+    is_logger_step,
 )
 from poprisk_integrations.optim import PopRiskAdamW
 
@@ -55,13 +57,14 @@ class PopRiskMonitor(Callback):
         self._steps = 0  # of this fit
         self._global_step = 0
         self._sample: LayerSample | None = None
+        self._last: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch sampling on; after a resume too, since it is not part of the checkpoint."""
         optimizer = _gated_optimizer(trainer)
         for group in optimizer.param_groups:
             group["collect_stats_every"] = self.every_n_steps
-        self._sample = None
+        self._sample, self._last = None, {}
         if not trainer.barebones:
             names = pl_module.named_parameters()
             self._sample = LayerSample(optimizer, names, self.per_layer)
@@ -72,12 +75,8 @@ class PopRiskMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Sample the gradients of a step that is sampled."""
-        # Then Lightning leaves the loss scale in the gradients.
-        is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None and getattr(
-            optimizer, "_step_supports_amp_scaling", False
-        )
-        is_ours = isinstance(optimizer, PopRiskAdamW)
-        if self._sample is not None and self._is_due() and is_ours and not is_scaled:
+        is_ours = isinstance(optimizer, PopRiskAdamW) and self._is_due()
+        if self._sample is not None and is_ours and not gradients_stay_scaled(trainer, optimizer):
             self._sample.before_step()
 
     def on_train_batch_end(
@@ -89,11 +88,20 @@ class PopRiskMonitor(Callback):
         self._global_step = trainer.global_step
         is_due = self._is_due()
         self._steps += 1
-        if is_due and self._sample is not None:
+        if self._sample is None:
+            return
+        if is_due:
             self._sample.after_step()
             optimizer, device = _gated_optimizer(trainer), trainer.strategy.root_device
-            metrics = _metrics(optimizer, self._sample, device)
-            pl_module.log_dict(metrics, on_step=True, on_epoch=False, batch_size=1)
+            self._last = _metrics(optimizer, self._sample, device)
+        # Not by `log`, which costs time per value at every step of the run.
+        is_logged_now = bool(trainer.loggers) and is_logger_step(trainer)
+        if is_due or is_logged_now:
+            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in self._last.items()})
+        if is_logged_now:
+            for logger in trainer.loggers:
+                line = {**self._last, "epoch": trainer.current_epoch}
+                logger.log_metrics(line, step=trainer.global_step - 1)  # counted from 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizer."""

@@ -26,6 +26,7 @@ LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ARMS = (
     "AdamW",
     "paper",
+    "snr-fresh",
     "soft-5",
     "soft-32",
     "snr-32",

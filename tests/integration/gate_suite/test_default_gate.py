@@ -3,6 +3,10 @@
 import csv
 
 import pytest
+import torch
+
+from poprisk_integrations import PopRiskAdamW
+from poprisk_integrations.core.alpha import calibrated_alpha
 
 STUDY = "default_gate"
 
@@ -95,3 +99,17 @@ def test_scores_of_the_main_metric_are_read(harness, tmp_path):
     found = harness.comparison.read_scores(tmp_path, ["one", "two"], "scores")
     assert list(found) == ["one"]
     assert found["one"] == rows
+
+
+def test_the_default_of_the_optimizer_is_the_choice(study, harness):
+    scores = harness.comparison.read_scores(
+        study.bench.BENCHMARKS, study.bench.SELECTION, "selection_scores"
+    )
+    rows = [{"stage": "selection", **row} for row in harness.comparison.comparisons(scores, 200)]
+    _, chosen = study.choice.choose(rows, scores, 200)
+    options = PopRiskAdamW([torch.zeros(1, requires_grad=True)]).defaults
+    arm = harness.arms.GATES[chosen]
+    alpha = calibrated_alpha(harness.arms.BETAS[0], options["false_open_rate"])
+    assert (options["gate"], options["alpha"], alpha) == (arm.gate, "calibrated", arm.alpha)
+    for name in ("lambda_pop", "rho", "gate_warmup", "gate_blend", "preserve_norm", "gate_decay"):
+        assert options[name] == getattr(arm, name)
