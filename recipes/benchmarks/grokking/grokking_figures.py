@@ -12,7 +12,7 @@ from gate_harness.figures import style_of
 from grokking_scores import Cell, Steps, best_cell
 from matplotlib.axes import Axes
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_curves"]
 
 MAPPED = ("AdamW", "paper", "soft-5", "soft-32")
 Trace = dict[str, np.ndarray]
@@ -53,6 +53,24 @@ def draw(
     axis.set(xlabel="step", ylabel="held-out accuracy, mean over seeds", xlim=(0, budget))
     axis.grid(color="0.92")
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def draw_curves(traces: dict[str, Trace], path: Path) -> None:
+    """Held-out accuracy over steps, a thin line for each seed and a thick one for their mean."""
+    fig, axis = plt.subplots(figsize=(9, 4.5), dpi=120, layout="constrained")
+    last = max(int(trace["eval_step"][-1]) for trace in traces.values())
+    for place, (arm, trace) in enumerate(traces.items()):
+        style, steps = style_of(place), np.append(trace["eval_step"], last)
+        curves = np.concatenate([trace["accuracy"], trace["accuracy"][-1:]])
+        axis.plot(steps, curves, linewidth=0.5, alpha=0.5, **style)
+        axis.plot(steps, curves.mean(1), label=arm, **style)
+    axis.axhline(0.95, color="0.6", linewidth=0.8)
+    axis.set(xlabel="step", ylabel="held-out accuracy", xlim=(0, last))
+    axis.grid(color="0.92")
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
     plt.close(fig)

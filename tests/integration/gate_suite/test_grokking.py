@@ -198,3 +198,17 @@ def test_readme_states_the_committed_medians(study):
 
 def test_share_of_the_paper_is_the_ratio_it_reports(study):
     assert round(Fraction(29450, 5950), 1) == Fraction(str(study.grokking_scores.PAPER_RATIO))
+
+
+def test_the_table_of_equal_settings_is_what_was_measured(study):
+    """Runs done and the median of AdamW, as the README says them."""
+    text = (study.bench.HERE / "README.md").read_text(encoding="utf-8")
+    (table,) = (study.bench.HERE / "results").glob("equal_*.csv")
+    with table.open(newline="") as file:
+        found = study.grokking_scores.steps_of(csv.DictReader(file))
+    assert sorted(found) == sorted(study.equal.ARMS)
+    for arm, cells in found.items():
+        steps = cells[study.cells.POWER]
+        done = sum(step <= study.equal.STEPS for step in steps.values())
+        assert f"| {arm} | {done} of {len(steps)} |" in text
+    assert study.grokking_scores.median(found["AdamW"][study.cells.POWER])[0] == 14_250
