@@ -24,6 +24,7 @@ def test_all_were_found():
         "fsdp2_step",
         "grokking",
         "inr",
+        "monitor_cost",
         "noisy_dpo",
         "noisy_dpo_demo",
         "noisy_labels",
