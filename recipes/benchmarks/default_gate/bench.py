@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from choice import candidates, choose, confirmation
+from choice import candidates, choose, confirmation, options
 from default_figures import draw
 from gate_harness.comparison import comparisons, read_scores
 from reporting import result_name, write_csv
@@ -37,7 +37,8 @@ def main() -> None:
     write_csv(path, rows)
     draw(rows, path.with_suffix(".png"))
     lines, chosen = choose(rows, selection, draws)
-    for line in [*candidates(rows), *lines, *confirmation(rows, chosen)]:
+    more = options(rows, selection, chosen, draws)
+    for line in [*candidates(rows), *lines, *more, *confirmation(rows, chosen)]:
         print(line)
 
 

@@ -79,7 +79,7 @@ GATES = {
         # Algorithm 1 as published, and the mask that the reference code is said to default to.
         Arm(name="paper", **_PUBLISHED),
         Arm(name="snr-fresh", gate="snr", alpha=1.0),
-        # Calibrated: 5 % (the default) and 32 % (the boundary at the mean's own variance).
+        # Calibrated: 5 %, and 32 % (the boundary at the mean's own variance), the default.
         Arm(name="soft-5", gate="soft", alpha=_5),
         Arm(name="soft-32", gate="soft", alpha=_32),
         Arm(name="hard-5", gate="hard", alpha=_5),
@@ -91,13 +91,16 @@ GATES = {
         Arm(name="soft-32-norm", gate="soft", alpha=_32, preserve_norm=True),
         Arm(name="snr-32-norm", gate="snr", alpha=_32, preserve_norm=True),
         Arm(name="snr-fresh-norm", gate="snr", alpha=1.0, preserve_norm=True),
-        # One option of the default changed.
+        # One option changed, of the gate at 5 % (the default before) and at 32 %.
         Arm(name="soft-5-rho999", gate="soft", alpha=_5, rho=0.999),
         Arm(name="soft-5-warmup", gate="soft", alpha=_5, gate_warmup=100),
         Arm(name="soft-5-decay", gate="soft", alpha=_5, gate_decay=True),
         Arm(name="soft-5-blend", gate="soft", alpha=_5, gate_blend=0.5),
         Arm(name="paper-decay", gate_decay=True, **_PUBLISHED),
         Arm(name="soft-32-decay", gate="soft", alpha=_32, gate_decay=True),
+        Arm(name="soft-32-rho999", gate="soft", alpha=_32, rho=0.999),
+        Arm(name="soft-32-warmup", gate="soft", alpha=_32, gate_warmup=100),
+        Arm(name="soft-32-blend", gate="soft", alpha=_32, gate_blend=0.5),
     )
 }
 

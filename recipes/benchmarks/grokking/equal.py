@@ -24,7 +24,17 @@ from grokking_scores import median, ratio, steps_of
 from reporting import hardware, write_csv
 
 STEPS = 15_000
-ARMS = ("AdamW", "paper", "soft-32", "norm(soft-32)", "ratio(soft-32)")
+ARMS = (
+    "AdamW",
+    "paper",
+    "soft-32",
+    "norm(soft-32)",
+    "ratio(soft-32)",
+    "soft-32-decay",
+    "mask(soft-32)",
+    "grokfast",
+    "paper-decay",
+)
 
 
 def main() -> None:

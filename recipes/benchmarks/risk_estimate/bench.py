@@ -30,6 +30,7 @@ RUNS: dict[tuple[str, bool], list[tuple[str, float]]] = {
     ("B", False): USUAL,
     ("C", False): USUAL,
     ("D", True): [("AdamW", 3e-3)],
+    ("D", False): [("AdamW", 3e-3)],
 }
 QUICK: dict[tuple[str, bool], list[tuple[str, float]]] = {
     ("B", True): [("AdamW", 1e-3)],

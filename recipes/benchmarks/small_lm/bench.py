@@ -1,7 +1,7 @@
 """Held-out loss of a small Llama with and without gates; see README.md for the decision rule.
 
 Usage: python recipes/benchmarks/small_lm/bench.py [--selection] [--arms A,B] [--seeds 0,1,2]
-    [--size 400k|10m] [--device cuda] [--out DIR] [--traces DIR] [--quick]
+    [--size 400k|1m|10m] [--device cuda] [--out DIR] [--traces DIR] [--quick]
 Resumable: a trace that exists is read back.
 """
 
@@ -25,6 +25,8 @@ from small_lm_task import SIZES, LanguageTask
 HERE = Path(__file__).parent
 METRICS = ("held_out_loss", "train_loss")
 LRS = (3e-4, 1e-3, 3e-3, 1e-2)
+FINER = {"1m": (3e-4, 1e-3, 1.7e-3, 3e-3, 1e-2)}  # one more where the arms' best rates lie
+SEEDS = {"tiny": "0,1", "400k": "0,1,2", "1m": "0,1,2,3,4", "10m": "0,1,2"}
 WEIGHT_DECAY = 0.1
 WARM_UP = 0.05
 LEVEL = 0.005  # smaller differences count as level
@@ -40,6 +42,11 @@ CANDIDATES = (
     "snr-fresh",
     "hard-32",
     "snr-5",
+    "soft-32-norm",
+    "soft-32-decay",
+    "soft-32-rho999",
+    "soft-32-warmup",
+    "soft-32-blend",
 )
 Trace = dict[str, np.ndarray]
 
@@ -61,9 +68,9 @@ def main() -> None:
     torch.set_num_threads(1)
     size = "tiny" if args.quick else args.size
     arms = (args.arms or ",".join(CANDIDATES if args.selection else REPORTED)).split(",")
-    usual = "100,101" if args.selection else "0,1" if args.quick else "0,1,2"
+    usual = "100,101" if args.selection else SEEDS[size]
     seeds = [int(seed) for seed in (args.seeds or usual).split(",")]
-    lrs = [float(lr) for lr in args.lrs.split(",")] if args.lrs else LRS
+    lrs = [float(lr) for lr in args.lrs.split(",")] if args.lrs else FINER.get(size, LRS)
     folder = (args.out / "traces" if args.quick else args.traces) / size
     traces: dict[str, Trace] = {}
     for arm in arms:
@@ -76,8 +83,8 @@ def main() -> None:
             write_csv(args.out / f"selection_{hardware()}.csv", rows)
             write_csv(args.out / f"selection_scores_{hardware()}.csv", scores)
     if not args.selection:
-        tail = f"{hardware()}_{size}" if size == "10m" else hardware()
-        path = args.out / f"{result_name()}{tail.removeprefix(hardware())}.csv"
+        tail = hardware() if size in ("tiny", "400k") else f"{size}_{hardware()}"
+        path = args.out / f"{result_name() if tail == hardware() else f'members_{tail}'}.csv"
         write_csv(path, rows)
         if not args.quick:
             write_csv(args.out / f"scores_{tail}.csv", scores)

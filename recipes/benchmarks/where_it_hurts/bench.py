@@ -43,7 +43,16 @@ FULL = (
 )
 QUICK = ("AdamW", "soft-5", "no_gate(soft-5)", "norm(soft-5)")
 MORE = ("no_gate", "only", "blend", "warmup", "norm", "ratio")  # of a gate that --arms names
-JUMPS = ("AdamW", "paper", "snr-fresh", "soft-5", "snr-32", "no_gate(soft-5)", "no_gate(paper)")
+JUMPS = (
+    "AdamW",
+    "paper",
+    "snr-fresh",
+    "soft-5",
+    "soft-32",
+    "snr-32",
+    "no_gate(soft-32)",
+    "no_gate(paper)",
+)
 
 
 def main() -> None:

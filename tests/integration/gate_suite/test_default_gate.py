@@ -113,3 +113,27 @@ def test_the_default_of_the_optimizer_is_the_choice(study, harness):
     assert (options["gate"], options["alpha"], alpha) == (arm.gate, "calibrated", arm.alpha)
     for name in ("lambda_pop", "rho", "gate_warmup", "gate_blend", "preserve_norm", "gate_decay"):
         assert options[name] == getattr(arm, name)
+
+
+def test_an_option_changes_only_where_it_is_better_beyond_doubt(study, harness):
+    names = {"soft-32": 0.0, "soft-32-rho999": 0.02, "soft-32-warmup": 0.02, "soft-32-blend": -0.1}
+    noise = {"soft-32-warmup": (0.3, -0.3, 0.3, -0.2)}  # ahead on average, not beyond doubt
+
+    def study_of(shift):
+        rows = scores(soft_5=(1.0, 0.9), **{n.replace("-", "_"): (1.0, 1.0) for n in names})
+        for row in rows:
+            if row["arm"] in names:
+                extra = noise.get(row["arm"], (0.0,) * 4)[int(row["seed"])]
+                row["range"] = str(1.0 + shift + names[row["arm"]] + extra)
+        return rows
+
+    selection = {"one": study_of(0.1), "two": study_of(0.2)}
+    rows, _, chosen = decide(study, harness, selection)
+    assert chosen == "soft-32"  # the options do not take part in rules 1 to 4
+    found = study.choice.options(rows, selection, chosen, 2000)
+    words = {line.split(":")[0]: line.rsplit(": ", 1)[1] for line in found}
+    assert words == {
+        "soft-32-rho999": "change",
+        "soft-32-warmup": "keep",
+        "soft-32-blend": "keep",
+    }

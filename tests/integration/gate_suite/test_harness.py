@@ -73,7 +73,8 @@ def alone(member, options, steps=STEPS):
 
 def test_every_gated_arm_is_the_optimizer(harness, build, members):
     arms = dict(harness.arms.GATES)
-    arms["soft-5-warmup"] = dataclasses.replace(arms["soft-5-warmup"], gate_warmup=10)
+    for name in ("soft-5-warmup", "soft-32-warmup"):  # the task has fewer steps than theirs
+        arms[name] = dataclasses.replace(arms[name], gate_warmup=10)
     losses = {}
     for name, arm in arms.items():
         trace = harness.training.train(build(members), arm)

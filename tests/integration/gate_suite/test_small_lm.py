@@ -80,7 +80,7 @@ def test_metrics_are_means_over_all_measured_windows(study, harness):
         torch.testing.assert_close(found[name][0], task.loss(own(params, 0), rows))
 
 
-@pytest.mark.parametrize("size", ["tiny", "400k", "10m"])
+@pytest.mark.parametrize("size", ["tiny", "400k", "1m", "10m"])
 def test_sizes_fit(study, harness, size):
     """Whole epochs, whole batches of what is measured; parameters as the README says."""
     task = task_of(study, harness, seeds=[0], lrs=[1e-3], size=size)
@@ -89,7 +89,13 @@ def test_sizes_fit(study, harness, size):
     assert wanted.steps * wanted.batch_size // wanted.rows in (3, 4)
     assert all(len(rows) % wanted.batch_size == 0 for rows in task.measured.values())
     count = sum(p.numel() for p in task.model.parameters())
-    low, high = {"tiny": (0, 1e4), "400k": (381_600, 381_600), "10m": (9.5e6, 1.1e7)}[size]
+    sizes = {
+        "tiny": (0, 1e4),
+        "400k": (381_600,) * 2,
+        "1m": (1_012_320,) * 2,
+        "10m": (9.5e6, 1.1e7),
+    }
+    low, high = sizes[size]
     assert low <= count <= high
 
 
