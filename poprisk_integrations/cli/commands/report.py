@@ -4,12 +4,14 @@ import argparse
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError
+from poprisk_integrations.cli.recipe_index import recipes_root
 from poprisk_integrations.cli.report.findings import headline, key_figures, sentences
 from poprisk_integrations.cli.report.run import Run, load_runs
 from poprisk_integrations.cli.report.sections import sections_of
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 _PAGE, _COMPARISON = "poprisk_report.html", "poprisk_comparison.html"
+_PLAYGROUND = "poprisk_playground.html"
 _MOST_RUNS = 8
 
 
@@ -33,12 +36,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "trainer_state.json, metrics.csv, poprisk_stop.json, poprisk_noise.json, flip_report.csv "
         "and settings beside them; never a pickle. Prints why the run ended, draws "
         f"poprisk_stop.png beside poprisk_stop.json, and writes {_PAGE}, one file that needs no "
-        "network, with a PNG of all its charts. Several runs share their charts.",
+        "network, with a PNG of all its charts. Several runs share their charts. With "
+        "--playground instead of a run: a page on what wrong labels do to a small network.",
     )
     parser.add_argument(
         "run_dir",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="RUN_DIR",
         help="directory of a run, or one of its logs",
     )
@@ -49,6 +53,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help=f"the .html page to write instead of RUN_DIR/{_PAGE} (of several runs: "
         f"{_COMPARISON} in the first); all pictures then go beside it. With a .png: only that "
         "picture of the stop",
+    )
+    parser.add_argument(
+        "--playground",
+        action="store_true",
+        help="without a RUN_DIR: write the noise playground, where wrong labels and the learning "
+        f"rate can be chosen, to ./{_PLAYGROUND} or to --out",
     )
     parser.add_argument("--json", action="store_true", help="print the report instead of lines")
     parser.set_defaults(run=run)
@@ -62,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
         ImportError: If matplotlib is missing.
     """
     out: Path | None = args.out
+    if args.playground:
+        return _write_playground(args)
+    if not args.run_dir:
+        raise UsageError("Invalid run_dir: none given. Name a run, or give --playground.")
     if len(args.run_dir) > _MOST_RUNS:
         raise UsageError(f"Invalid run_dir: {len(args.run_dir)} of them; {_MOST_RUNS} fit a page.")
     if out is not None:
@@ -85,6 +99,22 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name}{_line(one)}")
     for path in [*pictures, *([page] if page is not None else [])]:
         print(path)
+    return 0
+
+
+def _write_playground(args: argparse.Namespace) -> int:
+    """The page as it was shipped: its runs were made beforehand."""
+    if args.run_dir:
+        raise UsageError("Invalid --playground: it is about no run. Leave RUN_DIR out.")
+    out: Path = args.out or Path(_PLAYGROUND)
+    _check_out(out, 1)
+    if out.suffix == ".png":
+        raise UsageError(f"Invalid --out: {str(out)!r}. The playground is an .html page.")
+    source = recipes_root() / "playground" / "playground.html"
+    if not source.is_file():
+        raise UsageError(f"no playground at {str(source)!r}")
+    _write(out, lambda temporary: shutil.copyfile(source, temporary))
+    print(json.dumps({"page": str(out)}) if args.json else out)
     return 0
 
 
