@@ -14,6 +14,7 @@ from poprisk_integrations.huggingface.callbacks import (  # noqa: E402
     PopRiskLRCutCallback,
     PopRiskMonitorCallback,
 )
+from poprisk_integrations.huggingface.last_checkpoint import last_whole_checkpoint  # noqa: E402
 from poprisk_integrations.huggingface.optimizer import optimizer_cls_and_kwargs  # noqa: E402
 from poprisk_integrations.huggingface.registration import register  # noqa: E402
 from poprisk_integrations.huggingface.trainer_mixin import PopRiskTrainerMixin  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "PopRiskLRCutCallback",
     "PopRiskMonitorCallback",
     "PopRiskTrainerMixin",
+    "last_whole_checkpoint",
     "optimizer_cls_and_kwargs",
     "register",
 ]

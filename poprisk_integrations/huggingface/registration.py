@@ -14,8 +14,8 @@ as it was:
 |                                                   | training data (alpha=finite)                 |
 | `HfTrainerDeepSpeedConfig.trainer_config_process` | refuses settings under which Trainer would   |
 |                                                   | never ask for our optimizer                  |
-| `TrainerState.load_from_json`: remembers the path | callbacks are not told which checkpoint a    |
-|                                                   | run resumes from                             |
+| `TrainerState.load_from_json`: remembers the path,| callbacks are not told which checkpoint a    |
+| and names it if the file is damaged               | run resumes from                             |
 | `CallbackHandler.on_log`: our callbacks' numbers  | trackers (W&B, TensorBoard, ...) are called  |
 | enter the line before any callback is called      | before users' callbacks, and no argument of  |
 |                                                   | a callback leads to the list of callbacks    |
@@ -177,7 +177,13 @@ def _checked(original: Any) -> Any:
 def _remembering_path(original: Any) -> Any:
     @functools.wraps(original)
     def load_from_json(cls: type[TrainerState], json_path: str) -> Any:
-        state = original(cls, json_path)
+        try:
+            state = original(cls, json_path)
+        except (ValueError, TypeError) as error:  # neither says which file
+            raise ValueError(
+                f"{os.fspath(json_path)!r} is not a whole trainer_state.json ({error}). Resume "
+                "from an older checkpoint: last_whole_checkpoint(output_dir) finds one."
+            ) from error
         # Not a field of the dataclass, so it is never saved.
         setattr(state, _LOADED_FROM, os.path.dirname(os.path.abspath(json_path)))
         return state

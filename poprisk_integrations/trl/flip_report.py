@@ -30,6 +30,9 @@ DROP_AT = 0.5  # more probably wrong than right
 REVIEW_AT = 0.3  # worth a look by a person; below, the pair is kept
 ACTIONS = ("swap", "drop", "review", "keep", "unseen", "too_long")
 
+# What a damaged file makes of csv, pandas and pyarrow.
+_UNREADABLE = (ValueError, csv.Error, OSError, TypeError, LookupError, NotImplementedError)
+
 _COLUMNS = ("pair_id", "row", "probability_wrong", "margin", "step", "action")
 
 
@@ -208,7 +211,9 @@ class FlipReport:
         try:
             columns = _read_parquet(file) if file.suffix == ".parquet" else _read_csv(file)
             return cls(**columns)
-        except (ValueError, csv.Error) as error:
+        except _UNREADABLE as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's, such as no permission; pyarrow's have no number
             reason = " ".join(str(error).split())
             raise ValueError(f"{str(file)!r} is not a flip report: {reason}") from None
 

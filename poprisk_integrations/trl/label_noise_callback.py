@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -152,6 +152,12 @@ class LabelNoiseCallback(MetricsCallback):
             self._estimate_at = set()
             self.noise.margins.step.fill_(0)  # as if seen: none of them gets a margin any more
             return
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            self.noise.load_state_dict(tensors, file.metadata() or {})
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                self.noise.load_state_dict(tensors, file.metadata() or {})
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path!r} is damaged or of other data ({' '.join(str(error).split())}). Resume "
+                "from another checkpoint, or delete the file: the noise rate is then not estimated."
+            ) from error

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     recipe = parse_recipe(args.rest)
     trainer = _build_trainer(recipe)
-    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(recipe.training))
     trainer.save_model(recipe.training.output_dir)
     trainer.save_state()
     if recipe.training.push_to_hub:
@@ -60,6 +60,26 @@ def run(args: argparse.Namespace) -> int:
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         trainer.end()
     return 0
+
+
+def _checkpoint(training: Any) -> Any:
+    """Which checkpoint to resume from; of `true` the newest that no kill has left half-written.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    from poprisk_integrations.huggingface import last_whole_checkpoint
+    from poprisk_integrations.trl.label_noise_callback import LABELS_FILE
+
+    if training.resume_from_checkpoint not in (True, "true", "True"):
+        return training.resume_from_checkpoint
+    found = last_whole_checkpoint(training.output_dir, also=[LABELS_FILE])
+    if found is None:
+        raise UsageError(
+            "Invalid resume_from_checkpoint: true. There is no whole checkpoint in "
+            f"{str(training.output_dir)!r}."
+        )
+    return found
 
 
 def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":

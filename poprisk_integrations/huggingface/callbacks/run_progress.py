@@ -21,6 +21,7 @@ class RunProgress:
         window_seen: Steps in the unfinished window.
         window_reused: Whether it began after a whole pass over the data.
         passes: Passes that ended, over data without a length.
+        window_file: Name of the file in a checkpoint that holds the window; "" for none.
         shape: What makes windows comparable: world size, batch size, ...
         history: One row per closed window, see `history_row`.
     """
@@ -28,6 +29,7 @@ class RunProgress:
     window_seen: int = 0
     window_reused: bool = False
     passes: int = 0
+    window_file: str = ""
     shape: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 

@@ -121,6 +121,7 @@ class WindowCallback(MetricsCallback, ExportableState):
         if state.global_step > 0:
             self._resume(args, state, shape)
         self.progress.shape = shape
+        self.progress.window_file = "" if self._reader.is_sharded else self._window_file
         add_exported_state(state, self)
         if state.max_steps < 2 * steps:
             self._warn(
@@ -211,7 +212,17 @@ class WindowCallback(MetricsCallback, ExportableState):
         return f"{self._window_name}{number}.safetensors"
 
     def _resume(self, args: TrainingArguments, state: TrainerState, shape: dict[str, int]) -> None:
-        saved = find_exported_state(state, self)
+        try:
+            saved = find_exported_state(state, self)
+            if saved is not None:
+                self.rule_state = saved.get("rule_state", {})
+                self.progress_state = saved.get("progress_state", {})
+                changes = self.progress.changes(shape)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"The state of {type(self).__name__} in the checkpoint's trainer_state.json "
+                f"({checkpoint_directory(state)!r}) is damaged: {error!r}. Resume from another one."
+            ) from error
         if saved is None:
             self._warn(
                 state,
@@ -219,9 +230,6 @@ class WindowCallback(MetricsCallback, ExportableState):
                 f"{state.global_step}.",
             )
             return
-        self.rule_state = saved.get("rule_state", {})
-        self.progress_state = saved.get("progress_state", {})
-        changes = self.progress.changes(shape)
         if changes:
             self._warn(
                 state,

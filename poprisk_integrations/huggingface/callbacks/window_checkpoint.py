@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -54,15 +54,34 @@ def load_window(
         step: Optimizer steps of the checkpoint.
         params: The optimizer's parameters: shapes must match.
         name: Of the file.
+
+    Raises:
+        ValueError: If the file is there but damaged; the message names it.
     """
     path = os.path.join(directory, name)
     if not os.path.isfile(path):
         return None
+    try:
+        metadata, tensors = _read(path)
+        if metadata.get("step") != str(step):
+            return None
+        state = _state_of(metadata, tensors)
+        return state if window_fits(state, params) else None
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path!r} is damaged ({' '.join(str(error).split())}). Resume from another "
+            "checkpoint, or delete the file: the unfinished window then starts afresh."
+        ) from error
+
+
+def _read(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not iterable)
-    if metadata.get("step") != str(step):
-        return None
+        return file.metadata() or {}, tensors
+
+
+def _state_of(metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What `save_window` was given."""
     state: dict[str, Any] = {
         "accumulator": metadata.get("accumulator"),
         "seen": int(metadata["seen"]),
@@ -75,7 +94,7 @@ def load_window(
             state.setdefault(key, {})[position] = tensor
         else:
             state[key] = tensor
-    return state if window_fits(state, params) else None
+    return state
 
 
 def all_ranks_have(state: dict[str, Any] | None, device: Any) -> bool:

@@ -258,9 +258,15 @@ class PopRiskEarlyStopping(WindowCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; the window follows when training starts and devices are known."""
-        self._judge.load_state_dict(state_dict)
-        self._load_feed_state(state_dict)
-        self._result.load_state_dict(state_dict)
+        try:
+            self._judge.load_state_dict(state_dict)
+            self._load_feed_state(state_dict)
+            self._result.load_state_dict(state_dict)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The state of {_NAME} in the checkpoint is damaged: {error!r}. Resume from "
+                "another checkpoint."
+            ) from error
 
     def _act_on_verdict(self, trainer: Trainer) -> bool:
         if not can_stop_early(trainer) or not self._judge.accept():

@@ -84,8 +84,10 @@ def write_report(directory: str, report: Mapping[str, Any]) -> None:
     path = os.path.join(directory, STOP_REPORT)
     filesystem, _ = fsspec.core.url_to_fs(directory)
     filesystem.makedirs(directory, exist_ok=True)
-    is_local = "://" not in directory
-    with fsspec.open(f"{path}.tmp" if is_local else path, "w", encoding="utf-8") as file:
+    if "://" in directory:
+        with fsspec.open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:  # fsspec's stays open on a full disk
         file.write(text)
-    if is_local:
-        os.replace(f"{path}.tmp", path)
+    os.replace(f"{path}.tmp", path)

@@ -26,7 +26,19 @@ from reporting import hardware, result_name, write_csv
 from verdict import lines_of
 
 HERE = Path(__file__).parent
-ARMS = ("AdamW", "paper", "soft-5", "soft-32", "soft-32-decay")  # others by --arms
+ARMS = (  # others by --arms
+    "AdamW",
+    "paper",
+    "soft-5",
+    "soft-32",
+    "soft-32-decay",
+    "norm(soft-32)",
+    "ratio(soft-32)",
+    "mask(soft-32)",
+    "grokfast",
+    "paper-decay",
+    "soft-5-decay",
+)
 LOOK = "look"
 METRICS = ("accuracy", "train_accuracy", "weight_norm")
 LRS, DECAYS = (3e-3, 1e-2, 3e-2), (0.1, 0.3, 1.0)

@@ -99,6 +99,8 @@ def test_the_wheel_takes_them_along():
     files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
     prefix = "share/poprisk_integrations/recipes"
     assert files.pop(prefix) == ["recipes/README.md"]
+    page = ["recipes/playground/README.md", "recipes/playground/playground.html"]
+    assert files.pop(f"{prefix}/playground") == page  # not the table that it was made from
     folders = {f"{prefix}/{p.parent.name}": p.parent for p in RECIPES.glob("*/recipe.yaml")}
     assert files == {name: [f"recipes/{path.name}/*"] for name, path in folders.items()}
     assert all(child.is_file() for path in folders.values() for child in tracked(path))

@@ -183,16 +183,16 @@ def test_committed_summary_follows_from_the_committed_rows(study):
     rows = [row for row in committed(study, "2*.csv") if row["condition"] != bench.LOOK]
     summary = scores.summary_rows(scores.steps_of(rows), bench.DEFAULT.steps)
     kept = committed(study, "summary_*.csv")
-    assert len(summary) == len(kept) == 19
+    assert len(summary) == len(kept) == 26 + 11  # cells, and each arm tuned
     for made, found in zip(summary, kept, strict=True):
         assert {name: str(value) for name, value in made.items()}.items() <= found.items()
 
 
 def test_readme_states_the_committed_medians(study):
     text = (study.bench.HERE / "README.md").read_text()
-    assert len(committed(study, "2*.csv")) == 5 * 9 + 5 * 14  # looks, and cells by seeds
+    assert len(committed(study, "2*.csv")) == 7 * 9 + 5 * 26  # looks, and cells by seeds
     for row in committed(study, "summary_*.csv"):
-        if row["arm"] in ("AdamW", "paper", "soft-5") and row["lr"].startswith("tuned"):
+        if row["arm"] in ("AdamW", "paper", "soft-5", "grokfast") and row["lr"].startswith("tuned"):
             assert f"| {row['arm']} | {row['median']} " in text
 
 

@@ -132,11 +132,10 @@ def test_command_line_and_dictionary(name, tmp_path):
 
 
 def test_trl_yaml(tmp_path):
-    from trl import TrlParser
-
+    trl_parser = pytest.importorskip("trl").TrlParser
     config = tmp_path / "config.yaml"
     config.write_text(f"optim: poprisk_adamw_paper\noutput_dir: {tmp_path}\nuse_cpu: true\n")
-    parser = TrlParser(TrainingArguments)
+    parser = trl_parser(TrainingArguments)
     (args,) = parser.parse_args_and_config(["--config", str(config), "--optim_args", "rho=0.9"])
     assert args.optim is OptimizerNames.POPRISK_ADAMW_PAPER
     assert args.optim_args == "rho=0.9"
