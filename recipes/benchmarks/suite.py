@@ -32,7 +32,7 @@ COMMANDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("grokking", "bench.py", ()),
     ("grokking", "equal.py", ()),
     ("risk_estimate", "bench.py", ()),
-    ("small_lm", "bench.py", ("--size", "1m")),
+    ("small_lm", "bench.py", ("--size", "400k")),
     ("default_gate", "bench.py", ()),
 )
 

@@ -19,6 +19,7 @@ _PACKAGES = (
     "trl",
     "peft",
     "lightning",
+    "pytorch-lightning",
     "deepspeed",
     "triton",
     "tokenizers",
@@ -76,11 +77,17 @@ def collect() -> dict[str, dict[str, Any]]:
         },
         "packages": {name: version or "not installed" for name, version in versions.items()},
         "extras": {
-            extra: [name for name in needed if versions[name] is None] or "available"
+            extra: [name for name in needed if not _is_met(name, versions)] or "available"
             for extra, needed in _EXTRAS.items()
         },
         "devices": _devices(),
     }
+
+
+def _is_met(name: str, versions: dict[str, str | None]) -> bool:
+    """Whether a package is there; Lightning has two, of which one is enough."""
+    names = ("lightning", "pytorch-lightning") if name == "lightning" else (name,)
+    return any(versions[each] is not None for each in names)
 
 
 def _version(name: str) -> str | None:

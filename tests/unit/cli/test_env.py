@@ -31,7 +31,7 @@ def test_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
 
     def version(name: str) -> str:
-        if name in ("trl", "lightning"):
+        if name in ("trl", "lightning", "pytorch-lightning"):
             raise importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
@@ -44,3 +44,18 @@ def test_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:
         "lightning": ["lightning"],
         "demo": ["trl"],
     }
+
+
+def test_either_lightning_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "lightning":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "2.4.0" if name == "pytorch-lightning" else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    report = env.collect()
+    assert report["packages"]["lightning"] == "not installed"
+    assert report["packages"]["pytorch-lightning"] == "2.4.0"
+    assert report["extras"]["lightning"] == "available"

@@ -1,0 +1,279 @@
+"""The private names of torch, the frameworks and Python that the package uses, each with its why.
+
+`tests/unit/test_private_names.py` checks that they exist and that the list is complete.
+"""
+
+import enum
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["TABLE", "Private"]
+
+
+@dataclass(frozen=True)
+class Private:
+    """A private name of someone else's.
+
+    Args:
+        name: The name.
+        package: Whose; "" for Python itself.
+        files: Where we use it.
+        why: What for, and why there is no public way.
+        exists: Whether it is (still) there.
+        since: First version that has it, where we can do without.
+    """
+
+    name: str
+    package: str
+    files: tuple[str, ...]
+    why: str
+    exists: Callable[[], bool]
+    since: str = "0"
+
+
+def _adamw(**options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+def _has(module: str, owner: str, name: str) -> Callable[[], bool]:
+    """Whether a class or module has an attribute."""
+    return lambda: hasattr(getattr(importlib.import_module(module), owner), name)
+
+
+def _in_source(package: str, path: str, text: str) -> Callable[[], bool]:
+    """Whether a source file has a text: for what only instances have, or imports slowly."""
+
+    def look() -> bool:
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        return text in (Path(spec.origin).parent / path).read_text()
+
+    return look
+
+
+def _in_class(module: str, owner: str, text: str) -> Callable[[], bool]:
+    """Whether the source of a class has a text."""
+    return lambda: text in inspect.getsource(getattr(importlib.import_module(module), owner))
+
+
+def _ddp_ignores() -> bool:
+    layer: Any = torch.nn.Linear(1, 1)
+    set_names: Any = torch.nn.parallel.DistributedDataParallel
+    set_names._set_params_and_buffers_to_ignore_for_model(layer, ["bias"])
+    return list(layer._ddp_params_and_buffers_to_ignore) == ["bias"]
+
+
+def _dtensor_has_local() -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return "_local_tensor" in DTensor.__slots__
+
+
+def _fsdp_marks() -> bool:
+    from torch.distributed.fsdp._common_utils import FSDP_FLATTENED
+
+    return FSDP_FLATTENED == "_fsdp_flattened"
+
+
+def _offsets_of_shards() -> bool:
+    from torch.distributed.tensor import _utils
+
+    names = list(inspect.signature(_utils.compute_local_shape_and_global_offset).parameters)
+    return names[:3] == ["global_shape", "mesh", "placements"]
+
+
+def _scaler_stages() -> bool:
+    from torch.amp.grad_scaler import OptState
+
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    state = scaler._per_optimizer_states[1]
+    return bool(state["stage"] is OptState.READY)
+
+
+def _schedulers_in_a_row() -> bool:
+    schedulers = torch.optim.lr_scheduler
+    constant = schedulers.ConstantLR(_adamw())
+    return schedulers.ChainedScheduler([constant])._schedulers[0] is constant
+
+
+def _fused_says_so() -> bool:
+    return bool(_adamw(fused=True)._step_supports_amp_scaling)  # type: ignore[attr-defined]
+
+
+def _lightning(module: str, owner: str, text: str) -> Callable[[], bool]:
+    return _in_class(f"lightning.pytorch.{module}", owner, text)
+
+
+def _foreach(operation: str, *files: str) -> Private:
+    name = f"_foreach_{operation}"
+    why = "one kernel for many tensors, as torch's own optimizers call it"
+    return Private(name, "torch", files, why, lambda: callable(getattr(torch, name)))
+
+
+def _enum(name: str, exists: Callable[[], bool]) -> Private:
+    why = "adds a member to OptimizerNames, which has no way to register one"
+    since = "3.11" if name == "_sort_order_" else "0"
+    return Private(name, "", ("huggingface/registration.py",), why, exists, since)
+
+
+def _member_has(name: str) -> Callable[[], bool]:
+    kind = enum.Enum("kind", ["A"])
+    return lambda: hasattr(kind, name) or hasattr(kind.A, name)
+
+
+_FOREACH = "optim/_foreach.py"
+_SUMS = "diagnostics/window_sums.py"
+
+TABLE = (
+    # Python
+    Private(
+        "_exit", "", ("cli/demo/parallel_runs.py",),
+        "ends a worker whose parent was killed, without the parent's clean-up (documented)",
+        lambda: hasattr(importlib.import_module("os"), "_exit"),
+    ),
+    Private(
+        "_actions", "", ("cli/recipe.py",), "the options that a parser knows, to name a close one",
+        lambda: hasattr(importlib.import_module("argparse").ArgumentParser(), "_actions"),
+    ),
+    _enum("_name_", _member_has("_name_")),
+    _enum("_value_", _member_has("_value_")),
+    _enum("_sort_order_", _member_has("_sort_order_")),
+    _enum("_member_names_", _member_has("_member_names_")),
+    _enum("_member_map_", _member_has("_member_map_")),
+    _enum("_value2member_map_", _member_has("_value2member_map_")),
+    # torch
+    _foreach("add_", _FOREACH, _SUMS, "optim/_fused_compiled.py", "optim/_scalar_rows.py"),
+    _foreach("addcdiv_", _FOREACH),
+    _foreach("addcmul_", _FOREACH, _SUMS),
+    _foreach("clamp_min_", _FOREACH),
+    _foreach(
+        "copy_", "diagnostics/coordinate_sample.py", "diagnostics/gradient_agreement.py",
+        "diagnostics/step_displacement.py",
+    ),
+    _foreach("div", _FOREACH),
+    _foreach("div_", _FOREACH),
+    _foreach("lerp_", _FOREACH),
+    _foreach("mul", _FOREACH),
+    _foreach("mul_", _FOREACH),
+    _foreach("neg", _FOREACH),
+    _foreach("norm", _SUMS, "huggingface/callbacks/clipping.py", "optim/_finite.py"),
+    _foreach("sqrt", _FOREACH),
+    _foreach("sub", _FOREACH),
+    _foreach("zero_", _SUMS, "diagnostics/coordinate_sample.py"),
+    Private(
+        "_local_tensor", "torch",
+        ("distributed.py", "huggingface/callbacks/clipping.py", "optim/_fused_compiled.py"),
+        "a DTensor's shard as it lies in memory; to_local() costs a dispatch and an autograd node",
+        _dtensor_has_local,
+    ),
+    Private(
+        "_fsdp_flattened", "torch",
+        ("diagnostics/layer_sample.py", "lightning/callbacks/monitor.py"),
+        "tells FSDP1's shards, plain tensors, from whole parameters", _fsdp_marks,
+    ),
+    Private(
+        "_ddp_params_and_buffers_to_ignore", "torch", ("cli/commands/dpo.py",),
+        "boolean buffers that DDP must not broadcast, as TRL's own script sets them", _ddp_ignores,
+    ),
+    Private(
+        "_utils", "torch", ("optim/_rounding.py",),
+        "the module of compute_local_shape_and_global_offset: a shard's global index, so that "
+        "rounding draws the same bits however a tensor is sharded", _offsets_of_shards,
+    ),
+    Private(
+        "_per_optimizer_states", "torch", ("huggingface/callbacks/loss_scale.py",),
+        "whether a GradScaler has unscaled this optimizer's gradients already", _scaler_stages,
+    ),
+    Private(
+        "_schedulers", "torch", ("huggingface/callbacks/learning_rate.py",),
+        "the schedulers that a SequentialLR or ChainedScheduler holds", _schedulers_in_a_row,
+    ),
+    Private(
+        "_last_lr", "torch", ("lightning/callbacks/lr_scaling.py",),
+        "what a scheduler reports after its learning rate was cut",
+        lambda: hasattr(torch.optim.lr_scheduler.ConstantLR(_adamw()), "_last_lr"),
+    ),
+    Private(
+        "_step_supports_amp_scaling", "torch",
+        (
+            "huggingface/callbacks/loss_scale.py", "lightning/_upstream.py",
+            "optim/poprisk_adamw.py",
+        ),
+        "GradScaler's contract with fused optimizers: they unscale in their step", _fused_says_so,
+    ),
+    Private(
+        "_optimizer_step_pre_hooks", "torch", ("lightning/_upstream.py",),
+        "whether hooks would be lost when Adam is replaced",
+        lambda: hasattr(_adamw(), "_optimizer_step_pre_hooks"),
+    ),
+    Private(
+        "_optimizer_step_post_hooks", "torch", ("lightning/_upstream.py",), "as above",
+        lambda: hasattr(_adamw(), "_optimizer_step_post_hooks"),
+    ),
+    # transformers
+    Private(
+        "_clip_grad_norm", "transformers", ("huggingface/registration.py",),
+        "the norm of the gradients before clipping, which DPO logs beside the gate",
+        _has("transformers", "Trainer", "_clip_grad_norm"), since="5.3",
+    ),
+    Private(
+        "_internal_call", "transformers", ("trl/poprisk_dpo_trainer.py",),
+        "Trainer.save_model's own word for a save that is a checkpoint",
+        lambda: "_internal_call"
+        in inspect.signature(importlib.import_module("transformers").Trainer.save_model).parameters,
+    ),
+    # trl
+    Private(
+        "_set_signature_columns_if_needed", "trl", ("trl/poprisk_dpo_trainer.py",),
+        "keeps the pair id and weight, which Trainer would drop from the data set",
+        _has("trl", "DPOTrainer", "_set_signature_columns_if_needed"),
+    ),
+    Private(
+        "_signature_columns", "trl", ("trl/poprisk_dpo_trainer.py",), "as above",
+        _in_class("trl", "DPOTrainer", "self._signature_columns"),
+    ),
+    Private(
+        "_metrics", "trl", ("trl/_upstream.py",), "numbers that the next log averages",
+        _in_class("trl", "DPOTrainer", "self._metrics"),
+    ),
+    # lightning
+    Private(
+        "_logger_connector", "lightning", ("lightning/_upstream.py",),
+        "whether Lightning logs this step, to log on the same ones",
+        _lightning("trainer.connectors.logger_connector.logger_connector", "_LoggerConnector",
+                   "def should_update_logs"),
+    ),
+    Private(
+        "_can_stop_early", "lightning", ("lightning/_upstream.py",),
+        "whether min_epochs and min_steps are met: should_stop is never taken back",
+        _lightning("loops.fit_loop", "_FitLoop", "def _can_stop_early"),
+    ),
+    Private(
+        "_last_global_step_saved", "lightning", ("lightning/_upstream.py",),
+        "whether a ModelCheckpoint has saved this step already",
+        _lightning("callbacks", "ModelCheckpoint", "self._last_global_step_saved"),
+    ),
+    Private(
+        "_last_checkpoint_saved", "lightning", ("lightning/_upstream.py",), "and where",
+        _lightning("callbacks", "ModelCheckpoint", "self._last_checkpoint_saved"),
+    ),
+    # deepspeed
+    Private(
+        "_global_grad_norm", "deepspeed", ("huggingface/callbacks/deepspeed_gradients.py",),
+        "norm before clipping; the engine's public one is that of the step before",
+        _in_source("deepspeed", "runtime/zero/stage_1_and_2.py", "self._global_grad_norm ="),
+    ),
+    Private(
+        "_hp_mapping", "deepspeed", ("huggingface/callbacks/deepspeed_gradients.py",),
+        "where a parameter's fp32 part lies among this rank's flat tensors",
+        _in_source("deepspeed", "utils/mixed_precision_linkage.py", "._hp_mapping ="),
+    ),
+)  # fmt: skip
