@@ -59,8 +59,8 @@ class PopRiskAdamW(Optimizer):
         false_open_rate: Share of pure-noise coordinates that pass; for alpha="calibrated". The
             default puts the boundary at the variance of m_hat itself: alpha = (1 - beta1)/2. It
             is level with tuned AdamW or better, and better on average over a 33x range of rates,
-            on sparse regression, noisy labels and a small language model; 0.05 costs 3 % over
-            the range there. 0.05 is the more robust where labels are wrong and rates may be too
+            on sparse regression, noisy labels and small language models, where 0.05 costs 1 to
+            3 % over the range. 0.05 is the more robust where labels are wrong and rates may be too
             large, and the default of `PopRiskDPOConfig`.
         lambda_pop: Shrinkage beyond the boundary; None for the gate's own (soft: alpha, which
             gives q = max(0, 1 - alpha * s_hat / m_hat^2); snr: 1).

@@ -27,6 +27,7 @@ METRICS = ("held_out_loss", "train_loss")
 LRS = (3e-4, 1e-3, 3e-3, 1e-2)
 FINER = {"1m": (3e-4, 1e-3, 1.7e-3, 3e-3, 1e-2)}  # one more where the arms' best rates lie
 SEEDS = {"tiny": "0,1", "400k": "0,1,2", "1m": "0,1,2,3,4", "10m": "0,1,2"}
+REPORTED_SIZE = "1m"  # others go to a folder of their own
 WEIGHT_DECAY = 0.1
 WARM_UP = 0.05
 LEVEL = 0.005  # smaller differences count as level
@@ -60,13 +61,14 @@ def main() -> None:
     parser.add_argument("--arms", help="comma-separated names of gate_harness.arms.ARMS")
     parser.add_argument("--seeds", help="comma-separated")
     parser.add_argument("--lrs", help="comma-separated")
-    parser.add_argument("--size", choices=SIZES, default="400k")
+    parser.add_argument("--size", choices=SIZES, help="1m; 400k with --selection")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--finished", action="store_true", help="tables of what there is")
     parser.add_argument("--quick", action="store_true", help="a tiny model, for tests")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    size = "tiny" if args.quick else args.size
+    usual_size = "400k" if args.selection else REPORTED_SIZE
+    size = "tiny" if args.quick else args.size or usual_size
     arms = (args.arms or ",".join(CANDIDATES if args.selection else REPORTED)).split(",")
     usual = "100,101" if args.selection else SEEDS[size]
     seeds = [int(seed) for seed in (args.seeds or usual).split(",")]
@@ -83,13 +85,13 @@ def main() -> None:
             write_csv(args.out / f"selection_{hardware()}.csv", rows)
             write_csv(args.out / f"selection_scores_{hardware()}.csv", scores)
     if not args.selection:
-        tail = hardware() if size in ("tiny", "400k") else f"{size}_{hardware()}"
-        path = args.out / f"{result_name() if tail == hardware() else f'members_{tail}'}.csv"
+        out = args.out if size in ("tiny", REPORTED_SIZE) else args.out / size
+        path = out / f"{result_name()}.csv"
         write_csv(path, rows)
         if not args.quick:
-            write_csv(args.out / f"scores_{tail}.csv", scores)
-            write_csv(args.out / f"gate_{tail}.csv", gate_rows(traces))
-            draw_training(traces, args.out / f"training_{tail}.png")
+            write_csv(out / f"scores_{hardware()}.csv", scores)
+            write_csv(out / f"gate_{hardware()}.csv", gate_rows(traces))
+            draw_training(traces, out / f"training_{hardware()}.png")
         picture = path.with_suffix(".png")
         draw_rates(traces, METRICS[0], picture, higher=False, label="held-out loss (nats)")
     for line in verdict(scores):

@@ -33,11 +33,14 @@ def test_time_of_each_study_is_written_and_a_failure_stops(suite, monkeypatch, t
     (tmp_path / "two" / "bench.py").write_text("raise SystemExit(3)")
     monkeypatch.setattr(suite, "HERE", tmp_path)
     monkeypatch.setattr(
-        suite, "COMMANDS", (("one", "bench.py", ()), ("two", "bench.py", ()), ("one", "x.py", ()))
+        suite,
+        "COMMANDS",
+        (("one", "bench.py", ()), ("two", "bench.py", ()), ("three", "absent.py", ())),
     )
     monkeypatch.setattr(sys, "argv", ["suite.py", "--quick", "--out", str(tmp_path / "out")])
-    with pytest.raises(suite.subprocess.CalledProcessError):
+    with pytest.raises(RuntimeError, match=r"two/bench.py --quick.* ended with 3"):
         suite.main()
+    # what was to come did not begin: it would have failed with another message
     (table,) = (tmp_path / "out").glob("suite_*.csv")
     with table.open() as file:
         (row,) = csv.DictReader(file)
