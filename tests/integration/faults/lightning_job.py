@@ -19,8 +19,6 @@ from tests.integration.lightning.test_resume import data, optimizer_state
 
 __all__ = ["broken_own_files", "half_written", "run"]
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
 
 class _Checkpoints(ModelCheckpoint):
     events: Any
@@ -42,6 +40,8 @@ class _Tells(Callback):
 
 def run(folder: Path, events: Any, max_steps: int | None) -> None:
     """Train to the stop (or `max_steps`), from `last.ckpt` if there is one."""
+    # here, in the fork, for pytest imports this module too
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     stop = PopRiskEarlyStopping(window=8)
     checkpoints = _Checkpoints(folder / "out", every_n_train_steps=7, save_last=True)
     checkpoints.events = events
