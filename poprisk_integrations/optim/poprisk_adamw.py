@@ -58,7 +58,7 @@ class PopRiskAdamW(Optimizer):
             or "finite" (b/(n-b), the paper's finite-data boundary).
         false_open_rate: Share of pure-noise coordinates that pass; for alpha="calibrated". The
             default puts the boundary at the variance of m_hat itself: alpha = (1 - beta1)/2. It
-            is level with tuned AdamW or better on sparse regression, noisy labels and small language
+            is level with tuned AdamW or above on sparse regression, noisy labels and small text
             models; over a 33x range of rates better on the first two, level on the last, where
             0.05 costs 1 to 3 %. 0.05 is the more robust where labels are wrong and rates may be too
             large, and the default of `PopRiskDPOConfig`.
