@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "poprisk_integrations"
 LAYERS = ["core", "distributed", "optim", "diagnostics", "huggingface", "lightning", "trl", "cli"]
 RANK = {name: rank for rank, name in enumerate(LAYERS)} | {"lightning": LAYERS.index("huggingface")}
-ANYWHERE = {"_imports"}
+ANYWHERE = {"_files", "_imports"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
