@@ -12,14 +12,15 @@ def check_window_arguments(window: Any, accumulator: Any, epoch_steps: Any) -> N
     """Refuse values outside their range.
 
     Args:
-        window: "auto" or an integer >= 4.
+        window: "auto", "third" or an integer >= 4.
         accumulator: "auto", "exact" or "sample".
         epoch_steps: None or an integer >= 1.
 
     Raises:
         ValueError: Naming argument, value and allowed values.
     """
-    if window != "auto" and (type(window) is not int or window < SHORTEST_WINDOW):
+    named = window in ("auto", "third")
+    if not named and (type(window) is not int or window < SHORTEST_WINDOW):
         raise ValueError(
             f"Invalid window: {window!r}. Must be 'auto' or an integer >= {SHORTEST_WINDOW}."
         )

@@ -40,7 +40,8 @@ class WindowCallback(MetricsCallback, ExportableState):
     constructor, and implements `_after_step`, `state` and `metrics`.
 
     Args:
-        window: Optimizer steps per window, >= 4, or "auto" (`diagnostics.auto_window_steps`).
+        window: Optimizer steps per window, >= 4, or "auto" (`diagnostics.auto_window_steps`), or
+            "third": a third of a pass, however long the run.
         accumulator: "auto", "exact" or "sample", see `diagnostics.GradientWindow`.
         epoch_steps: Optimizer steps of one pass over the data; None for the data loader's length.
 
@@ -99,7 +100,8 @@ class WindowCallback(MetricsCallback, ExportableState):
         loader = kwargs.get("train_dataloader")
         epoch = self.epoch_steps or steps_per_epoch(loader, args.gradient_accumulation_steps)
         window = self.window
-        steps = window if isinstance(window, int) else auto_window_steps(state.max_steps, epoch)
+        run_steps = epoch if window == "third" and epoch is not None else state.max_steps
+        steps = window if isinstance(window, int) else auto_window_steps(run_steps, epoch)
         self._epoch_steps = epoch
         self._has_warned = set()
         self._reader = GradientReader(
