@@ -71,6 +71,9 @@ class GradientWindow:
         epoch_steps: Optimizer steps of one pass over the data; None if unknown. A longer window
             sees each example more than once, which F allows for.
 
+    Attributes:
+        restarts: Unfinished windows given up since the last close, for other parameters.
+
     Raises:
         ValueError: If `steps` < 4 or `accumulator` is unknown.
 
@@ -107,12 +110,18 @@ class GradientWindow:
         self._stride = pair_stride(steps)
         self._passes = max(1.0, steps / epoch_steps) if epoch_steps else 1.0
         self._shard_group = shard_group
+        self.restarts = 0
         self.reset()
 
     @property
     def is_full(self) -> bool:
         """Whether `steps` optimizer steps were offered since the last close."""
         return self._seen >= self.steps
+
+    @property
+    def seen(self) -> int:
+        """Optimizer steps in the unfinished window."""
+        return self._seen
 
     @torch.no_grad()
     def add(
@@ -124,6 +133,10 @@ class GradientWindow:
     ) -> None:
         """Take in the gradients of one optimizer step, before the step.
 
+        Sums go by position, so a window in which the trained parameters change (frozen, thawed,
+        a group added), or whose loaded state does not fit them, starts afresh with this step.
+        Who only watches a run must not end it; `restarts` tells.
+
         Args:
             params: The optimizer's parameters, in the same order at each call. Those without a
                 gradient contribute zero.
@@ -132,8 +145,7 @@ class GradientWindow:
             scale: Multiplies all gradients of this step: a number, or 0-dim on their device.
 
         Raises:
-            ValueError: If the parameters have changed in the middle of a window, if their number
-                is not that of `grads`, or if a loaded state does not fit them.
+            ValueError: If their number is not that of `grads`.
         """
         tensors, gradients = _columns(params, grads)
         layout = self._layout_of(tensors) if tensors else None
@@ -166,6 +178,7 @@ class GradientWindow:
             F and the rest, or None where fewer than four finite steps were seen.
         """
         self._work_off()
+        self.restarts = 0
         layout, sums, rows = self._layout, self._sums, self._norm_sq
         displacement, agreement = self._displacement, self._agreement
         if self._loaded is not None:  # of tensors that never came
@@ -273,8 +286,7 @@ class GradientWindow:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue an unfinished window; tensors move to their parameters' device.
 
-        The tensors are compared with the parameters at the next `add`;
-        `window_fits` asks before.
+        The tensors are compared with the parameters at the next `add`; `window_fits` asks before.
 
         Raises:
             ValueError: If the state is of another accumulator or of an older version.
@@ -333,12 +345,12 @@ class GradientWindow:
     def _layout_of(self, tensors: Sequence[Tensor]) -> WindowLayout:
         if self._layout is not None and self._layout.is_of(tensors):
             return self._layout
-        if self._layout is not None and self._seen:
-            raise ValueError("The parameters have changed within a window; call reset() first.")
         layout = WindowLayout(tensors, self.accumulator, self._shard_group)
         loaded, seen = self._loaded, self._seen
-        if loaded is not None and (misfit := state_misfit(loaded, layout)):
-            raise ValueError(f"The state of the window does not fit: {misfit}.")
+        is_other = self._layout is not None and seen > 0
+        if is_other or (loaded is not None and state_misfit(loaded, layout)):
+            loaded, seen = None, 0
+            self.restarts += 1
         self.reset()
         self._layout, self._seen = layout, seen
         self._norm_sq = StepRows(layout.device, layout.on_host)

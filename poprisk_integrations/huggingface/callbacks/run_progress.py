@@ -4,13 +4,10 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import torch
-
 from poprisk_integrations.core.window import WindowRatio
+from poprisk_integrations.diagnostics.window_history import MEASURES, history_row, window_of
 
-__all__ = ["RunProgress", "history_row", "window_of"]
-
-_MEASURES = ("risk_decrease", "risk_decrease_se", "agreement", "agreement_se")
+__all__ = ["RunProgress"]
 
 
 @dataclass(kw_only=True)
@@ -56,7 +53,7 @@ class RunProgress:
 
     def last_measures(self) -> dict[str, float | None]:
         """F, C and U of the last window and their standard errors; empty before the first."""
-        names = ("signal_ratio", "signal_ratio_se", *_MEASURES)
+        names = ("signal_ratio", "signal_ratio_se", *MEASURES)
         return {name: self.history[-1][name] for name in names} if self.history else {}
 
     def last_window(self) -> WindowRatio | None:
@@ -72,37 +69,3 @@ class RunProgress:
         """
         names = [name for name in shape if self.shape.get(name, shape[name]) != shape[name]]
         return ", ".join(f"{name} {self.shape[name]} -> {shape[name]}" for name in names)
-
-
-def history_row(step: int, lr_sum: float, window: WindowRatio, *, reused: bool) -> dict[str, Any]:
-    """A closed window in plain numbers; None for what was not measured.
-
-    Args:
-        step: Optimizer steps at its end.
-        lr_sum: Training time at its end.
-        window: What was measured.
-        reused: Whether its examples had been trained on before.
-    """
-    row: dict[str, Any] = {
-        "step": step,
-        "lr_sum": lr_sum,
-        "signal_ratio": window.ratio,
-        "signal_ratio_se": window.ratio_se,
-        **{name: getattr(window, name) for name in _MEASURES},
-        "noise": float(window.noise.sum()),
-    }
-    finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-    return {**finite, "steps": window.steps, "reused": reused}
-
-
-def window_of(row: dict[str, Any]) -> WindowRatio:
-    """The totals of a row as a window; its tensors are lost."""
-    measured = {k: math.nan if v is None else v for k, v in row.items()}
-    return WindowRatio(
-        ratio=measured["signal_ratio"],
-        ratio_se=measured["signal_ratio_se"],
-        per_tensor=torch.empty(0),
-        noise=torch.tensor([measured["noise"]]),
-        steps=row["steps"],
-        **{name: measured[name] for name in _MEASURES},
-    )

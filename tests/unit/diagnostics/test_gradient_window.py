@@ -155,13 +155,19 @@ def test_auto_is_exact_up_to_a_size():
         assert window.state_dict()["accumulator"] == expected
 
 
-def test_other_parameters_in_mid_window_are_refused():
-    params, window, rows = make(), GradientWindow(steps=4), histories(2)
+@pytest.mark.parametrize("accumulator", ["exact", "sample"])
+def test_other_parameters_in_mid_window_start_it_afresh(accumulator):
+    """Frozen, thawed, added: the run goes on, and the next whole window counts again."""
+    params, window, rows = make(), GradientWindow(4, accumulator=accumulator), histories(7)
     feed(window, params, rows[0])
-    with pytest.raises(ValueError, match="have changed within a window"):
-        feed(window, params[:2], rows[1][:2])
-    window.reset()
-    feed(window, params[:2], rows[1][:2])
+    for row in rows[1:3]:
+        feed(window, params[:2], row[:2])
+    assert (window.seen, window.restarts) == (2, 1)
+    for row in rows[3:]:
+        feed(window, params, row)
+    assert (window.seen, window.restarts) == (4, 2)
+    assert window.close().ratio == pytest.approx(twin(rows[3:]), rel=1e-5)
+    assert window.restarts == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

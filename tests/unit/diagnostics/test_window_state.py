@@ -126,13 +126,13 @@ def test_a_state_of_another_accumulator_is_refused():
         GradientWindow(8, accumulator="exact").load_state_dict(window.state_dict())
     other = GradientWindow(8)
     other.load_state_dict(window.state_dict())
-    with pytest.raises(ValueError, match="does not fit: it is of accumulator='sample'"):
-        run(other, params, [2])
+    run(other, params, [2])  # who only watches a run must not end it
+    assert (other.seen, other.restarts) == (1, 1)
 
 
 @pytest.mark.parametrize("accumulator", ["exact", "sample"])
 @pytest.mark.parametrize("wrong", [slice(0, 3), slice(None, None, -1)], ids=["fewer", "order"])
-def test_a_state_of_other_shapes_is_refused(accumulator, wrong):
+def test_a_state_of_other_shapes_is_given_up(accumulator, wrong):
     window, params = GradientWindow(8, accumulator=accumulator), make()
     run(window, params, range(2))
     state = window.state_dict()
@@ -140,8 +140,8 @@ def test_a_state_of_other_shapes_is_refused(accumulator, wrong):
     assert not window_fits(state, make()[wrong])
     other = GradientWindow(8, accumulator=accumulator)
     other.load_state_dict(state)
-    with pytest.raises(ValueError, match="The state of the window does not fit"):
-        run(other, params[wrong], [3])
+    run(other, params[wrong], [3])
+    assert (other.seen, other.restarts) == (1, 1)
 
 
 def test_a_state_of_an_older_version_is_refused():

@@ -1,0 +1,176 @@
+"""How many batches of a loader are one pass over its data, which an epoch may not be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+__all__ = ["DataPass", "data_pass", "joint_data_pass"]
+
+# Classes by the package and the class that define `__iter__`: a subclass with its own is unknown.
+_LOADERS = {
+    "torch.DataLoader",
+    "accelerate.DataLoaderShard",
+    "accelerate.DataLoaderDispatcher",
+    "accelerate.SkipDataLoader",
+    "torchdata.StatefulDataLoader",
+}
+_BATCH_SAMPLERS = {
+    "torch.BatchSampler",
+    "accelerate.BatchSamplerShard",
+    "accelerate.SkipBatchSampler",
+    "torchdata.BatchSampler",
+}
+_IN_ORDER = {"torch.SequentialSampler"}
+_DISTRIBUTED = {
+    "torch.DistributedSampler",
+    "torchdata.StatefulDistributedSampler",
+    "transformers.DistributedSamplerWithLoop",
+    "lightning.UnrepeatedDistributedSampler",
+    "pytorch_lightning.UnrepeatedDistributedSampler",
+}
+_DISTRIBUTED_WRAPPERS = {
+    "lightning.DistributedSamplerWrapper",
+    "lightning_fabric.DistributedSamplerWrapper",
+}
+_PERMUTED = {
+    "torch.SubsetRandomSampler",
+    "transformers.LengthGroupedSampler",
+    "transformers.DistributedLengthGroupedSampler",
+}
+_DRAWN = {  # a permutation of all data, or any number of draws from them
+    "torch.RandomSampler",
+    "torchdata.RandomSampler",
+    "accelerate.SeedableRandomSampler",
+}
+_WEIGHTED = {"torch.WeightedRandomSampler"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataPass:
+    """One pass over the data of a loader, as far as the loader shows it.
+
+    Attributes:
+        batches: Batches of this process until as many examples were drawn as there are; None if
+            that cannot be known.
+        reason: Why it is not known; "" if it is.
+    """
+
+    batches: int | None
+    reason: str = ""
+
+
+def data_pass(loader: Any, limit: int | None = None) -> DataPass:
+    """Tell the length of a pass from the data set and the sampler, not from a trainer's epoch.
+
+        known     torch's, accelerate's, Lightning's and transformers' own samplers over data
+                  with a length. Samplers that draw more or fewer examples than there are
+                  (`num_samples`, weights, replacement): as many batches as hold that many draws
+        known     a list of batches, and an unshuffled loader cut short: the same batches again
+        unknown   streams, samplers and loaders of other classes, where nothing says whether an
+                  example comes again
+
+    An example of a map-style data set counts as the same at its next visit, augmented or not.
+
+    Args:
+        loader: Of one process.
+        limit: Batches of it that a trainer takes per epoch; None for all.
+
+    Example:
+        >>> from torch.utils.data import RandomSampler
+        >>> rows = list(range(1000))
+        >>> data_pass(DataLoader(rows, batch_size=10, shuffle=True), limit=20).batches
+        100
+        >>> data_pass(DataLoader(rows, batch_size=10), limit=20).batches  # the same 20 again
+        20
+        >>> sampler = RandomSampler(rows, num_samples=100)
+        >>> data_pass(DataLoader(rows, batch_size=10, sampler=sampler)).batches
+        100
+    """
+    if isinstance(loader, (list, tuple)):
+        return DataPass(batches=_cut(len(loader), limit))
+    if not isinstance(getattr(loader, "base_dataloader", loader), DataLoader):
+        return _unknown(f"the loader is a {type(loader).__name__}")
+    if (name := _definer(loader)) not in _LOADERS:
+        return _unknown(f"the loader is a {name.partition('.')[2]} with its own order")
+    if isinstance(loader.dataset, IterableDataset):
+        return _unknown("the data are a stream")
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    seen = 0
+    while _definer(sampler) in _BATCH_SAMPLERS and seen < 8:
+        sampler, seen = getattr(sampler, "batch_sampler", None) or sampler.sampler, seen + 1
+    return _of_sampler(sampler, _length(loader), limit)
+
+
+def joint_data_pass(
+    loaders: Sequence[Any], mode: str, limits: Sequence[int | None], steps: int
+) -> DataPass:
+    """The same of several loaders that a trainer draws from together.
+
+    Args:
+        loaders: Of one process.
+        mode: "min_size", "max_size", "max_size_cycle" or "sequential", as Lightning's
+            `CombinedLoader` has them.
+        limits: Batches of each that are taken per epoch, None for all.
+        steps: Batches of an epoch.
+
+    Example:
+        >>> long, short = DataLoader(list(range(9)), shuffle=True), DataLoader(list(range(3)))
+        >>> joint_data_pass([long, short], "max_size_cycle", [None, None], 9).batches
+        9
+        >>> joint_data_pass([long, short], "min_size", [None, None], 3).batches is None
+        True
+    """
+    passes = [data_pass(one, limit) for one, limit in zip(loaders, limits, strict=True)]
+    for part in passes:
+        if part.batches is None:
+            return part
+    batches = [part.batches or 0 for part in passes]
+    if len(batches) == 1:
+        return passes[0]
+    whole = sum(batches) if mode == "sequential" else max(batches)
+    if steps < whole:
+        return _unknown("several loaders are combined and cut short")
+    return DataPass(batches=whole)
+
+
+def _of_sampler(sampler: Any, batches: int | None, limit: int | None) -> DataPass:
+    name = _definer(sampler)
+    if name in _DISTRIBUTED_WRAPPERS:  # ranks share what another sampler draws
+        sampler = getattr(sampler.dataset, "_sampler", None)
+        name = _definer(sampler)
+    if batches is None:
+        return _unknown("the loader has no length")
+    is_list = isinstance(sampler, (list, tuple, range))
+    if is_list or name in _IN_ORDER or (name in _DISTRIBUTED and not sampler.shuffle):
+        return DataPass(batches=_cut(batches, limit))
+    if name in _DISTRIBUTED | _PERMUTED:
+        return DataPass(batches=max(1, batches))
+    if name in _DRAWN | _WEIGHTED:
+        examples = len(sampler.weights if name in _WEIGHTED else sampler.data_source)
+        return DataPass(batches=max(1, -(-batches * examples // max(1, len(sampler)))))
+    return _unknown(f"the sampler is a {type(sampler).__name__}")
+
+
+def _definer(thing: Any) -> str:
+    """Package and name of the class whose `__iter__` this is."""
+    for cls in type(thing).__mro__:
+        if "__iter__" in vars(cls):
+            return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+    return f".{type(thing).__name__}"
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _cut(batches: int, limit: int | None) -> int:
+    return max(1, batches if limit is None else min(batches, limit))
+
+
+def _unknown(why: str) -> DataPass:
+    return DataPass(batches=None, reason=why)
