@@ -58,12 +58,14 @@ def stopping_callback(
         raise ValueError(str(error).replace("Invalid ", "Invalid stop_", 1)) from None
 
 
-def add_stop(trainer: Any) -> None:
+def add_stop(trainer: Any) -> PopRiskEarlyStoppingCallback | None:
     """Add the stop to a trainer, unless it has one or `args.stop` is off.
 
-    Args:
-        trainer: A trainer whose data are prepared. Where they have no length, the callback picks
-            its own window for "auto".
+    For "auto" it gets a rule, not a number of steps: how many make a third of a pass is known when
+    training starts (`auto_find_batch_size`, a trial of a search, other data).
+
+    Returns:
+        What was added.
     """
     args = trainer.args
     present = any(
@@ -71,13 +73,7 @@ def add_stop(trainer: Any) -> None:
         for callback in trainer.callback_handler.callbacks
     )
     if not args.stop or present:
-        return
-    window = args.stop_window
-    if window == "auto" and hasattr(trainer.train_dataset, "__len__"):
-        window = auto_window(
-            len(trainer.train_dataset),
-            per_device=args.train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            world_size=args.world_size,
-        )
-    trainer.add_callback(stopping_callback(args, window))
+        return None
+    stop = stopping_callback(args, "third" if args.stop_window == "auto" else None)
+    trainer.add_callback(stop)
+    return stop

@@ -12,17 +12,20 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from poprisk_integrations._files import write_whole
 from poprisk_integrations.core.noise_rate import FEWEST_PAIRS
 from poprisk_integrations.huggingface.callbacks.epoch_length import steps_per_epoch
 from poprisk_integrations.huggingface.log_metrics import MetricsCallback
 from poprisk_integrations.huggingface.registration import checkpoint_directory
 from poprisk_integrations.trl.label_noise import LabelNoise
+from poprisk_integrations.trl.only_warns import OnlyWarns
 from poprisk_integrations.trl.pair_records import PairRecords
 
 __all__ = ["LABELS_FILE", "NOISE_REPORT", "LabelNoiseCallback"]
 
 LABELS_FILE = "poprisk_labels.safetensors"
 NOISE_REPORT = "poprisk_noise.json"
+_FEWEST_STEPS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ class LabelNoiseCallback(MetricsCallback):
         records: Gathers the margins of all ranks.
         describe: One line on how the run ended.
         save_report: Writes the flip report to a directory, if there is anything to report.
+        directory: Where Trainer puts the checkpoints of the present run.
+        only_warns: Of the trainer: nothing here may end a run.
     """
 
     def __init__(
@@ -47,11 +52,15 @@ class LabelNoiseCallback(MetricsCallback):
         records: PairRecords,
         describe: Callable[[TrainerState], str],
         save_report: Callable[[str], None],
+        directory: Callable[[], str],
+        only_warns: OnlyWarns,
     ) -> None:
         self.noise = noise
         self.records = records
         self._describe = describe
         self._save_report = save_report
+        self._directory = directory
+        self._only_warns = only_warns
         self._estimate_at: set[int] = set()
 
     def metrics(self) -> dict[str, float]:
@@ -59,12 +68,14 @@ class LabelNoiseCallback(MetricsCallback):
         estimate = self.noise.estimate
         if estimate is None:
             return {}
-        return {
-            "poprisk/noise_rate": estimate.rate,
-            "poprisk/noise_rate_low": estimate.low,
-            "poprisk/noise_rate_high": estimate.high,
-            "poprisk/flips_suspected": float(self.noise.suspects().sum()),
-        }
+        with self._only_warns("poprisk/noise_rate is not logged"):
+            return {
+                "poprisk/noise_rate": estimate.rate,
+                "poprisk/noise_rate_low": estimate.low,
+                "poprisk/noise_rate_high": estimate.high,
+                "poprisk/flips_suspected": float(self.noise.suspects().sum()),
+            }
+        return {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,8 +83,13 @@ class LabelNoiseCallback(MetricsCallback):
         """Plan the estimates, and continue from a checkpoint."""
         epoch = steps_per_epoch(kwargs.get("train_dataloader"), args.gradient_accumulation_steps)
         self._estimate_at = set() if epoch is None else {epoch // 2, epoch} - {0}
+        if state.is_hyper_param_search:
+            # Each trial starts with a model of its own, which has seen nothing.
+            fresh = LabelNoise(len(self.noise.margins), loss=self.noise.loss)
+            self.noise.load_state_dict(*fresh.state_dict())
         if state.global_step > 0:
             self._resume(state)
+        self._warn_of_short_passes(args, state, epoch)
         if 0 < len(self.noise.margins) < FEWEST_PAIRS and state.is_world_process_zero:
             logger.warning(
                 "train_dataset has %d pairs; an estimate of the noise rate needs %d. Give "
@@ -87,33 +103,45 @@ class LabelNoiseCallback(MetricsCallback):
     ) -> None:
         """Estimate in the middle and at the end of the first epoch."""
         if state.global_step in self._estimate_at:
-            self._update(state.global_step)
+            with self._only_warns("the noise rate is not estimated"):
+                self._update(state.global_step)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put margins and estimate beside Trainer's files."""
-        self.records.flush()
-        directory = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
-        if not (state.is_world_process_zero and os.path.isdir(directory)):
-            return
-        tensors, text = self.noise.state_dict()
-        path = os.path.join(directory, LABELS_FILE)
-        save_file(tensors, f"{path}.tmp", metadata=text)
-        os.replace(f"{path}.tmp", path)
+        with self._only_warns(
+            f"{LABELS_FILE} is not in the checkpoint of step {state.global_step}",
+            "the checkpoint is whole without it; resumed from there, no noise rate is estimated",
+        ):
+            self.records.flush()
+            directory = os.path.join(self._directory(), f"checkpoint-{state.global_step}")
+            if not (state.is_world_process_zero and os.path.isdir(directory)):
+                return
+            tensors, text = self.noise.state_dict()
+            with write_whole(os.path.join(directory, LABELS_FILE)) as path:
+                save_file(tensors, path, metadata=text)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the flip report and the noise rate, and say how the run ended."""
-        self.records.flush()
-        if self.noise.estimate is None:
-            self._update(state.global_step)
+        with self._only_warns("the noise rate is not estimated", "the model is not affected"):
+            self.records.flush()
+            if self.noise.estimate is None:
+                self._update(state.global_step)
         if not state.is_world_process_zero:
             return
+        with self._only_warns(
+            f"flip report and {NOISE_REPORT} of the run could not be written",
+            "the model is not affected",
+        ):
+            self._report(state)
+
+    def _report(self, state: TrainerState) -> None:
         line = self._describe(state)
-        os.makedirs(str(args.output_dir), exist_ok=True)
-        self._save_report(str(args.output_dir))
+        tqdm.write(f"poprisk: {line}", file=sys.stderr)  # leaves progress bars whole
+        self._save_report(self._directory())
         estimate = self.noise.estimate
         report = {
             **(
@@ -127,12 +155,22 @@ class LabelNoiseCallback(MetricsCallback):
             "loss": self.noise.loss.mode,
             "diagnosis": line,
         }
-        path = os.path.join(str(args.output_dir), NOISE_REPORT)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.replace(f"{path}.tmp", path)
-        tqdm.write(f"poprisk: {line}", file=sys.stderr)  # leaves progress bars whole
+        with write_whole(os.path.join(self._directory(), NOISE_REPORT)) as path:
+            path.write_text(f"{json.dumps(report, indent=2, allow_nan=False)}\n", encoding="utf-8")
+
+    def _warn_of_short_passes(self, args: Any, state: TrainerState, epoch: int | None) -> None:
+        pairs, few = len(self.noise.margins), epoch is not None and epoch < _FEWEST_STEPS
+        if not (few and pairs and state.is_world_process_zero):
+            return
+        if args.stop or args.noise != "off":
+            batch = state.train_batch_size or args.train_batch_size
+            logger.warning(
+                "One epoch of %d pairs has fewer than %d optimizer steps (batches of %d): the "
+                "stop and the noise rate see too little. Use a smaller batch or more data.",
+                pairs,
+                _FEWEST_STEPS,
+                batch * args.gradient_accumulation_steps * args.world_size,
+            )
 
     def _update(self, step: int) -> None:
         self.records.flush()

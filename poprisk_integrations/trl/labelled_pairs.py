@@ -9,7 +9,7 @@ from datasets import Dataset
 from poprisk_integrations.trl.flip_report import FlipReport, suggested_actions
 from poprisk_integrations.trl.label_noise import LabelNoise
 from poprisk_integrations.trl.pair_checks import check_weights, pair_ids
-from poprisk_integrations.trl.pair_columns import ROW_COLUMN, add_pair_columns
+from poprisk_integrations.trl.pair_columns import ROW_COLUMN, add_pair_columns, source_rows
 
 if TYPE_CHECKING:
     from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["LabelledPairs", "flip_report"]
 
 logger = logging.getLogger(__name__)
-
-_FEWEST_STEPS = 4
 
 
 class LabelledPairs:
@@ -38,24 +36,17 @@ class LabelledPairs:
     def __init__(self, args: "PopRiskDPOConfig", dataset: Any) -> None:
         self._dropped: set[int] = set()
         self._ids: list[int] | list[str] = []
+        self._rows: list[int] = []
         self.dataset = dataset
         if not isinstance(dataset, Dataset):
             if dataset is not None:
                 _refuse_streamed(args)
             return
         self._ids = pair_ids(dataset, args.pair_id_column)
+        self._rows = source_rows(dataset)
         column = args.pair_weight_column
         weights = None if column is None else check_weights(dataset, column)
         self.dataset = add_pair_columns(dataset, weights)
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if (args.stop or args.noise != "off") and len(dataset) < _FEWEST_STEPS * batch:
-            logger.warning(
-                "One epoch of %d pairs has fewer than %d optimizer steps (batches of %d): the "
-                "stop and the noise rate see too little. Use a smaller batch or more data.",
-                len(dataset),
-                _FEWEST_STEPS,
-                batch,
-            )
 
     def __len__(self) -> int:
         """Rows before any was dropped; 0 for streamed data."""
@@ -88,16 +79,22 @@ class LabelledPairs:
         """
         if not len(self):
             raise ValueError("A flip report needs map-style training data, not streamed ones.")
-        return flip_report(noise, self._ids, self._dropped)
+        return flip_report(noise, self._ids, self._dropped, self._rows)
 
 
-def flip_report(noise: LabelNoise, ids: list[int] | list[str], dropped: set[int]) -> FlipReport:
+def flip_report(
+    noise: LabelNoise,
+    ids: list[int] | list[str],
+    dropped: set[int],
+    rows: list[int] | None = None,
+) -> FlipReport:
     """Put the report together.
 
     Args:
         noise: Margins and estimate.
         ids: One per row.
         dropped: Rows that TRL left out.
+        rows: The user's row number of each; None for the position.
 
     Raises:
         ValueError: If no pair was trained on, or the rate is neither estimated nor given.
@@ -114,7 +111,7 @@ def flip_report(noise: LabelNoise, ids: list[int] | list[str], dropped: set[int]
         actions[row] = "too_long"
     return FlipReport(
         pair_id=ids,
-        row=list(range(len(ids))),
+        row=list(range(len(ids))) if rows is None else rows,
         probability_wrong=probability,
         margin=noise.margins.margin.tolist(),
         step=noise.margins.step.tolist(),

@@ -2,14 +2,24 @@
 
 # mypy: disable-error-code="no-untyped-call"
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-__all__ = ["PAIR_COLUMNS", "ROW_COLUMN", "PairCollator", "add_pair_columns", "take_pair_columns"]
+__all__ = [
+    "PAIR_COLUMNS",
+    "ROW_COLUMN",
+    "PairCollator",
+    "add_pair_columns",
+    "drop_rows",
+    "source_rows",
+    "take_pair_columns",
+]
 
+SOURCE_COLUMN = "poprisk_source_row"  # of the data before `drop_rows`
 ROW_COLUMN = "poprisk_row"
 WEIGHT_COLUMN = "poprisk_weight"
 PAIR_COLUMNS = (ROW_COLUMN, WEIGHT_COLUMN)
@@ -17,6 +27,9 @@ PAIR_COLUMNS = (ROW_COLUMN, WEIGHT_COLUMN)
 
 def add_pair_columns(dataset: Dataset, weights: list[float] | None = None) -> Dataset:
     """Number the rows, before anything is filtered, so that a row can be told later.
+
+    Columns of an earlier call are replaced: a prepared data set, or a part of it, can be used
+    again, and its rows are then numbered anew.
 
     Args:
         dataset: Preference pairs; it is not changed.
@@ -26,10 +39,42 @@ def add_pair_columns(dataset: Dataset, weights: list[float] | None = None) -> Da
         >>> add_pair_columns(Dataset.from_dict({"chosen": ["a", "b"]}))["poprisk_row"][:]
         [0, 1]
     """
+    dataset = dataset.remove_columns([c for c in PAIR_COLUMNS if c in dataset.column_names])
     dataset = dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
     if weights is not None:
         dataset = dataset.add_column(WEIGHT_COLUMN, weights)
     return dataset
+
+
+def drop_rows(dataset: Dataset, rows: Collection[int]) -> Dataset:
+    """The data without some rows, the others knowing which row they were.
+
+    Args:
+        dataset: Preference pairs; it is not changed.
+        rows: Which to leave out.
+
+    Example:
+        >>> source_rows(drop_rows(Dataset.from_dict({"chosen": ["a", "b", "c"]}), {1}))
+        [0, 2]
+    """
+    kept = [row for row in range(len(dataset)) if row not in rows]
+    numbers = source_rows(dataset)
+    dataset = dataset.remove_columns([c for c in (SOURCE_COLUMN,) if c in dataset.column_names])
+    return dataset.select(kept).add_column(SOURCE_COLUMN, [numbers[row] for row in kept])
+
+
+def source_rows(dataset: Dataset) -> list[int]:
+    """Row numbers before `drop_rows`; of data that were not dropped from, the row numbers.
+
+    Args:
+        dataset: Preference pairs.
+    """
+    numbers = range(len(dataset))
+    if SOURCE_COLUMN in dataset.column_names:
+        known = list(dataset.with_format(None)[SOURCE_COLUMN])
+        if len(set(known)) == len(known):  # not of data that were joined afterwards
+            return known
+    return list(numbers)
 
 
 class PairCollator:
@@ -47,7 +92,8 @@ class PairCollator:
         rest = [{k: v for k, v in example.items() if k not in PAIR_COLUMNS} for example in examples]
         batch: dict[str, Any] = self.collator(rest)
         for name, dtype in zip(PAIR_COLUMNS, (torch.int64, torch.float32), strict=True):
-            if name in examples[0]:
+            # A column of this name may also be the user's own.
+            if name in examples[0] and not isinstance(examples[0][name], str):
                 batch[name] = torch.tensor([example[name] for example in examples], dtype=dtype)
         return batch
 

@@ -3,6 +3,7 @@
 # TRL exports lazily and leaves most functions untyped.
 # mypy: disable-error-code="attr-defined,no-untyped-call"
 
+import logging
 import math
 import os
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from poprisk_integrations.trl.early_stopping import stopping_callback
 from poprisk_integrations.trl.pair_loss import AUTO_MODE, MODES, PairLoss
 
 __all__ = ["PopRiskDPOConfig"]
+
+logger = logging.getLogger(__name__)
 
 # The losses of TRL that read `label_smoothing`. All others ignore it without a word.
 _SMOOTHED_LOSSES = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
@@ -259,13 +262,18 @@ class PopRiskDPOConfig(DPOConfig):
             )
 
     def _check_label_smoothing(self) -> None:
-        if self.label_smoothing and not _SMOOTHED_LOSSES & set(self.loss_type):
-            raise ValueError(
-                f"Invalid label_smoothing: {self.label_smoothing}. TRL >= 0.29 ignores it with "
-                f"loss_type={self.loss_type}. For wrong labels leave it out and give the rate as "
-                f"noise_rate={self.label_smoothing} with noise='cdpo' (the former meaning) or "
-                "noise='rdpo'."
-            )
+        if not self.label_smoothing or _SMOOTHED_LOSSES & set(self.loss_type):
+            return
+        problem = (
+            f"Invalid label_smoothing: {self.label_smoothing}. TRL >= 0.29 ignores it with "
+            f"loss_type={self.loss_type}. For wrong labels leave it out and give the rate as "
+            f"noise_rate={self.label_smoothing} with noise='cdpo' (the former meaning) or "
+            "noise='rdpo'."
+        )
+        # Of the other losses nobody expects it, and "off" refuses nothing that TRL accepts.
+        if self.noise != "off" or "sigmoid" in self.loss_type:
+            raise ValueError(problem)
+        logger.warning("%s", problem)
 
     def _check_stop(self) -> None:
         if isinstance(self.stop_window, str) and self.stop_window.isdigit():

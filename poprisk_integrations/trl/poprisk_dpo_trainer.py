@@ -4,6 +4,7 @@
 # mypy: disable-error-code="attr-defined,no-untyped-call"
 
 import logging
+import math
 import re
 from typing import Any
 
@@ -23,6 +24,7 @@ from poprisk_integrations.trl._upstream import (
     current_mode,
     pair_term,
     reference_model,
+    run_directory,
 )
 from poprisk_integrations.trl.early_stopping import add_stop
 from poprisk_integrations.trl.end_report import describe_end
@@ -32,6 +34,7 @@ from poprisk_integrations.trl.label_noise import LabelNoise
 from poprisk_integrations.trl.label_noise_callback import LabelNoiseCallback
 from poprisk_integrations.trl.labelled_pairs import LabelledPairs
 from poprisk_integrations.trl.on_policy_kl import on_policy_kl
+from poprisk_integrations.trl.only_warns import OnlyWarns
 from poprisk_integrations.trl.pair_checks import check_vocabulary
 from poprisk_integrations.trl.pair_columns import PAIR_COLUMNS, PairCollator, take_pair_columns
 from poprisk_integrations.trl.pair_log_ratios import margin_metrics
@@ -64,7 +67,10 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
       `args.on_policy_kl_samples`.
 
     At the end of training `flip_report.csv`, `flip_report.parquet` and `poprisk_noise.json` are
-    written to `args.output_dir`, and a line says what happened.
+    written to `args.output_dir` (in a hyper-parameter search to the trial's directory), and a line
+    says what happened. Where one of them fails there is a warning, and the model is saved.
+
+    With `noise="off"` whatever `trl.DPOTrainer` trains on is trained on.
 
     Args:
         model: Model or its name, as for `trl.DPOTrainer`.
@@ -73,17 +79,19 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
         train_dataset: Preference pairs in one of TRL's formats. Map-style data are checked before
             anything is loaded; streamed data have no flip report and no estimate of the noise.
         eval_dataset: Same, or a dict of them. Not needed for the stop.
-        callbacks: A `PopRiskEarlyStoppingCallback` among them takes the place of the one that
-            `args.stop` would add.
+        callbacks: A `PopRiskEarlyStoppingCallback` among them, or one that is added later, takes
+            the place of the one that `args.stop` would add.
         **kwargs: Further arguments of `trl.DPOTrainer`.
 
     Raises:
         TypeError: If `args` is not a `PopRiskDPOConfig`.
-        ValueError: If the data lack columns, have empty rows or pairs of equal completions, ids or
-            weights that are none, or do not fill one global batch; if a noise mode does not go
-            with the data; if the reference has another vocabulary.
+        ValueError: If the data lack columns, or have ids or weights that are none; unless
+            `noise="off"`, if they have empty rows or pairs of equal completions, or if the
+            reference has another vocabulary; if a noise mode does not go with the data.
         OSError: If `args.output_dir` cannot be written.
     """
+
+    _own_stop: PopRiskEarlyStoppingCallback | None = None
 
     def __init__(
         self,
@@ -102,6 +110,7 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
         if not isinstance(args, PopRiskDPOConfig):
             raise TypeError(f"args must be a PopRiskDPOConfig, not {type(args).__name__}.")
         check_before_work(args, train_dataset, eval_dataset)
+        self._only_warns = OnlyWarns()
         self._pairs = LabelledPairs(args, train_dataset)
         self._margins_missing = False
         self._flips_fitted: float | None = None
@@ -117,7 +126,7 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
             callbacks,
             **kwargs,
         )
-        check_vocabulary(self.model, self.ref_model)
+        check_vocabulary(self.model, self.ref_model, strict=args.noise != "off")
         self._check_on_policy_kl()
         self.data_collator = PairCollator(self.data_collator)
         self._pairs.note_dropped(self.train_dataset)
@@ -125,10 +134,23 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
         self._records = PairRecords(self.accelerator.gather, args.beta, self._noise.margins)
         self.add_callback(
             LabelNoiseCallback(
-                self._noise, self._records, self._describe_end, self._save_flip_report
+                self._noise,
+                self._records,
+                self._describe_end,
+                self._save_flip_report,
+                directory=lambda: run_directory(self),
+                only_warns=self._only_warns,
             )
         )
-        add_stop(self)
+        self._own_stop = add_stop(self)
+
+    def add_callback(self, callback: Any) -> None:
+        """Trainer's; a stop of the user's takes the place of the one that `args.stop` added."""
+        kind = callback if isinstance(callback, type) else type(callback)
+        if self._own_stop is not None and issubclass(kind, PopRiskEarlyStoppingCallback):
+            self.remove_callback(self._own_stop)
+            self._own_stop = None
+        super().add_callback(callback)
 
     def flip_report(self) -> FlipReport:
         """The pairs with the probability that their label is wrong, the most suspect first.
@@ -157,11 +179,17 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         mode = current_mode(self)
         replaced = mode == "train" and self.args.loss_is_replaced
-        with torch.set_grad_enabled(replaced and torch.is_grad_enabled()):
+        log_ratios = None
+        if replaced:
             log_ratios = batch_log_ratios(self, inputs, recorder)
+        else:  # they are only for the log
+            with self._only_warns("the margins of a batch are not known"), torch.no_grad():
+                log_ratios = batch_log_ratios(self, inputs, recorder)
         if log_ratios is None:
             self._without_margins()
             return loss
+        if mode == "train" and not len(self._pairs):
+            rows = None  # streamed: numbers of an earlier run, if any
         self._records.add(mode, log_ratios.detach(), rows, self.state.global_step)
         return self._replaced(loss, log_ratios, rows, weights) if replaced else loss
 
@@ -178,15 +206,16 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with the margins of the pairs since the last one."""
-        for name, value in self._margin_metrics(current_mode(self)).items():
-            add_metric(self, name, value)
+        with self._only_warns("poprisk/margin_* and poprisk/kl_data are not logged"):
+            for name, value in self._margin_metrics(current_mode(self)).items():
+                add_metric(self, name, value)
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with the on-policy KL at the end if `args.on_policy_kl_samples` asks."""
         output = super().train(*args, **kwargs)
         if self.args.on_policy_kl_samples:
-            self.log({"poprisk/kl_on_policy": self.on_policy_kl()})
+            self._log_on_policy_kl("")
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -194,9 +223,7 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if self.args.on_policy_kl_samples:
             prefix = kwargs.get("metric_key_prefix", "eval")
-            kl = {f"{prefix}_poprisk/kl_on_policy": self.on_policy_kl()}
-            self.log(kl)
-            metrics |= kl
+            metrics |= self._log_on_policy_kl(f"{prefix}_")
         return metrics
 
     def on_policy_kl(self, max_new_tokens: int = 64) -> float:
@@ -204,27 +231,36 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
 
         Args:
             max_new_tokens: Longest completion.
+
+        Returns:
+            The estimate; NaN, after a warning, where sampling failed.
         """
         wanted = max(self.args.on_policy_kl_samples, 1)
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         count = -(-wanted // ranks)
         data: Any = self.train_dataset
         places = [(rank * count + i) * len(data) // (count * ranks) for i in range(count)]
-        kl, _ = on_policy_kl(
-            self.accelerator.unwrap_model(self.model),
-            lambda: reference_model(self),
-            [data[place]["prompt_ids"] for place in places],
-            max_new_tokens=max_new_tokens,
-            eos_token_id=getattr(self.processing_class, "eos_token_id", None),
-            seed=self.args.seed + rank,
-        )
+        kl = math.nan  # if it fails here, the other ranks still wait for this one
+        with self._only_warns("the on-policy KL could not be sampled"):
+            kl, _ = on_policy_kl(
+                self.accelerator.unwrap_model(self.model),
+                lambda: reference_model(self),
+                [data[place]["prompt_ids"] for place in places],
+                max_new_tokens=max_new_tokens,
+                eos_token_id=getattr(self.processing_class, "eos_token_id", None),
+                seed=self.args.seed + rank,
+            )
         return float(mean_over_ranks(torch.tensor(kl, device=self.accelerator.device)))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, with the flip report beside the model."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and not _internal_call:
-            self._save_flip_report(str(output_dir or self.args.output_dir))
+            directory = str(output_dir or self.args.output_dir)
+            with self._only_warns(
+                "the flip report could not be written", f"the model is saved in {directory!r}"
+            ):
+                self._save_flip_report(directory)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -236,6 +272,12 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
     ) -> Tensor:
         """The loss with the pairs' term of the noise mode; TRL's own while that mode is off."""
         pair_loss = self._noise.loss
+        if weights is None and self.args.pair_weight_column is not None:
+            raise ValueError(
+                f"Invalid pair_weight_column: {self.args.pair_weight_column!r}. A batch has no "
+                "weights: train_dataset or data_collator was replaced after the trainer was made. "
+                "Pass them to the trainer."
+            )
         if pair_loss.mode == "off" and weights is None:
             return loss
         margins = self.args.beta * (log_ratios[:, 0] - log_ratios[:, 1])
@@ -249,6 +291,13 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
             return factor * ours
         # The other terms are TRL's business: take out its term for the pairs, put in ours.
         return loss + factor * (ours - dpo_loss(margins).mean())
+
+    def _log_on_policy_kl(self, prefix: str) -> dict[str, float]:
+        kl = self.on_policy_kl()
+        found = {} if math.isnan(kl) else {f"{prefix}poprisk/kl_on_policy": kl}
+        if found:
+            self.log(dict(found))
+        return found
 
     def _margin_metrics(self, mode: str) -> dict[str, float]:
         log_ratios, rows = self._records.take(mode)

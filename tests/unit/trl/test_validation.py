@@ -7,7 +7,6 @@ import pytest
 from datasets import Dataset
 
 from poprisk_integrations.trl.validation import (
-    check_num_pairs,
     check_output_dir,
     check_preferences,
 )
@@ -93,12 +92,6 @@ def test_identical_conversations() -> None:
     data = {"chosen": [message("a")], "rejected": [message("a")]}
     with pytest.raises(ValueError, match="are the same"):
         check_preferences(Dataset.from_dict(data))
-
-
-def test_fewer_pairs_than_a_global_batch() -> None:
-    check_num_pairs(16, per_device=2, accumulation=4, world_size=2)
-    with pytest.raises(ValueError, match=r"has 15 pairs, fewer than one global batch of 16 .*=4 x"):
-        check_num_pairs(15, per_device=2, accumulation=4, world_size=2)
 
 
 def test_output_dir(tmp_path: Path) -> None:
