@@ -6,7 +6,7 @@ from poprisk_integrations.core.alpha import (
     finite_alpha,
     resolve_alpha,
 )
-from poprisk_integrations.core.diagnosis import diagnose, explain
+from poprisk_integrations.core.diagnosis import PHRASES, Diagnosis, diagnose
 from poprisk_integrations.core.gate import default_lambda_pop, gate_factor, open_mask
 from poprisk_integrations.core.learning_rate_cut import (
     LearningRateCutConfig,
@@ -39,6 +39,8 @@ from poprisk_integrations.core.stopping import (
 from poprisk_integrations.core.window import WindowRatio, coordinate_ratio, window_signal_ratio
 
 __all__ = [
+    "PHRASES",
+    "Diagnosis",
     "LearningRateCutConfig",
     "LearningRateCutRule",
     "LearningRateCutState",
@@ -54,7 +56,6 @@ __all__ = [
     "deviation_scale",
     "diagnose",
     "ema_mean_variance",
-    "explain",
     "finite_alpha",
     "gate_factor",
     "gradient_scale",

@@ -1,60 +1,138 @@
-"""What a window's three statistics say together: learning, overshooting or memorising."""
+"""What the windows of a run say together, in words: the one place where it is said."""
 
 import math
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from poprisk_integrations.core.window import WindowRatio
+__all__ = ["PHRASES", "Diagnosis", "diagnose"]
 
-__all__ = ["diagnose", "explain"]
+Kind = Literal["unclear", "learning", "overshooting", "memorising"]
+
+# Every phrase that a log line, a report, the probe or the demo may use; core/README.md has them
+# as a table.
+PHRASES: Mapping[str, str] = {
+    "unclear": "cannot tell yet whether batches still agree on a direction",
+    "unclear, nothing measured": "cannot tell yet: no window of steps has been measured",
+    "unclear, first pass": "cannot tell yet: batches hardly agree on a direction any more, but "
+    "each example was seen only once, so nothing can have been memorised",
+    "learning": "still learning: batches agree on a direction more than chance explains",
+    "overshooting": "overshooting: steps undo each other although batches agree, so the learning "
+    "rate is too high",
+    "memorising": "memorising: batches agree no more than chance explains, so what is still "
+    "learned belongs to single examples (wrong labels too; if all labels are right, the accuracy "
+    "on new data may still rise)",
+}
+_SURE, _LIKELY = 2.0, 1.0  # standard errors from the threshold
+_LAST = 3  # windows that count where nothing has happened yet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diagnosis:
+    """One of four findings, how sure it is, and the numbers behind it.
+
+    Attributes:
+        kind: "unclear", "learning", "overshooting" or "memorising".
+        certainty: "very probably", "probably", or "" for "unclear".
+        phrase: From `PHRASES`.
+        numbers: What it rests on.
+    """
+
+    kind: Kind
+    certainty: str
+    phrase: str
+    numbers: str
+
+    def __str__(self) -> str:
+        """The finding in words, with its numbers in brackets."""
+        said = f"{self.certainty} {self.phrase}" if self.certainty else self.phrase
+        return f"{said} ({self.numbers})" if self.numbers else said
 
 
 def diagnose(
-    window: WindowRatio, *, threshold: float = 1.0, confidence: float = 2.0
-) -> Literal["learning", "overshooting", "memorising", "unknown"]:
-    """Tell a learning rate that is too high from memorising.
+    rows: Iterable[Mapping[str, Any]], *, since: float | None = None, threshold: float = 1.0
+) -> Diagnosis:
+    """Tell learning, overshooting and memorising apart, or say that it cannot be told.
 
-        overshooting    C + z se(C) < 0 < U - z se(U)   steps undo each other, batches agree
-        memorising      F < threshold                   batches agree no more than noise does
-        learning        otherwise
-    with C = `risk_decrease`, U = `agreement`, F = `ratio`. Both drive F down, and in a first pass
-    over the data F < threshold can only mean that nothing is left to gain at this learning rate.
+    Over k windows, with F = `signal_ratio`, C = `risk_decrease`, U = `agreement` (means; the
+    standard error of a mean is sqrt(sum se^2) / k):
+
+        overshooting    C + 2 se < 0 < U - 2 se      steps undo each other, batches agree
+        memorising      F + z se < threshold, and the examples had been trained on before
+        learning        F - z se > threshold
+        unclear         anything else
+
+    z = 2 is "very probably", z = 1 "probably". The windows are those after `since`: the one that
+    ended there was picked for being low, and counts only while it is the last. Without `since`,
+    the last three.
 
     Args:
-        window: A closed window.
+        rows: One per window, in order, as in `history` and `poprisk_stop.json`; None where
+            something was not measured.
+        since: Optimizer step of the onset; None if there is none.
         threshold: Below this F is called small.
-        confidence: z, standard errors that count as significant.
 
     Example:
-        >>> import torch
-        >>> window = WindowRatio(ratio=0.7, per_tensor=torch.ones(1), noise=torch.ones(1), steps=9)
-        >>> diagnose(window)
-        'memorising'
+        >>> row = {"step": 8, "signal_ratio": 0.97, "signal_ratio_se": 0.41, "reused": True}
+        >>> diagnose([row]).kind
+        'unclear'
+        >>> found = diagnose([{**row, "signal_ratio": 0.4, "signal_ratio_se": 0.1}])
+        >>> found.certainty, found.kind
+        ('very probably', 'memorising')
     """
-    if math.isnan(window.ratio):
-        return "unknown"
-    gain = window.risk_decrease + confidence * window.risk_decrease_se
-    agreement = window.agreement - confidence * window.agreement_se
-    if gain < 0 < agreement:
-        return "overshooting"
-    return "memorising" if window.ratio < threshold else "learning"
+    windows = _that_count([row for row in rows if _number(row, "signal_ratio") is not None], since)
+    if not windows:
+        return _found("unclear", "", "unclear, nothing measured", "")
+    ratio, error = _mean(windows, "signal_ratio")
+    gain, gain_error = _mean(windows, "risk_decrease")
+    agreement, agreement_error = _mean(windows, "agreement")
+    count = "1 window" if len(windows) == 1 else f"{len(windows)} windows"
+    side = "above" if ratio > threshold else "below"
+    level = "1 is chance alone" if threshold == 1.0 else f"{side} {threshold:g}"
+    numbers = f"F = {_with_error(ratio, error)} over {count}, {level}"
+    if gain + _SURE * gain_error < 0 < agreement - _SURE * agreement_error:
+        numbers += (
+            f"; C = {_with_error(gain, gain_error)}, U = {_with_error(agreement, agreement_error)}"
+        )
+        return _found("overshooting", "very probably", "overshooting", numbers)
+    # With an error of 0 or none there is nothing to be sure with.
+    distance = abs(ratio - threshold) / error if error > 0 else 0.0
+    certainty = "very probably" if distance >= _SURE else "probably"
+    is_reused = all(row.get("reused") is not False for row in windows)
+    if distance < _LIKELY:
+        return _found("unclear", "", "unclear", numbers)
+    if ratio > threshold:
+        return _found("learning", certainty, "learning", numbers)
+    if not is_reused:
+        return _found("unclear", "", "unclear, first pass", numbers)
+    return _found("memorising", certainty, "memorising", numbers)
 
 
-def explain(window: WindowRatio, *, threshold: float = 1.0) -> str:
-    """The diagnosis as half a sentence with its numbers, for logs.
+def _that_count(
+    rows: Sequence[Mapping[str, Any]], since: float | None
+) -> Sequence[Mapping[str, Any]]:
+    if since is None:
+        return rows[-_LAST:]
+    return [row for row in rows if row["step"] > since] or rows[-1:]
 
-    Args:
-        window: A closed window.
-        threshold: As in `diagnose`.
-    """
-    numbers = (
-        f"F = {window.ratio:.3g} +- {window.ratio_se:.2g}, "
-        f"C = {window.risk_decrease:.2g} +- {window.risk_decrease_se:.2g}, "
-        f"U = {window.agreement:.2g} +- {window.agreement_se:.2g}"
-    )
-    said = {
-        "learning": "batches still agree on where to go",
-        "overshooting": "steps undo each other while batches agree: the learning rate is too high",
-        "memorising": "batches agree no more than noise does: memorising",
-        "unknown": "no noise was measured",
-    }
-    return f"{said[diagnose(window, threshold=threshold)]} ({numbers})"
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
+    """Mean and its standard error; NaN where a window lacks one of them."""
+    pairs = [(_number(row, name), _number(row, f"{name}_se")) for row in rows]
+    values = [math.nan if value is None else value for value, _ in pairs]
+    squares = [math.nan if error is None else error**2 for _, error in pairs]
+    return sum(values) / len(rows), math.sqrt(sum(squares)) / len(rows)
+
+
+def _number(row: Mapping[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return float(value) if is_number else None  # type: ignore[arg-type]
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.2g} +- {error:.2g}" if math.isfinite(error) else f"{value:.2g}"
+
+
+def _found(kind: Kind, certainty: str, phrase: str, numbers: str) -> Diagnosis:
+    return Diagnosis(kind=kind, certainty=certainty, phrase=PHRASES[phrase], numbers=numbers)

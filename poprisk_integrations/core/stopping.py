@@ -77,13 +77,18 @@ class StoppingState:
         armed: Whether F has exceeded the arm threshold.
         signal_ratio: F of the last window.
         window_end: `lr_sum` at the end of the last window.
+        window_end_step: Optimizer step at the end of the last window; None before the first.
         window_middle: Training time in the middle of the last window; None before the first.
-        first_middle: The same of the first window.
+        window_middle_step: The same in optimizer steps.
+        first_middle: Training time in the middle of the first window.
+        first_middle_step: The same in optimizer steps.
         mean_ratio: Mean F of the windows so far, while not armed.
         mean_variance: Mean squared standard error of F over the same windows.
         noise_peak: Largest noise of a window so far.
         onset_step: Optimizer step at which F was first seen below the threshold.
         onset_lr_sum: Training time at which F crossed the threshold, between two windows.
+        onset_at: The same in optimizer steps, earlier than `onset_step`: where a curve of F drawn
+            at the middles of the windows crosses the threshold.
         onset_ratio: F at the onset step.
         onset_kappa: Multiple of the onset time at which the run stops.
         windows_above: Consecutive windows above the re-arm threshold since the onset.
@@ -96,13 +101,17 @@ class StoppingState:
     armed: bool = False
     signal_ratio: float | None = None
     window_end: float = 0.0
+    window_end_step: int | None = None
     window_middle: float | None = None
+    window_middle_step: float | None = None
     first_middle: float | None = None
+    first_middle_step: float | None = None
     mean_ratio: float = 0.0
     mean_variance: float = 0.0
     noise_peak: float = 0.0
     onset_step: int | None = None
     onset_lr_sum: float | None = None
+    onset_at: float | None = None
     onset_ratio: float | None = None
     onset_kappa: float | None = None
     windows_above: int = 0
@@ -239,17 +248,22 @@ def _after_window(
     reused: bool,
 ) -> StoppingState:
     middle = (before.window_end + before.lr_sum) / 2
+    # A state of a version that did not count steps has windows, but no step of their end.
+    start = 0 if before.windows == 0 else before.window_end_step
+    middle_step = float(step) if start is None else (start + step) / 2
     windows = before.windows + 1
     state = replace(
         before,
         windows=windows,
         signal_ratio=ratio,
         window_end=before.lr_sum,
+        window_end_step=step,
         window_middle=middle,
+        window_middle_step=middle_step,
         noise_peak=max(before.noise_peak, noise),
     )
     if before.windows == 0:
-        state = replace(state, first_middle=middle)
+        state = replace(state, first_middle=middle, first_middle_step=middle_step)
     if not before.armed:
         state = replace(
             state,
@@ -261,21 +275,32 @@ def _after_window(
     if state.onset_step is not None:
         return _after_onset(config, state, step, ratio)
     if not state.armed and ratio > config.arm_threshold:
-        return replace(state, armed=True, reason=f"armed at step {step}: F = {ratio:.3g}")
-    onset = _onset_time(config, before, state, ratio + config.confidence * ratio_se)
-    if onset is not None and onset > 0 and reused:
+        return replace(
+            state,
+            armed=True,
+            reason=f"no reason to stop: at step {step} batches agreed on a direction "
+            f"(F = {ratio:.3g}, above {config.arm_threshold:.3g})",
+        )
+    onset = _onset(config, before, state, ratio + config.confidence * ratio_se)
+    if onset is not None and onset[0] > 0 and reused:
         fall = state.noise_peak / noise if noise > 0 else 1.0
         return replace(
             state,
             onset_step=step,
-            onset_lr_sum=onset,
+            onset_lr_sum=onset[0],
+            onset_at=onset[1],
             onset_ratio=ratio,
             onset_kappa=config.kappa * min(fall, config.stretch),
             windows_above=0,
-            reason=f"onset at step {step}: F = {ratio:.3g} is below {config.threshold:g}",
+            reason=f"at step {step} batches were seen to agree no more than chance explains "
+            f"(F = {ratio:.3g} < {config.threshold:g}), since about step {onset[1]:.0f}",
         )
     if not state.armed and windows == 1:
-        return replace(state, reason=f"not armed: F = {ratio:.3g} at step {step}")
+        return replace(
+            state,
+            reason=f"no reason to stop: batches have not agreed on a direction yet (F = "
+            f"{ratio:.3g} at step {step})",
+        )
     return state
 
 
@@ -290,32 +315,42 @@ def _after_onset(
         armed=True,
         onset_step=None,
         onset_lr_sum=None,
+        onset_at=None,
         onset_ratio=None,
         onset_kappa=None,
         windows_above=0,
-        reason=f"onset forgotten at step {step}: F = {ratio:.3g} is above "
-        f"{config.rearm_threshold:g} for {above} windows",
+        reason=f"no reason to stop any more: by step {step} batches agreed again (F = {ratio:.3g}, "
+        f"{above} windows above {config.rearm_threshold:g})",
     )
 
 
-def _onset_time(
+def _onset(
     config: StoppingConfig, before: StoppingState, state: StoppingState, bound: float
-) -> float | None:
-    """Training time of the onset, or None if there is none in this window."""
+) -> tuple[float, float] | None:
+    """Training time and step of the onset, or None if there is none in this window."""
     if not state.armed:
         # Independent windows; a correlation between them is what `unarmed_windows` is a guard for.
         error = math.sqrt(state.mean_variance / state.windows)
         is_low = state.mean_ratio + error < config.threshold
-        return state.first_middle if is_low and state.windows >= config.unarmed_windows else None
+        if not is_low or state.windows < config.unarmed_windows or state.first_middle is None:
+            return None
+        return state.first_middle, state.first_middle_step or 0.0
     if bound >= config.threshold:
         return None
-    middle, earlier, ratio = state.window_middle, before.window_middle, before.signal_ratio
+    middle, middle_step = state.window_middle, state.window_middle_step
+    earlier, ratio = before.window_middle, before.signal_ratio
     assert middle is not None
+    assert middle_step is not None
     if earlier is None or ratio is None or ratio <= config.threshold:
-        return middle
+        return middle, middle_step
     fall = math.log(ratio / config.threshold)
     drop = math.log(config.threshold / max(bound, 1e-9 * config.threshold))
-    return earlier + (middle - earlier) * fall / (fall + drop)
+    share = fall / (fall + drop)
+    earlier_step = middle_step if before.window_middle_step is None else before.window_middle_step
+    return (
+        earlier + (middle - earlier) * share,
+        earlier_step + (middle_step - earlier_step) * share,
+    )
 
 
 def _is_due(state: StoppingState, step: int, config: StoppingConfig) -> bool:
@@ -326,10 +361,17 @@ def _is_due(state: StoppingState, step: int, config: StoppingConfig) -> bool:
 
 
 def _stop_reason(state: StoppingState, step: int, config: StoppingConfig) -> str:
+    """What is known: when it began, when it was noticed, how long it waited since."""
+    began = state.onset_step if state.onset_at is None else round(state.onset_at)
     kappa = f"{state.onset_kappa:.3g}"
-    waited = "" if kappa == "1" else f", and {kappa} times that training time has passed"
+    waited = (
+        ""
+        if kappa == "1"
+        else f"; {kappa} times the training time up to there (the sum of the learning rates) has "
+        "passed"
+    )
     return (
-        f"stopped at step {step}: the training gradients carry no more signal than noise since "
-        f"step {state.onset_step} (F = {state.onset_ratio:.3g} < {config.threshold:g}){waited}; "
-        "further training would mostly memorise"
+        f"stopped at step {step}: batches agree no more than chance explains since about step "
+        f"{began} (noticed at step {state.onset_step}, F = {state.onset_ratio:.3g} < "
+        f"{config.threshold:g}){waited}"
     )

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from poprisk_integrations.core import StoppingConfig, StoppingDecision, StoppingRule
-from poprisk_integrations.core.diagnosis import explain
+from poprisk_integrations.core.diagnosis import diagnose
 from poprisk_integrations.core.window import WindowRatio
 from poprisk_integrations.huggingface.callbacks.best_checkpoint import (
     check_restore,
@@ -262,9 +262,9 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
         if decision.stop:
             control.should_training_stop = True
 
-    def _explanation(self) -> str | None:
-        window = self.progress.last_window()
-        return None if window is None else explain(window, threshold=self.threshold)
+    def _explanation(self) -> str:
+        since, rows = self._rule.state.onset_step, self.progress.history
+        return str(diagnose(rows, since=since, threshold=self.threshold))
 
 
 def _measures(window: WindowRatio) -> dict[str, float]:

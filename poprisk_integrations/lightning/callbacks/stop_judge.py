@@ -11,7 +11,7 @@ from poprisk_integrations.core import (
     StoppingRule,
     StoppingState,
     WindowRatio,
-    explain,
+    diagnose,
 )
 from poprisk_integrations.lightning._upstream import Trainer, rank_zero_warn
 from poprisk_integrations.lightning.callbacks.step_feed import StepFeed, over_ranks
@@ -49,8 +49,8 @@ class StopJudge:
 
     @property
     def reason(self) -> str:
-        """The last change of mind, and what the last window says."""
-        return self.state.reason + self._diagnosis
+        """The last change of mind, and what the windows say."""
+        return "; ".join(filter(None, (self.state.reason, self._diagnosis)))
 
     def metrics(self, step: int, lr: float) -> dict[str, float]:
         """The present values of all that is logged.
@@ -127,8 +127,8 @@ class StopJudge:
             reused=feed.reused,
         )
         self.history.append(window_record(feed.step, self.state, closed))
-        said = explain(closed, threshold=self._rule.config.threshold)
-        self._diagnosis = f". Last window: {said}"
+        since, threshold = self.state.onset_step, self._rule.config.threshold
+        self._diagnosis = str(diagnose(self.history, since=since, threshold=threshold))
         return decision
 
     def _warn_of_empty_window(self, step: int, closed: WindowRatio | None) -> None:

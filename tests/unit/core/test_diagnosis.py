@@ -1,43 +1,95 @@
+"""One diagnosis with its uncertainty: what it says, when, and with which numbers."""
+
 import math
+from pathlib import Path
 
 import pytest
-import torch
 
-from poprisk_integrations.core import WindowRatio, diagnose, explain
+import poprisk_integrations.core as core
+from poprisk_integrations.core import PHRASES, diagnose
 
 
-def window(ratio, gain=math.nan, agreement=math.nan):
-    return WindowRatio(
-        ratio=ratio,
-        per_tensor=torch.ones(1),
-        noise=torch.ones(1),
-        steps=20,
-        ratio_se=0.1,
-        risk_decrease=gain,
-        risk_decrease_se=0.01,
-        agreement=agreement,
-        agreement_se=0.01,
-    )
+def row(ratio, se=0.1, gain=None, agreement=None, step=20, **more):
+    return {
+        "step": step,
+        "signal_ratio": ratio,
+        "signal_ratio_se": se,
+        "risk_decrease": gain,
+        "risk_decrease_se": None if gain is None else 0.01,
+        "agreement": agreement,
+        "agreement_se": None if agreement is None else 0.01,
+        "reused": True,
+        **more,
+    }
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("found", "certainty", "kind"),
     [
-        (window(3.0, 0.1, 0.2), "learning"),
-        (window(0.5, -0.1, -0.02), "memorising"),
-        (window(0.5, -0.1, 0.2), "overshooting"),
-        (window(1.5, -0.1, 0.2), "overshooting"),
-        (window(0.5, -0.015, 0.2), "memorising"),  # a loss of 1.5 standard errors is none
-        (window(0.5, -0.1, 0.015), "memorising"),
-        (window(0.5), "memorising"),  # nothing but F was measured
-        (window(math.nan), "unknown"),
+        (row(3.0, 0.1, 0.1, 0.2), "very probably", "learning"),
+        (row(1.15, 0.1), "probably", "learning"),
+        (row(1.09, 0.1), "", "unclear"),
+        (row(0.965, 0.41), "", "unclear"),  # was told as a certainty
+        (row(0.996, 0.083), "", "unclear"),
+        (row(0.85, 0.1), "probably", "memorising"),
+        (row(0.5, 0.1, -0.1, -0.02), "very probably", "memorising"),
+        (row(0.5, 0.1, -0.1, 0.2), "very probably", "overshooting"),
+        (row(1.5, 0.1, -0.1, 0.2), "very probably", "overshooting"),
+        (row(0.5, 0.1, -0.015, 0.2), "very probably", "memorising"),  # a loss of 1.5 errors is none
+        (row(0.5, 0.1, -0.1, 0.015), "very probably", "memorising"),
+        (row(0.5, None), "", "unclear"),  # nothing to be sure with
+        (row(0.5, 0.0), "", "unclear"),
+        (row(0.5, 0.1, reused=False), "", "unclear"),  # nothing can have been memorised
+        (row(None), "", "unclear"),
+        (row(math.nan), "", "unclear"),
     ],
 )
-def test_overshooting_is_told_from_memorising(found, said):
-    assert diagnose(found) == said
+def test_four_findings(found, certainty, kind):
+    diagnosis = diagnose([found])
+    assert (diagnosis.certainty, diagnosis.kind) == (certainty, kind)
+    assert diagnosis.phrase in PHRASES.values()
+    assert diagnosis.phrase in str(diagnosis)
 
 
-def test_the_message_has_the_numbers():
-    text = explain(window(0.5, -0.1, 0.2))
+def test_no_window_is_no_finding():
+    assert str(diagnose([])) == PHRASES["unclear, nothing measured"]
+
+
+def test_the_window_of_the_onset_was_picked_for_being_low():
+    rows = [row(1.5, step=8), row(0.6, 0.2, step=16), row(1.02, 0.2, step=24)]
+    assert diagnose(rows[:2], since=16).kind == "memorising"
+    assert diagnose(rows, since=16).kind == "unclear"
+    assert diagnose(rows, since=16).numbers == "F = 1 +- 0.2 over 1 window, 1 is chance alone"
+
+
+def test_windows_since_the_onset_count_together():
+    """Four times 0.88 +- 0.2 are 0.88 +- 0.1; one of them tells nothing."""
+    rows = [row(0.8, 0.2, step=8)] + [row(0.88, 0.2, step=8 * k) for k in range(2, 6)]
+    assert diagnose(rows[:2], since=8).kind == "unclear"
+    pooled = diagnose(rows, since=8)
+    assert (pooled.certainty, pooled.kind) == ("probably", "memorising")
+    assert pooled.numbers == "F = 0.88 +- 0.1 over 4 windows, 1 is chance alone"
+
+
+def test_without_an_onset_the_last_three_count():
+    rows = [row(9.0)] * 5 + [row(1.2)] * 3
+    assert diagnose(rows).numbers == "F = 1.2 +- 0.058 over 3 windows, 1 is chance alone"
+
+
+def test_overshooting_has_its_own_numbers():
+    text = str(diagnose([row(0.5, 0.1, -0.1, 0.2)]))
     assert "the learning rate is too high" in text
-    assert "F = 0.5 +- 0.1, C = -0.1 +- 0.01, U = 0.2 +- 0.01" in text
+    assert "F = 0.5 +- 0.1" in text
+    assert "C = -0.1 +- 0.01, U = 0.2 +- 0.01" in text
+
+
+def test_the_threshold_is_the_users():
+    assert diagnose([row(1.3)], threshold=1.6).kind == "memorising"
+    assert "F = 1.3 +- 0.1 over 1 window, below 1.6" in str(diagnose([row(1.3)], threshold=1.6))
+
+
+def test_the_table_of_phrases_is_the_code():
+    """README's table is for people; the words are the code's."""
+    readme = Path(core.__file__).with_name("README.md").read_text(encoding="utf-8")
+    for phrase in PHRASES.values():
+        assert f"| {phrase} |" in readme
