@@ -4,8 +4,10 @@
 # mypy: disable-error-code="attr-defined,no-untyped-call"
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -13,6 +15,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from poprisk_integrations.cli.builtin import check_names
 from poprisk_integrations.cli.errors import UsageError
+from poprisk_integrations.cli.recipe_index import check_config
 from poprisk_integrations.trl import PopRiskDPOConfig
 
 __all__ = ["PairArguments", "Recipe", "parse_recipe", "recipe_help"]
@@ -27,6 +30,8 @@ class PairArguments:
             an error otherwise.
         flip_rate: Share of the training pairs whose labels are swapped, in [0, 1].
         flip_seed: Seed of the draw.
+        eval_dataset_name: Evaluation pairs that are not a split of `dataset_name`: a local file,
+            all of whose rows are taken, or the split `dataset_test_split` of what has this name.
     """
 
     drop_unusable_pairs: bool = field(
@@ -38,6 +43,13 @@ class PairArguments:
         metadata={"help": "Share of the training pairs whose labels are swapped, for studies."},
     )
     flip_seed: int = field(default=0, metadata={"help": "Seed that draws these pairs."})
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation pairs from elsewhere than dataset_name: a local file, or a name "
+            "or directory with the split dataset_test_split."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.flip_rate <= 1.0:
@@ -101,6 +113,9 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
         raise UsageError("a recipe is missing: poprisk dpo --config RECIPE.yaml")
     if argv[-1] == "--config":
         raise UsageError("--config needs the path of a YAML file")
+    for option, value in itertools.pairwise(argv):
+        if option == "--config":
+            check_config(Path(value))
     try:
         parsed = _parser().parse_args_and_config(argv)
     except yaml.YAMLError as error:
@@ -115,6 +130,10 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     if not (recipe.script.dataset_name or recipe.mixture.datasets):
         raise UsageError("dataset_name is missing: a name, a local file or directory; or datasets")
     check_names(recipe.model.model_name_or_path, recipe.script.dataset_name)
+    if recipe.pairs.eval_dataset_name is not None:
+        check_names(None, recipe.pairs.eval_dataset_name)
+        if recipe.training.eval_strategy == "no":
+            raise UsageError("eval_dataset_name needs eval_strategy: steps, or epoch")
     return recipe
 
 

@@ -1,4 +1,4 @@
-"""The recipes: folders with a `recipe.yaml` that says what they are and how they are run."""
+"""The recipes: folders with a `card.yaml` that says what they are and how they are run."""
 
 import sysconfig
 from dataclasses import dataclass
@@ -7,7 +7,16 @@ from pathlib import Path
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError
 
-__all__ = ["RecipeEntry", "all_recipes", "find_recipe", "index_table", "recipes_root"]
+__all__ = [
+    "RecipeEntry",
+    "all_recipes",
+    "check_config",
+    "find_recipe",
+    "index_table",
+    "recipes_root",
+]
+
+CARD = "card.yaml"
 
 FIELDS = ("framework", "task", "hardware", "minutes", "verified", "run", "smoke")
 
@@ -64,10 +73,10 @@ def all_recipes(root: Path | None = None) -> list[RecipeEntry]:
         root: Folder of the recipes; that of this installation by default.
 
     Raises:
-        UsageError: If a `recipe.yaml` is not what it should be.
+        UsageError: If a `card.yaml` is not what it should be.
     """
     require("yaml", extra="hf")
-    folders = sorted((recipes_root() if root is None else root).glob("*/recipe.yaml"))
+    folders = sorted((recipes_root() if root is None else root).glob(f"*/{CARD}"))
     return [_read(path) for path in folders]
 
 
@@ -93,6 +102,43 @@ def find_recipe(name: str) -> RecipeEntry:
     if name not in known:
         raise UsageError(f"Invalid recipe: {name!r}. Must be one of {', '.join(known)}.")
     return known[name]
+
+
+def check_config(path: Path) -> None:
+    """Refuse a recipe's card or folder where its settings are wanted, and name those.
+
+    Args:
+        path: Given as --config.
+
+    Raises:
+        UsageError: If it is a card, or is none of the recipe's files.
+    """
+    import yaml
+
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        found = "is a folder"
+    elif not path.exists():
+        if not (folder / CARD).is_file():
+            return  # whoever reads it says so
+        found = "does not exist"
+    else:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            return
+        if not isinstance(content, dict) or sorted(content) != sorted(FIELDS):
+            return
+        found = "is the card of a recipe, which says what it is"
+    settings = [str(file) for file in sorted(folder.glob("*.yaml")) if _is_settings(file)]
+    hint = (
+        f"its settings: --config {' or '.join(settings)}" if settings else "no settings beside it"
+    )
+    raise UsageError(f"Invalid --config: {str(path)!r} {found}; {hint}.")
+
+
+def _is_settings(path: Path) -> bool:
+    return path.stem.startswith(("config", "smoke"))
 
 
 def index_table(recipes: list[RecipeEntry]) -> str:

@@ -6,9 +6,13 @@
 import argparse
 import json
 import os
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from poprisk_integrations._files import write_whole
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError, one_line
 
@@ -24,7 +28,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "dpo",
         help="DPO from a recipe",
-        usage="poprisk dpo --config RECIPE.yaml [--KEY VALUE ...]",
+        usage="poprisk dpo --config CONFIG.yaml [--KEY VALUE ...]",
         description="Trains a model on preference pairs. A recipe has the keys of `trl dpo`, those "
         "of PopRiskDPOConfig, and flip_rate, which swaps the labels of that share of the training "
         "pairs for studies. A key on the command line wins over the file. It runs in this "
@@ -51,15 +55,52 @@ def run(args: argparse.Namespace) -> int:
         return 0
     recipe = parse_recipe(args.rest)
     trainer = _build_trainer(recipe)
-    trainer.train(resume_from_checkpoint=_checkpoint(recipe.training))
-    trainer.save_model(recipe.training.output_dir)
-    trainer.save_state()
+    checkpoint = _checkpoint(recipe.training)
+    return _train_and_save(trainer, recipe, checkpoint, debug=args.debug)
+
+
+def _train_and_save(
+    trainer: "PopRiskDPOTrainer", recipe: "Recipe", checkpoint: Any, *, debug: bool
+) -> int:
+    """Once the steps are done, what fails keeps nothing that follows from being saved."""
+    output_dir = recipe.training.output_dir
+    done: list[str] = []
+    failed: list[str] = []
+
+    def attempt(what: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 (whatever it is, the model comes first)
+            if debug:
+                traceback.print_exc()
+            failed.append(f"{what}: {one_line(error)}")
+        else:
+            done.append(what)
+
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        state = trainer.state
+        is_over = state.global_step >= state.max_steps or trainer.control.should_training_stop
+        if not (state.global_step and is_over):
+            raise
+        if debug:
+            traceback.print_exc()
+        failed.append(f"end of training: {one_line(error)}")
+    attempt("model", lambda: trainer.save_model(output_dir))
+    attempt("trainer state", trainer.save_state)
+    saved = [*done]
     if recipe.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
-    _report(trainer)
+        name = recipe.script.dataset_name
+        attempt("push to the hub", lambda: trainer.push_to_hub(dataset_name=name))
+    attempt("summary", lambda: _report(trainer))
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
-        trainer.end()
-    return 0
+        attempt("end of the trainer", trainer.end)
+    if not failed:
+        return 0
+    what = f"saved in {str(output_dir)!r}: {' and '.join(saved)}" if saved else "nothing saved"
+    print(f"poprisk: trained; {what}; failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1
 
 
 def _checkpoint(training: Any) -> Any:
@@ -102,15 +143,22 @@ def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":
         "dtype": model.dtype,
         **init_kwargs,
     }
-    train, evaluation = load_preferences(
-        recipe.script, recipe.mixture, evaluate=training.eval_strategy != "no"
-    )
     options = recipe.pairs
+    weights = training.pair_weight_column
+    train, evaluation = load_preferences(
+        recipe.script,
+        recipe.mixture,
+        evaluate=training.eval_strategy != "no",
+        eval_name=options.eval_dataset_name,
+        number_columns=() if weights is None else (weights,),
+    )
     if (options.flip_rate or options.drop_unusable_pairs) and not isinstance(train, Dataset):
         raise UsageError("flip_rate and drop_unusable_pairs need data that are not streamed")
+    dropped = None
     if options.drop_unusable_pairs:
-        train = _drop_unusable(train, "train_dataset")
-        evaluation = evaluation and _drop_unusable(evaluation, "eval_dataset")
+        train, dropped = _drop_unusable(train, "train_dataset")
+        if evaluation is not None:
+            evaluation, _ = _drop_unusable(evaluation, "eval_dataset")
     train, flips = _flip(recipe, train)
     try:
         trainer = PopRiskDPOTrainer(
@@ -126,44 +174,48 @@ def _build_trainer(recipe: "Recipe") -> "PopRiskDPOTrainer":
     if recipe.script.ignore_bias_buffers:
         _ignore_bias_buffers(trainer.model)
     if trainer.is_world_process_zero():
-        record = output_dir / "label_flips.json"
-        if flips is None:
-            record.unlink(missing_ok=True)  # of an earlier run: it would be taken for this one's
-        else:
-            _write_json(record, flips)
+        _record(output_dir / "dropped_pairs.json", dropped)
+        _record(output_dir / "label_flips.json", flips)
+        if flips is not None:
             print(f"{flips['num_flipped']} of {flips['num_pairs']} training labels swapped")
     return trainer
 
 
-def _drop_unusable(dataset: Any, name: str) -> Any:
-    """The data without pairs that express no preference."""
+def _drop_unusable(dataset: Any, name: str) -> tuple[Any, dict[str, Any] | None]:
+    """The data without pairs that express no preference, and which these were (None for none)."""
+    from poprisk_integrations.trl.pair_columns import drop_rows
     from poprisk_integrations.trl.validation import unusable_rows
 
     empty, identical = unusable_rows(dataset, name)
     dropped = {*empty, *identical}
     if not dropped:
-        return dataset
+        return dataset, None
+    if len(dropped) == len(dataset):
+        raise UsageError(f"{name}: none of its {len(dataset)} pairs expresses a preference")
     if os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(empty)} empty and {len(identical)} identical pairs left out")
-    return dataset.select([row for row in range(len(dataset)) if row not in dropped])
+    record = {"num_pairs": len(dataset), "empty": empty, "identical": identical}
+    return drop_rows(dataset, dropped), record
 
 
 def _flip(recipe: "Recipe", train: Any) -> tuple[Any, dict[str, Any] | None]:
     """The training data with swapped labels, and the record of it (None without swaps)."""
     from poprisk_integrations.trl.label_flips import flip_preferences
+    from poprisk_integrations.trl.pair_columns import source_rows
     from poprisk_integrations.trl.validation import check_preferences
 
     options = recipe.pairs
     if options.flip_rate == 0:
         return train, None
     check_preferences(train)
+    number = source_rows(train)  # of the data as they were read
     train, rows = flip_preferences(train, options.flip_rate, options.flip_seed)
     return train, {
         "flip_rate": options.flip_rate,
         "flip_seed": options.flip_seed,
         "num_pairs": len(train),
         "num_flipped": len(rows),
-        "rows": rows,
+        "rows": [number[row] for row in rows],
     }
 
 
@@ -176,11 +228,12 @@ def _ignore_bias_buffers(model: Any) -> None:
     ]
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def _record(path: Path, content: dict[str, Any] | None) -> None:
+    if content is None:
+        path.unlink(missing_ok=True)  # of an earlier run: it would be taken for this one's
+        return
+    with write_whole(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _report(trainer: "PopRiskDPOTrainer") -> None:

@@ -72,7 +72,7 @@ def test_recipes_are_in_the_wheel(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = json.loads(_poprisk("recipes", "list", "--json", cwd=tmp_path))
     share = Path(sysconfig.get_path("data")) / "share" / "poprisk_integrations" / "recipes"
     assert {Path(row["folder"]).parent for row in rows} == {share}
-    described = {path.parent.name for path in (ROOT / "recipes").glob("*/recipe.yaml")}
+    described = {path.parent.name for path in (ROOT / "recipes").glob("*/card.yaml")}
     assert {row["name"] for row in rows} == described
     _poprisk("recipes", "copy", RECIPE, cwd=tmp_path)
     assert (tmp_path / RECIPE / "smoke.yaml").is_file()

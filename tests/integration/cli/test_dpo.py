@@ -112,6 +112,21 @@ def test_unusable_pairs_can_be_left_out(
     assert "train_dataset: 1 empty and 2 identical pairs left out" in printed
     assert "eval_dataset: 0 empty and 1 identical pairs left out" in printed
     assert "4 of 8 training labels swapped" in printed
+    # All rows are those of the file.
+    dropped = json.loads((tmp_path / "out" / "dropped_pairs.json").read_text())
+    assert dropped == {"num_pairs": 11, "empty": [9], "identical": [0, 10]}
+    swapped = json.loads((tmp_path / "out" / "label_flips.json").read_text())["rows"]
+    assert swapped == [row + 1 for row in flipped_rows(8, 0.5)]
+
+
+def test_nothing_is_left_of_the_data(
+    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = {"prompt": "ash", "chosen": " bay", "rejected": " bay"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(same)] * 9))
+    path = recipe(drop_unusable_pairs=True)
+    message = "train_dataset: none of its 9 pairs expresses a preference"
+    check_refused(["--config", path], message, tmp_path, capsys)
 
 
 def test_lora_and_another_optimizer(recipe: Any, tmp_path: Path) -> None:
@@ -135,6 +150,49 @@ def test_evaluation_split(recipe: Any, tmp_path: Path) -> None:
     assert any("eval_poprisk/margin_p50" in line for line in history)
 
 
+def test_evaluation_pairs_of_another_file(recipe: Any, tmp_path: Path) -> None:
+    pairs(8, seed=1).to_csv(tmp_path / "test.csv")
+    path = recipe(
+        eval_dataset_name=str(tmp_path / "test.csv"), eval_strategy="steps", eval_steps=2,
+        max_steps=2, save_strategy="no", per_device_eval_batch_size=8,
+    )  # fmt: skip
+    assert main(["dpo", "--config", path]) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_poprisk/margin_p50" in line for line in history)
+
+
+def breaks(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("of no use")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("transformers.Trainer.save_state", "model; failed: trainer state: of no use"),
+        ("poprisk_integrations.cli.commands.dpo._report", "failed: summary: of no use"),
+        ("transformers.trainer_callback.CallbackHandler.on_train_end", "failed: end of training"),
+        ("transformers.Trainer.save_model", "trainer state; failed: model: of no use"),
+    ],
+)
+def test_what_fails_after_training_costs_nothing_else(
+    recipe: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+    message: str,
+) -> None:
+    """A status of its own, one line, and all that can be saved is."""
+    monkeypatch.setattr(broken, breaks)
+    path = recipe(max_steps=2, save_strategy="no", stop=False)
+    assert main(["dpo", "--config", path]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith(f"poprisk: trained; saved in {str(tmp_path / 'out')!r}: ")
+    assert message in error[-1]
+    assert (tmp_path / "out" / "model.safetensors").exists() is ("save_model" not in broken)
+    assert (tmp_path / "out" / "trainer_state.json").exists() is ("save_state" not in broken)
+
+
 BROKEN: dict[str, list[dict[str, Any]]] = {
     "no column 'rejected'": [{"prompt": "ash", "chosen": " bay"}] * 8,
     "1 row (first: row 7) with an empty": [
@@ -145,7 +203,6 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
         {"prompt": "ash", "chosen": " bay", "rejected": " bay"}
     ]
     * 8,
-    "3 pairs, fewer than one global batch of 4": pairs(3).to_list(),
 }
 
 
@@ -167,7 +224,13 @@ def test_unusable_data(
     [
         ({"betta": 0.1}, "unknown key in the recipe: 'betta'. Did you mean 'beta'?"),
         ({"model_name_or_path": "/no/such/model"}, "/no/such/model"),
-        ({"dataset_name": "/no/such/pairs.json"}, "cannot load the data"),
+        (
+            {"dataset_name": "/no/such/pairs.json"},
+            "no such file or directory: '/no/such/pairs.json'",
+        ),
+        ({"eval_dataset_name": "test.json"}, "eval_dataset_name needs eval_strategy"),
+        ({"eval_dataset_name": "test.json", "eval_strategy": "epoch"}, "no such file"),
+        ({"pair_id_column": "mixed"}, "mixed"),
         ({"dataset_train_split": "train", "eval_strategy": "epoch"}, "no split 'test'"),
         ({"label_smoothing": 0.2}, "label_smoothing: 0.2"),
         ({"noise": "sometimes"}, "Invalid noise: 'sometimes'"),

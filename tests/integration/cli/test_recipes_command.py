@@ -27,7 +27,7 @@ def test_list(capsys):
     assert capsys.readouterr().out == table
     assert main(["recipes", "list", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["name"] for row in rows} == {p.parent.name for p in RECIPES.glob("*/recipe.yaml")}
+    assert {row["name"] for row in rows} == {p.parent.name for p in RECIPES.glob("*/card.yaml")}
     for row in rows:
         assert row["name"] in table
         assert Path(row["folder"]).is_dir()
@@ -86,10 +86,10 @@ def test_commands_name_files_that_are_there(recipe):
 def test_a_description_with_a_wrong_key_is_refused(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "recipe.yaml").write_text("framework: trl\nhardwear: GPU\n")
+    (folder / "card.yaml").write_text("framework: trl\nhardwear: GPU\n")
     with pytest.raises(recipe_index.UsageError, match="must have the keys framework, task"):
         recipe_index.all_recipes(tmp_path)
-    (folder / "recipe.yaml").write_text("framework: [trl\n")
+    (folder / "card.yaml").write_text("framework: [trl\n")
     with pytest.raises(recipe_index.UsageError, match="is not YAML"):
         recipe_index.all_recipes(tmp_path)
 
@@ -101,7 +101,7 @@ def test_the_wheel_takes_them_along():
     assert files.pop(prefix) == ["recipes/README.md"]
     page = ["recipes/playground/README.md", "recipes/playground/playground.html"]
     assert files.pop(f"{prefix}/playground") == page  # not the table that it was made from
-    folders = {f"{prefix}/{p.parent.name}": p.parent for p in RECIPES.glob("*/recipe.yaml")}
+    folders = {f"{prefix}/{p.parent.name}": p.parent for p in RECIPES.glob("*/card.yaml")}
     assert files == {name: [f"recipes/{path.name}/*"] for name, path in folders.items()}
     assert all(child.is_file() for path in folders.values() for child in tracked(path))
 

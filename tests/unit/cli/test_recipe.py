@@ -12,6 +12,7 @@ from poprisk_integrations.cli.recipe import Recipe, parse_recipe, recipe_help
 # transformers 5.23 deprecates a name that TRL 1.16 still uses.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
+RECIPES = Path(__file__).parents[3] / "recipes"
 MINIMAL = {"model_name_or_path": "m", "dataset_name": "d", "use_cpu": True, "bf16": False}
 
 
@@ -106,6 +107,25 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     path.write_text("- 1")
     with pytest.raises(ValueError, match="must contain a YAML mapping"):
         parse_recipe(["--config", str(path)])
+
+
+def test_the_card_of_a_recipe_is_no_configuration(tmp_path: Path) -> None:
+    """Nor is its folder, nor a name that it had: the answer names the files to give."""
+    folder = RECIPES / "dpo-noisy-7b-lora"
+    settings = f"its settings: --config {folder / 'config.yaml'} or {folder / 'smoke.yaml'}."
+    for given, found in {
+        folder / "card.yaml": "is the card of a recipe",
+        folder / "recipe.yaml": "does not exist",
+        folder: "is a folder",
+    }.items():
+        with pytest.raises(UsageError) as error:
+            parse_recipe(["--config", str(given)])
+        assert str(error.value).startswith(f"Invalid --config: {str(given)!r} {found}")
+        assert str(error.value).endswith(settings)
+    old = tmp_path / "recipe.yaml"  # a copy from before cards had this name
+    old.write_text((folder / "card.yaml").read_text())
+    with pytest.raises(UsageError, match=r"is the card of a recipe.*; no settings beside it\."):
+        parse_recipe(["--config", str(old)])
 
 
 def test_help_names_our_keys() -> None:
