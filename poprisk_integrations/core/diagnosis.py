@@ -23,6 +23,13 @@ PHRASES: Mapping[str, str] = {
     "learned belongs to single examples (wrong labels too; if all labels are right, the accuracy "
     "on new data may still rise)",
 }
+ADVICE: Mapping[Kind, str] = {
+    "unclear": "train on; longer windows or more epochs would tell",
+    "learning": "train on",
+    "overshooting": "try a learning rate a third as large, or a schedule that decays",
+    "memorising": "if labels may be wrong, keep the weights of the stop; if they are right, a "
+    "schedule that decays to zero does as well or better",
+}
 _SURE, _LIKELY = 2.0, 1.0  # standard errors from the threshold
 _LAST = 3  # windows that count where nothing has happened yet
 
@@ -42,6 +49,11 @@ class Diagnosis:
     certainty: str
     phrase: str
     numbers: str
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return ADVICE[self.kind]
 
     def __str__(self) -> str:
         """The finding in words, with its numbers in brackets."""

@@ -29,6 +29,7 @@ class Arm:
         drift: Mean absolute reward over the held-out continuations.
         peak_accuracy: Highest accuracy measured on the way, with labels that nobody has.
         peak_step: Where.
+        finding: What the windows said at the stop, in words; "" where it did not end the run.
     """
 
     optimizer: str
@@ -43,6 +44,7 @@ class Arm:
     drift: float
     peak_accuracy: float
     peak_step: int
+    finding: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from poprisk_integrations.cli.demo.pair_scores import PairScorer
 from poprisk_integrations.cli.demo.preference_pairs import PreferencePair, to_rows
 from poprisk_integrations.cli.demo.progress import StepProgress
 from poprisk_integrations.cli.demo.settings import DemoSettings
+from poprisk_integrations.core import diagnose
 from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
 from poprisk_integrations.trl.early_stopping import auto_window
@@ -56,6 +57,7 @@ class RunResult:
         windows: (step, F) of every window of the stopping statistic.
         stop_step: Where the stop would have ended the run; None if nowhere.
         stop_reason: The stop's own words.
+        stop_finding: What the windows said at the stop; "" if there was none.
         armed: Whether the stop ever saw signal enough to be armed.
         gate: Gate statistics of the last sampled step; empty without a gate.
         heldout_scores: Step -> ranking scores of the held-out pairs, at the stop and at the end.
@@ -67,6 +69,7 @@ class RunResult:
     windows: list[tuple[int, float]] = field(default_factory=list)
     stop_step: int | None = None
     stop_reason: str = ""
+    stop_finding: str = ""
     armed: bool = False
     gate: dict[str, float] = field(default_factory=dict)
     heldout_scores: dict[int, Tensor] = field(default_factory=dict)
@@ -82,6 +85,7 @@ class RunResult:
             "learning_rate": self.learning_rate,
             "stop_step": self.stop_step,
             "stop_reason": self.stop_reason,
+            "stop_finding": self.stop_finding,
             "stop_armed": self.armed,
             "signal_ratio": [{"step": step, "F": ratio} for step, ratio in self.windows],
             "gate": self.gate,
@@ -238,6 +242,8 @@ class _Recorder(TrainerCallback):
         stops_now = stopping["stop_step"] == state.global_step
         if stops_now:
             self.result.stop_step = state.global_step
+            onset, rows = stopping["onset_step"], self.stopper.progress.history
+            self.result.stop_finding = str(diagnose(rows, since=onset))
         if stops_now or state.global_step in self.wanted:
             scores = self._measure(kwargs["model"], state.global_step)
             if stops_now or state.global_step == state.max_steps:

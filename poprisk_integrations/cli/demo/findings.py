@@ -174,6 +174,11 @@ def _stop(evidence: Evidence) -> str:
         )
     helped = sum(item.verdict == "ahead" for item in evidence.stop_vs_end.values())
     hurt = sum(item.verdict == "behind" for item in evidence.stop_vs_end.values())
+    seen = "".join(
+        f" {arm.optimizer} {_rate(arm.learning_rate)} was {arm.finding}."
+        for arm in stopped
+        if arm.finding
+    )
     judgement = (
         f"It helped in {helped} and hurt in {hurt}."
         if helped or hurt
@@ -184,7 +189,9 @@ def _stop(evidence: Evidence) -> str:
         judgement += (
             f" In {len(late)} of these runs the best moment had passed well before: it came late."
         )
-    return f"The stop ended {len(stopped)} of the {runs} runs: {'; '.join(details)}. {judgement}"
+    return (
+        f"The stop ended {len(stopped)} of the {runs} runs: {'; '.join(details)}.{seen} {judgement}"
+    )
 
 
 def _limits(evidence: Evidence) -> str:

@@ -212,6 +212,7 @@ def _rows(run: RunResult) -> Iterator[Arm]:
             drift=point.drift,
             peak_accuracy=peak.accuracy,
             peak_step=peak.step,
+            finding=run.stop_finding if stopped else "",
         )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from poprisk_integrations.cli.demo.output_files import write_atomically, write_json
+from poprisk_integrations._files import write_whole
+from poprisk_integrations.cli.demo.output_files import write_json
 from poprisk_integrations.cli.demo.settings import FULL, QUICK
 
 __all__ = ["run_and_write"]
@@ -37,6 +38,7 @@ def run_and_write(directory: Path, *, quick: bool, seed: int, quiet: bool, as_js
 
         with job_progress(phase_weights(settings), errors, quiet=quiet) as progress:
             result = run_job(settings, seed=seed, quick=quick, progress=progress)
+        write_json(directory / "results.json", result.record)  # minutes of work: before all else
         subtitle = (
             f"{result.record['data']['train_pairs']} training pairs, "
             f"{100 * settings.swapped_share:.0f} % swapped; "
@@ -44,8 +46,8 @@ def run_and_write(directory: Path, *, quick: bool, seed: int, quiet: bool, as_js
             f"{result.record['data']['model_parameters'] / 1e6:.2f}M parameters; seed {seed}"
         )
         figure = draw(result.runs, settings.learning_rate, subtitle)
-    write_atomically(directory / "report.png", lambda path: save_figure(figure, path))
-    write_json(directory / "results.json", result.record)
+    with write_whole(directory / "report.png") as temporary:
+        save_figure(figure, temporary)
     if as_json:
         print(json.dumps(result.record, indent=2, allow_nan=False))
     elif not quiet:

@@ -2,6 +2,7 @@
 
 import math
 
+from poprisk_integrations.core import Diagnosis, diagnose
 from poprisk_integrations.diagnostics.gradient_probe import GradientProbe
 from poprisk_integrations.diagnostics.preset_probe import (
     DEFAULT_PRESET,
@@ -113,13 +114,27 @@ def _on_stop(probe: GradientProbe, stop: StopOutlook) -> str:
     )
     can = "The stop can work" if stop.verdict == "works" else "The stop can work, if coarsely"
     few = "" if stop.verdict == "works" else f", at {stop.epoch_steps} batches per epoch"
+    return (
+        f"{can}{few}: {fit}, and it may act from step {stop.first_step} on, once batches agree no "
+        f"more than chance explains; in the probed steps: {_finding(probe, stop)}."
+    )
+
+
+def _finding(probe: GradientProbe, stop: StopOutlook) -> Diagnosis:
+    """The probed steps as one window.
+
+    Each coordinate in units of its own noise, E F = 1 + steps * SNR^2, which has the error of the
+    mean square SNR.
+    """
     # As in a window: a sum over several passes averages the noise of one pass only.
     passes = max(1.0, probe.steps / (stop.epoch_steps or probe.steps))
-    now = f"F = {probe.total.signal_ratio / passes:.2g} in the probed steps"
-    return (
-        f"{can}{few}: {fit}, and it may act from step {stop.first_step} on, once F, the ratio of "
-        f"signal to noise, has fallen below 1 ({now})."
-    )
+    row = {
+        "step": probe.steps,
+        "signal_ratio": probe.total.signal_ratio / passes,
+        "signal_ratio_se": probe.steps * probe.total.rms_snr_sq_se / passes,
+        "reused": passes > 1.0,
+    }
+    return diagnose([row])
 
 
 def _step_length(preset: PresetProbe) -> str:

@@ -52,9 +52,11 @@ def _stop(run: Run) -> str:
 
 
 def _diagnosis(run: Run) -> str:
-    if run.stop is None or not run.stop.diagnosis:
+    if run.stop is None or not run.stop.history:
         return ""
-    return f"Last window: {run.stop.diagnosis}."
+    found = run.stop.diagnosis
+    said = str(found)
+    return f"{said[:1].upper()}{said[1:]}. What to do: {found.advice}."
 
 
 def _kept(run: Run) -> str:

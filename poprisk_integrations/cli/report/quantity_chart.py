@@ -18,7 +18,7 @@ def marks_of(runs: Sequence[Run]) -> list[Mark]:
     """When memorising began and training stopped; where it has not, when it would."""
     marks = []
     for index, run in enumerate(runs):
-        onset = run.last("poprisk/onset_step") if run.stop is None else run.stop.onset_step
+        onset = run.last("poprisk/onset_step") if run.stop is None else run.stop.onset_at
         stop = None if run.stop is None else run.stop.stop_step
         ahead = run.last("poprisk/predicted_stop_step")
         if onset is not None:

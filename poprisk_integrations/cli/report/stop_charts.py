@@ -8,17 +8,18 @@ from poprisk_integrations.cli.report.curve import Curve, changes
 from poprisk_integrations.cli.report.plain_text import number
 from poprisk_integrations.cli.report.quantity_chart import marks_of, run_name
 from poprisk_integrations.cli.report.run import Run
+from poprisk_integrations.cli.report.stop_file import middle_step
 
 __all__ = ["STOP_BASES", "stop_charts"]
 
 _TITLES = {
-    "signal_ratio": "Signal over noise (F)",
+    "signal_ratio": "How far batches agree (F)",
     "risk_decrease": "Gain of the last step (C)",
-    "agreement": "Agreement of batches (U)",
+    "agreement": "Agreement of consecutive batches (U)",
 }
 _NOTES = {
-    "signal_ratio": "One point per window. Below the threshold the gradients of training carry no "
-    "more signal than noise.",
+    "signal_ratio": "One point per window, at its middle. At 1 the batches agree on a direction as "
+    "far as chance alone would have them; only below the threshold is nothing left in common.",
     "risk_decrease": "First-order gain of repeating the last step on fresh batches.",
     "agreement": "Product of consecutive gradients; near 0 they agree no more than noise does.",
 }
@@ -61,9 +62,9 @@ def _lines(runs: Sequence[Run], index: int, name: str, is_compared: bool) -> lis
     """From the report where there is one; loggers repeat values and round them."""
     run = runs[index]
     rows = run.stop.history if run.stop is not None else []
-    values = {float(row["step"]): number(row.get(name)) for row in rows}
+    values = {middle_step(row): number(row.get(name)) for row in rows}
     points = {step: value for step, value in values.items() if value is not None}
-    errors = {float(row["step"]): number(row.get(f"{name}_se")) or 0.0 for row in rows}
+    errors = {middle_step(row): number(row.get(f"{name}_se")) or 0.0 for row in rows}
     if points:
         of = {"": (Curve.of(points), errors)}
     else:

@@ -46,7 +46,9 @@ def evidence(
         arms.append(arm("PopRiskAdamW", rate, gate[index], **changes))
     for optimizer, rate in stops or {}:
         end = find_arm(arms, optimizer, rate, stop=False)
-        arms.append(arm(optimizer, rate, end.accuracy, stop=True, stopped=True, steps=60))
+        said = "probably memorising: the rest (F = 0.9 +- 0.08)"
+        changed = {"stop": True, "stopped": True, "steps": 60, "finding": said}
+        arms.append(arm(optimizer, rate, end.accuracy, **changed))
     return Evidence(
         arms=arms,
         default_lr=1e-4,
@@ -134,6 +136,7 @@ def test_stop_that_helps_hurts_and_changes_nothing() -> None:
     helped = findings(evidence(stops={("AdamW", 3e-4): WON}))[4]
     assert "ended 1 of the 6 runs: AdamW 0.0003 at step 60 of 100" in helped
     assert "It helped in 1 and hurt in 0" in helped
+    assert "AdamW 0.0003 was probably memorising: the rest (F = 0.9 +- 0.08)." in helped
     assert "the best moment had passed" in helped  # 0.90 against 0.75
     hurt = findings(evidence(stops={("PopRiskAdamW", 3e-4): LOST}))[4]
     assert "It helped in 0 and hurt in 1" in hurt

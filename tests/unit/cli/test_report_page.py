@@ -181,7 +181,7 @@ def test_sections(pages: dict[str, str]) -> None:
     for title in (
         "Loss",
         "Learning rate",
-        "Signal over noise (F)",
+        "How far batches agree (F)",
         "Open fraction",
         "Mean gate",
         "Update norm, gated / ungated",

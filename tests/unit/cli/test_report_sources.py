@@ -55,7 +55,7 @@ def test_no_placeholder_of_lightning_is_a_point(tmp_path: Path) -> None:
     sections = {section.name: section for section in sections_of([run])}
     titles = {name: [chart.title for chart in s.charts] for name, s in sections.items()}
     assert titles["loss"] == ["Loss", "Learning rate"]
-    assert titles["stop"] == ["Signal over noise (F)", "Agreement of batches (U)"]
+    assert titles["stop"] == ["How far batches agree (F)", "Agreement of consecutive batches (U)"]
     assert titles["gate"] == titles["labels"] == []
     assert titles["other"] == ["acc"]
     (onset,) = sections["stop"].charts[0].marks
