@@ -11,7 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_dtensor", "local_tensor", "max_over_shards", "mean_over_ranks", "sum_over_shards"]
+__all__ = [
+    "is_dtensor",
+    "local_tensor",
+    "max_over_shards",
+    "mean_over_ranks",
+    "sum_over_shards",
+    "world_size",
+]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -27,17 +34,22 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def world_size() -> int:
+    """Number of ranks of the default process group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean over all ranks, the same bits on each of them.
 
     Args:
         values: Any shape, same on all ranks, on the backend's device.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world_size() == 1:
         return values
     total = values.clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total / world_size()
 
 
 def sum_over_shards(values: Tensor, tensors: Sequence[Tensor], plain_group: Any = None) -> Tensor:

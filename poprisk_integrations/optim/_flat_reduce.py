@@ -4,14 +4,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["same_on_all_ranks", "sum_over_ranks", "world_size"]
+from poprisk_integrations.distributed import world_size
+
+__all__ = ["same_on_all_ranks", "sum_over_ranks"]
 
 BUCKET_ELEMENTS = 2**24  # 64 MiB of float32: large enough for bandwidth, small beside a model
-
-
-def world_size() -> int:
-    """Number of ranks of the default process group, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_ranks(tensors: list[Tensor], bucket_elements: int = BUCKET_ELEMENTS) -> list[Tensor]:

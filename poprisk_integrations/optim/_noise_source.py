@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from poprisk_integrations.core.noise import deviation_scale, gradient_scale, sum_variance
-from poprisk_integrations.distributed import is_dtensor
-from poprisk_integrations.optim._flat_reduce import same_on_all_ranks, sum_over_ranks, world_size
+from poprisk_integrations.distributed import is_dtensor, world_size
+from poprisk_integrations.optim._flat_reduce import same_on_all_ranks, sum_over_ranks
 from poprisk_integrations.optim._work import GroupWork
 
 __all__ = ["NoiseSource", "uses_pieces"]
@@ -367,6 +368,7 @@ def _unseen(record: _Record, problem: str) -> str:
 
 def _hook(source: "weakref.ref[NoiseSource]", key: int) -> Callable[[Tensor], None]:
     @unserializable_hook  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def record_piece(grad: Tensor) -> None:
         target = source()
         if target is not None:
