@@ -90,7 +90,9 @@ class LabelNoiseCallback(MetricsCallback):
         if state.global_step > 0:
             self._resume(state)
         self._warn_of_short_passes(args, state, epoch)
-        if 0 < len(self.noise.margins) < FEWEST_PAIRS and state.is_world_process_zero:
+        settings: Any = args  # a PopRiskDPOConfig
+        wanted = settings.noise != "off" and settings.noise_rate is None
+        if wanted and 0 < len(self.noise.margins) < FEWEST_PAIRS and state.is_world_process_zero:
             logger.warning(
                 "train_dataset has %d pairs; an estimate of the noise rate needs %d. Give "
                 "noise_rate, or the loss stays that of DPO.",

@@ -17,7 +17,6 @@ from trl import DPOTrainer
 from poprisk_integrations.core.preference_losses import dpo_loss
 from poprisk_integrations.distributed import mean_over_ranks
 from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
-from poprisk_integrations.huggingface.registration import PreClipNorm
 from poprisk_integrations.trl._upstream import (
     add_metric,
     batch_log_ratios,
@@ -47,7 +46,7 @@ __all__ = ["PopRiskDPOTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
+class PopRiskDPOTrainer(DPOTrainer):
     """`trl.DPOTrainer` that says how wrong the labels are, and trains well in spite of them.
 
     It looks at what TRL's forward passes return and adds no pass of its own. In training, the term
@@ -206,9 +205,8 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with the margins of the pairs since the last one."""
-        with self._only_warns("poprisk/margin_* and poprisk/kl_data are not logged"):
-            for name, value in self._margin_metrics(current_mode(self)).items():
-                add_metric(self, name, value)
+        for name, value in self._margin_metrics(current_mode(self)).items():
+            add_metric(self, name, value)
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -300,14 +298,16 @@ class PopRiskDPOTrainer(PreClipNorm, DPOTrainer):
         return found
 
     def _margin_metrics(self, mode: str) -> dict[str, float]:
-        log_ratios, rows = self._records.take(mode)
-        suspect = None
-        if mode == "train" and self._noise.estimate is not None and bool((rows >= 0).all()):
-            suspect = self._noise.suspects()[rows.cpu()]
-        metrics = margin_metrics(log_ratios, self.args.beta, suspect)
-        if mode == "train":
-            self._flips_fitted = metrics.get("poprisk/flips_fitted", self._flips_fitted)
-        return metrics
+        with self._only_warns("poprisk/margin_* and poprisk/kl_data are not logged"):
+            log_ratios, rows = self._records.take(mode)
+            suspect = None
+            if mode == "train" and self._noise.estimate is not None and bool((rows >= 0).all()):
+                suspect = self._noise.suspects()[rows.cpu()]
+            metrics = margin_metrics(log_ratios, self.args.beta, suspect)
+            if mode == "train":
+                self._flips_fitted = metrics.get("poprisk/flips_fitted", self._flips_fitted)
+            return metrics
+        return {}
 
     def _without_margins(self) -> None:
         if self.args.noise not in ("off", "auto") or self.args.pair_weight_column is not None:

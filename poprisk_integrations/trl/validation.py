@@ -58,7 +58,9 @@ def check_before_work(args: "PopRiskDPOConfig", train_dataset: Any, eval_dataset
         ValueError: If the data do not pass.
     """
     if args.should_save:
-        check_output_dir(str(args.output_dir), needed=SaveStrategy(args.save_strategy) != SaveStrategy.NO)
+        check_output_dir(
+            str(args.output_dir), needed=SaveStrategy(args.save_strategy) != SaveStrategy.NO
+        )
     strict = args.noise != "off"
     if isinstance(train_dataset, Dataset):
         scan = check_preferences(train_dataset, strict=strict)
