@@ -103,36 +103,25 @@ def data_pass(loader: Any, limit: int | None = None) -> DataPass:
     return _of_sampler(sampler, _length(loader), limit)
 
 
-def joint_data_pass(
-    loaders: Sequence[Any], mode: str, limits: Sequence[int | None], steps: int
-) -> DataPass:
-    """The same of several loaders that a trainer draws from together.
+def joint_data_pass(loaders: Sequence[Any], steps: int | None = None) -> DataPass:
+    """The same of several loaders that a trainer draws from together, a batch of each per step.
+
+    A short one may be cycled meanwhile; a pass is over when the longest has been drawn once.
 
     Args:
         loaders: Of one process.
-        mode: "min_size", "max_size", "max_size_cycle" or "sequential", as Lightning's
-            `CombinedLoader` has them.
-        limits: Batches of each that are taken per epoch, None for all.
-        steps: Batches of an epoch.
+        steps: Batches that a trainer takes per epoch; None for as many as there are.
 
     Example:
         >>> long, short = DataLoader(list(range(9)), shuffle=True), DataLoader(list(range(3)))
-        >>> joint_data_pass([long, short], "max_size_cycle", [None, None], 9).batches
+        >>> joint_data_pass([long, short], 3).batches  # nine steps until the long one is seen
         9
-        >>> joint_data_pass([long, short], "min_size", [None, None], 3).batches is None
-        True
     """
-    passes = [data_pass(one, limit) for one, limit in zip(loaders, limits, strict=True)]
-    for part in passes:
-        if part.batches is None:
-            return part
-    batches = [part.batches or 0 for part in passes]
-    if len(batches) == 1:
-        return passes[0]
-    whole = sum(batches) if mode == "sequential" else max(batches)
-    if steps < whole:
-        return _unknown("several loaders are combined and cut short")
-    return DataPass(batches=whole)
+    passes = [data_pass(one, steps) for one in loaders]
+    unknown = [part for part in passes if part.batches is None]
+    if unknown or not passes:
+        return unknown[0] if unknown else _unknown("there is no loader")
+    return max(passes, key=lambda part: part.batches or 0)
 
 
 def _of_sampler(sampler: Any, batches: int | None, limit: int | None) -> DataPass:

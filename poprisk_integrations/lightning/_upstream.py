@@ -40,6 +40,7 @@ __all__ = [
     "rank_zero_info",
     "rank_zero_warn",
     "strategy_is",
+    "training_loaders",
 ]
 
 
@@ -103,3 +104,9 @@ def strategy_is(trainer: Trainer, *names: str) -> bool:
     By name, since a Trainer may come from the other of the two import names.
     """
     return any(cls.__name__ in names for cls in type(trainer.strategy).__mro__)
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders that are drawn from, with the samplers that Lightning gave them."""
+    combined = getattr(trainer.fit_loop, "_combined_loader", None)
+    return [] if combined is None else list(combined.flattened)

@@ -12,16 +12,17 @@ from poprisk_integrations.optim import PopRiskAdamW
 __all__ = ["poprisk_adamw_from", "rebind_scheduler"]
 
 # Keys of Adam's groups that PopRiskAdamW has no use for: its decay is always decoupled, and how
-# Adam computes its step (fused) is not how ours does.
-_DROPPED = ("amsgrad", "differentiable", "fused", "decoupled_weight_decay")
-_KEPT = ("lr", "betas", "eps", "weight_decay", "maximize", "foreach", "capturable")
+# Adam computes its step (foreach, fused) is not how ours does.
+_DROPPED = ("amsgrad", "differentiable", "foreach", "fused", "decoupled_weight_decay")
+_KEPT = ("lr", "betas", "eps", "weight_decay", "maximize", "capturable")
 
 
 def poprisk_adamw_from(optimizer: Optimizer, options: dict[str, Any]) -> PopRiskAdamW:
     """A PopRiskAdamW over the same parameter groups.
 
-    Learning rates, betas, eps, weight decay, `maximize`, `foreach` and `capturable` are Adam's,
-    group by group; any further key of a group is kept, so `{"params": ..., "gate": "none"}` works.
+    Learning rates, betas, eps, weight decay, `maximize` and `capturable` are Adam's, group by
+    group; `foreach` and `fused` are not, they may be chosen in `options`. Any further key of a
+    group is kept, so `{"params": ..., "gate": "none"}` works.
 
     Args:
         optimizer: A torch Adam or AdamW that has not stepped; left as it is.

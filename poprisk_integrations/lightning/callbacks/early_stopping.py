@@ -3,8 +3,11 @@
 from typing import Any, Literal
 
 from poprisk_integrations.core import StoppingConfig
+from poprisk_integrations.diagnostics.guard import guarded
+from poprisk_integrations.diagnostics.stop_outlook import outlook_line, stop_outlook
 from poprisk_integrations.lightning._upstream import (
     LightningModule,
+    MisconfigurationException,
     Trainer,
     callbacks_of,
     can_stop_early,
@@ -18,8 +21,9 @@ from poprisk_integrations.lightning.callbacks.arguments import (
     check_window,
 )
 from poprisk_integrations.lightning.callbacks.refusals import refuse_second_stop, refuse_strategy
-from poprisk_integrations.lightning.callbacks.resume import find_state, setup_changes
-from poprisk_integrations.lightning.callbacks.run_length import why_no_stop
+from poprisk_integrations.lightning.callbacks.resume import find_state
+from poprisk_integrations.lightning.callbacks.run_length import run_steps
+from poprisk_integrations.lightning.callbacks.run_plan import setup_changes
 from poprisk_integrations.lightning.callbacks.run_result import RunResult
 from poprisk_integrations.lightning.callbacks.step_feed import StepFeed
 from poprisk_integrations.lightning.callbacks.step_log import StepLog
@@ -53,29 +57,32 @@ class PopRiskEarlyStopping(WindowCallback):
 
     The aim is the least loss under the noise of the training data. It must be off where
     generalisation comes after memorising (grokking, epoch-wise double descent). It never stops a
-    run that sees each example once. It cannot see that data are sorted, packed or a curriculum:
+    run that sees each example once: what counts is a pass over the data, as sampler and data set
+    show it, not an epoch of the trainer (`limit_train_batches`). It cannot see that data are sorted, packed or a curriculum:
     their batches are not exchangeable. Dropout and fresh augmentation add to the noise and make
     it stop earlier.
 
-    Logs, from the first step on, of the last window `poprisk/signal_ratio` (F),
-    `poprisk/risk_decrease` (C, first-order gain of repeating a step), `poprisk/agreement` (U,
-    product of consecutive gradients) and their standard errors `..._se`, and
-    `poprisk/onset_step` and `poprisk/predicted_stop_step` (at the present learning rate): -1
-    while there is none, but 0 for C and U, which may be negative (their `_se` is -1 then).
-    Decisions reach the loggers at their step, whatever `log_every_n_steps`. Where the run keeps
-    files, a stopping callback leaves `poprisk_stop.json` in the logger's directory, else in
-    ModelCheckpoint's.
+    Logs, of the last window `poprisk/signal_ratio` (F), `poprisk/risk_decrease` (C, first-order
+    gain of repeating a step), `poprisk/agreement` (U, product of consecutive gradients) and their
+    standard errors `..._se`, and `poprisk/onset_step` and `poprisk/predicted_stop_step` (at the
+    present learning rate), each from when it exists on; NaN once an onset is forgotten. Where a
+    window is longer than an epoch, give an EarlyStopping or a scheduler that monitors one of them
+    `strict=False`. Decisions reach the loggers at their step, whatever `log_every_n_steps`. One
+    line at the start says what the callback can do in this run, one at the end what it did. Where
+    the run keeps files, a stopping callback leaves `poprisk_stop.json` in the logger's directory
+    of the run, else in ModelCheckpoint's.
 
     The state is in the checkpoint, with an unfinished window: a resumed run equals one that was
     never interrupted. With other settings, another world size, batch size, accumulation or
     window, and under sharding strategies, training time continues and the unfinished window
-    starts afresh, with a warning.
+    starts afresh, with a warning. The same, with a line, where accumulation, batch size or the
+    trained parameters change in mid-run.
 
     Args:
         kappa: Stop at this multiple of the training time of the onset, >= 1.
         window: Optimizer steps per window, >= 4, or "auto": one epoch, a third of an epoch for
             runs of under eight, a twentieth of the run if the length of an epoch is unknown; at
-            least 8 (`diagnostics.auto_window_steps`).
+            least 8 (`diagnostics.auto_window_steps`). An epoch is one pass over the data.
         threshold: F below this is the onset, > 0. An onset counts once F has exceeded 1.05 times
             this; two windows in a row above 1.3 times this take it back.
         min_steps: No stop before this many optimizer steps.
@@ -86,20 +93,24 @@ class PopRiskEarlyStopping(WindowCallback):
             None: as "stop", and `best_model_path` stays empty.
         accumulator: "exact", "sample" (of each tensor, for large models) or "auto", see
             `diagnostics.GradientWindow`.
-        epoch_steps: Optimizer steps of one pass over the data, for loaders of unknown length, or
-            that repeat or draw their data inside. None for the trainer's own count. Larger than
-            the run for a stream without end.
+        epoch_steps: Optimizer steps of one pass over the data, for streams, loaders and samplers
+            of your own, and data that repeat inside. None to ask the loader
+            (`diagnostics.data_pass`); where it does not show when an example comes again, the run
+            counts as a single pass and is never stopped.
 
     Raises:
         ValueError: If an argument is outside its range.
         MisconfigurationException: When `fit` starts, for manual optimization, an optimizer that
-            trains nothing, two stopping callbacks, and DeepSpeed.
+            trains nothing, two stopping callbacks, and DeepSpeed. With `action="monitor"` a
+            warning says instead that nothing is measured.
 
     Example:
         >>> callback = PopRiskEarlyStopping(kappa=3.0, window=20)
         >>> callback.stopped_step, callback.stopping_reason
         (None, 'no window is complete yet')
     """
+
+    _name = _NAME
 
     def __init__(
         self,
@@ -161,8 +172,8 @@ class PopRiskEarlyStopping(WindowCallback):
         return self._judge.reason
 
     @property
-    def history(self) -> list[dict[str, int | float | None]]:
-        """One dict per window: step, lr_sum, and F, C, U, their standard errors and the noise.
+    def history(self) -> list[dict[str, Any]]:
+        """One dict per window: step, lr_sum, F, C, U, their standard errors, noise, steps, reused.
 
         None where something was not measured.
         """
@@ -178,7 +189,7 @@ class PopRiskEarlyStopping(WindowCallback):
         return self._result.path
 
     def metrics(self) -> dict[str, float]:
-        """The present values of all that this callback logs."""
+        """The present values of all that this callback logs, without what does not exist yet."""
         feed = self._feed
         return self._judge.metrics(*((0, 0.0) if feed is None else (feed.step, feed.reader.lr)))
 
@@ -186,7 +197,8 @@ class PopRiskEarlyStopping(WindowCallback):
         """Refuse what cannot work, and start afresh: a checkpoint is loaded after this."""
         if stage == "fit":
             self._reset()
-            refuse_strategy(trainer, _NAME, self.restore)
+            if self.action == "stop":
+                refuse_strategy(trainer, _NAME, self.restore)
             ours = [c for c in callbacks_of(trainer) if isinstance(c, PopRiskEarlyStopping)]
             refuse_second_stop(ours)
 
@@ -202,8 +214,26 @@ class PopRiskEarlyStopping(WindowCallback):
             self.load_state_dict(found)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the window, or continue the checkpoint's."""
-        feed = StepFeed(
+        """Refuse what cannot work, before any step; the window opens with the first batch."""
+        try:
+            feed = self._new_feed(trainer, pl_module)
+        except (MisconfigurationException, ValueError) as error:
+            if self.action == "stop":
+                raise
+            rank_zero_warn(f"{_NAME}: it measures nothing in this run: {error}")
+            return
+        if is_fast_dev_run(trainer):
+            feed.release()
+            return
+        self._result.check(trainer, self.onset_step)
+        if setup_changes(self._setup, self._settings()):
+            self._judge.judge_anew(self._setup["kappa"])
+        self._open(feed)
+        self._resume_stopped(trainer)
+
+    def _new_feed(self, trainer: Trainer, pl_module: LightningModule) -> StepFeed:
+        refuse_strategy(trainer, _NAME)
+        return StepFeed(
             trainer,
             pl_module,
             owner=_NAME,
@@ -211,18 +241,17 @@ class PopRiskEarlyStopping(WindowCallback):
             accumulator=self.accumulator,
             epoch_steps=self.epoch_steps,
         )
-        if is_fast_dev_run(trainer):
-            feed.release()
-            return
-        self._result.check(trainer, self.onset_step)
-        settings = {name: getattr(self._config, name) for name in _SETTINGS}
-        before = self._open(trainer, feed, _NAME, settings)
-        if setup_changes(before, settings):
-            self._judge.judge_anew(before["kappa"])
-        self._resume_stopped(trainer)
-        problem = why_no_stop(trainer, feed.steps, feed.epoch_steps, self._config.min_steps)
-        if problem is not None and self.action == "stop":
-            rank_zero_warn(f"{_NAME}: it can never stop early: {problem}")
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self._config, name) for name in _SETTINGS}
+
+    def _before_first_batch(self, trainer: Trainer, feed: StepFeed) -> None:
+        plan = feed.plan
+        outlook = stop_outlook(run_steps(trainer), plan.epoch_steps, plan.window)
+        line = outlook_line(
+            outlook, unknown_because=plan.unknown_because, min_steps=self._config.min_steps
+        )
+        rank_zero_info(f"{_NAME}: {line}")
 
     def _after_step(self, trainer: Trainer, pl_module: LightningModule, feed: StepFeed) -> None:
         before, is_closed = self._judge.state, feed.is_full
@@ -238,22 +267,34 @@ class PopRiskEarlyStopping(WindowCallback):
             is_decision=has_acted or before.onset_step != self.onset_step,
         )
 
+    @guarded
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act on a verdict that had to wait for the end of the epoch."""
         if self._feed is not None and self._act_on_verdict(trainer) and not trainer.barebones:
             self._log.write_now(trainer, self._feed.step, self.metrics())
 
+    @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the result is, load the onset's weights back, leave a report."""
+        """Say what was done, load the onset's weights back, leave a report."""
         if self._feed is None:
             return
+        if self._judge.state.stop_step is None:  # else it was said when it happened
+            rank_zero_info(f"{_NAME}: did not stop this run: {self.stopping_reason}")
         self._result.after_fit(trainer, pl_module, self.onset_step, self.stopped_step)
-        directory = report_directory(trainer) if self.action == "stop" else None
-        if directory is not None and trainer.is_global_zero:
-            write_report(directory, self._report(trainer))
+        if self.action == "stop" and trainer.is_global_zero:
+            self._write_report(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings, None and tensors: safe for `weights_only` loading."""
+    def _write_report(self, trainer: Trainer) -> None:
+        directory = report_directory(trainer)
+        if directory is None:
+            return
+        try:
+            write_report(directory, self._report(trainer))
+        except Exception as error:  # whatever a file system raises: the run itself ended well
+            rank_zero_warn(f"{_NAME}: its report could not be written to {directory} ({error!r}).")
+
+    @guarded
+    def _state(self) -> dict[str, Any]:
         return {**self._judge.state_dict(), **self._feed_state(), **self._result.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -294,8 +335,17 @@ class PopRiskEarlyStopping(WindowCallback):
             "stopped": self.stopped_step is not None,
             "global_step": trainer.global_step,
             **self._judge.state_dict()["rule"],
-            "reason": self.stopping_reason,
+            "diagnosis": self._judge.diagnosis,
+            "window_steps": self._setup["window_steps"],
             "best_model_path": self.best_model_path,
             "setup": self._setup,
+            "settings": {
+                **self._settings(),
+                "window": self.window,
+                "action": self.action,
+                "restore": self.restore,
+                "accumulator": self.accumulator,
+                "epoch_steps": self.epoch_steps,
+            },
             "history": self.history,
         }

@@ -1,6 +1,5 @@
 """What the stopping rule needs from an optimizer, step by step: gradients and training time."""
 
-from operator import is_
 from typing import Any, Literal
 
 from torch import Tensor
@@ -43,36 +42,46 @@ class GradientReader:
         epoch_steps: int | None = None,
     ) -> None:
         params = _trained_parameters(optimizer)
-        self.window = GradientWindow(
-            steps, accumulator=accumulator, shard_group=shard_group, epoch_steps=epoch_steps
-        )
+        self._accumulator, self._shard_group = accumulator, shard_group
+        self.start_anew(steps, epoch_steps)
         self.is_sharded = shard_group is not None or any(is_dtensor(p) for p in params)
         self.lr = 0.0
         self._params = params
         self._was_applied = False
-        self._handle = optimizer.register_step_post_hook(self._note_applied)
+        self._listen_to(optimizer)
+
+    def start_anew(self, steps: int, epoch_steps: int | None) -> None:
+        """Begin with windows of another length.
+
+        Args:
+            steps: Optimizer steps per window.
+            epoch_steps: As in `GradientWindow`.
+        """
+        self.window = GradientWindow(
+            steps,
+            accumulator=self._accumulator,
+            shard_group=self._shard_group,
+            epoch_steps=epoch_steps,
+        )
 
     def read(
         self, optimizer: Optimizer, *, scale: float | Tensor = 1.0, count: bool = True
     ) -> None:
         """Read the learning rate and, unless `count` is False, the gradients of one step.
 
-        A change of the set of trained parameters starts the window afresh: its sums go by
-        position.
-
         Args:
-            optimizer: The optimizer, before its step.
+            optimizer: The optimizer, before its step; another one than before is followed.
             scale: Makes the gradients those of the mean loss of the step's examples.
             count: Whether there are new gradients.
         """
         groups = optimizer.param_groups
         self.lr = max((float(g["lr"]) for g in groups if g["params"]), default=0.0)
-        params = _trained_parameters(optimizer)
-        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
-            self.window.reset()
-        self._params = params
+        if optimizer is not self._optimizer:
+            self._handle.remove()
+            self._listen_to(optimizer)
+        self._params = _trained_parameters(optimizer)
         if count:
-            self.window.add(params, scale=scale)
+            self.window.add(self._params, scale=scale)
 
     def take_lr(self) -> float:
         """`lr` of the step that has just ended; 0 if it was skipped."""
@@ -116,6 +125,10 @@ class GradientReader:
         self._handle.remove()
         state = self.state_dict()
         return None if state is None else _on_cpu(state)
+
+    def _listen_to(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._handle = optimizer.register_step_post_hook(self._note_applied)
 
     def _note_applied(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimizers under a grad scaler are told what it found, and skip by themselves.

@@ -4,6 +4,8 @@ import math
 from typing import Any, Literal
 
 from poprisk_integrations.core import LearningRateCutConfig, LearningRateCutRule, WindowRatio
+from poprisk_integrations.diagnostics.guard import guarded
+from poprisk_integrations.diagnostics.learning_rate_scaling import cut_factor, scale_learning_rates
 from poprisk_integrations.lightning._upstream import (
     LightningModule,
     Trainer,
@@ -11,7 +13,6 @@ from poprisk_integrations.lightning._upstream import (
     rank_zero_info,
 )
 from poprisk_integrations.lightning.callbacks.arguments import check_window
-from poprisk_integrations.lightning.callbacks.lr_scaling import largest_lr, scale_learning_rates
 from poprisk_integrations.lightning.callbacks.refusals import refuse_strategy
 from poprisk_integrations.lightning.callbacks.step_feed import StepFeed
 from poprisk_integrations.lightning.callbacks.step_log import StepLog
@@ -32,8 +33,9 @@ class PopRiskLRCut(WindowCallback):
     and goes together with PopRiskEarlyStopping, for which a cut slows training time down.
 
     All parameter groups are cut alike, and every torch scheduler goes on from there with `factor`
-    times what it would have given. A scheduler that sets rates of its own each step, from
-    anything but `base_lrs`, undoes the cut.
+    times what it would have given (`diagnostics.learning_rate_scaling`). A scheduler of your own
+    does so if it keeps rates in attributes named as torch names them (`base_lrs`, `max_lr`); one
+    that computes them from constants undoes the cut.
 
     It is decided at the end of windows, from numbers that were reduced over ranks, so all ranks
     cut together. Logs `poprisk/lr_cuts`. The state is in the checkpoint, the learning rates are
@@ -45,7 +47,7 @@ class PopRiskLRCut(WindowCallback):
         patience: Windows in a row that must say so, >= 1.
         window: Optimizer steps per window, >= 4, or "auto" as in PopRiskEarlyStopping.
         max_cuts: No more cuts than this, >= 1.
-        min_lr: No cut that would take the largest learning rate below this, >= 0.
+        min_lr: The largest learning rate is not cut below this, >= 0. The schedule may go lower.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -55,6 +57,8 @@ class PopRiskLRCut(WindowCallback):
         >>> PopRiskLRCut(factor=0.5, window=50).cuts
         0
     """
+
+    _name = _NAME
 
     def __init__(
         self,
@@ -109,23 +113,39 @@ class PopRiskLRCut(WindowCallback):
             return
         # C and U are measured on the sampled coordinates in any case.
         feed = StepFeed(trainer, pl_module, owner=_NAME, window=self.window, accumulator="sample")
-        self._open(trainer, feed, _NAME, {})
+        self._open(feed)
+
+    def _before_first_batch(self, trainer: Trainer, feed: StepFeed) -> None:
+        first = feed.step + self._config.patience * feed.plan.window
+        rank_zero_info(
+            f"{_NAME}: looks every {feed.plan.window} steps whether the learning rate is too high; "
+            f"the first cut can come at step {first}"
+        )
 
     def _after_step(self, trainer: Trainer, pl_module: LightningModule, feed: StepFeed) -> None:
         feed.take_lr()
         is_cut = False
         if feed.is_full:
             closed = feed.close()
-            is_cut = closed is not None and self._is_due(trainer, feed.step, closed)
+            factor = cut_factor(trainer.optimizers, self._config.factor, self.min_lr)
+            is_cut = closed is not None and factor < 1.0 and self._is_due(feed.step, closed)
         if is_cut:
-            scale_learning_rates(trainer, self._config.factor)
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            scale_learning_rates(trainer.optimizers, schedulers, factor)
             rank_zero_info(f"{_NAME}: {self._rule.state.reason}")
         self._log.write(
             trainer, pl_module, feed.step, self.metrics, is_new=is_cut, is_decision=is_cut
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings, None and tensors: safe for `weights_only` loading."""
+    @guarded
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was done."""
+        if self._feed is not None:
+            times = {0: "never", 1: "once"}.get(self.cuts, f"{self.cuts} times")
+            rank_zero_info(f"{_NAME}: too high a learning rate was seen and cut {times}")
+
+    @guarded
+    def _state(self) -> dict[str, Any]:
         return {"rule": self._rule.state_dict(), **self._feed_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,10 +153,7 @@ class PopRiskLRCut(WindowCallback):
         self._rule.load_state_dict(state_dict["rule"])
         self._load_feed_state(state_dict)
 
-    def _is_due(self, trainer: Trainer, step: int, closed: WindowRatio) -> bool:
-        rates = [largest_lr(optimizer) for optimizer in trainer.optimizers]
-        if max(rates) * self._config.factor < self.min_lr:
-            return False
+    def _is_due(self, step: int, closed: WindowRatio) -> bool:
         return self._rule.update(
             step=step,
             risk_decrease=closed.risk_decrease,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from poprisk_integrations.diagnostics.guard import Guarded, guarded
 from poprisk_integrations.diagnostics.joint_mean import joint_mean
 from poprisk_integrations.diagnostics.layer_groups import check_per_layer
 from poprisk_integrations.diagnostics.layer_sample import LayerSample
@@ -24,7 +25,7 @@ from poprisk_integrations.optim import PopRiskAdamW
 __all__ = ["PopRiskMonitor"]
 
 
-class PopRiskMonitor(Callback):
+class PopRiskMonitor(Guarded, Callback):
     """Logs PopRiskAdamW's gate and noise as `poprisk/open_fraction`, `poprisk/mean_gate`, ...
 
     See `PopRiskAdamW.gate_stats` for the gate's statistics, `diagnostics.layer_sample.LayerSample`
@@ -61,6 +62,7 @@ class PopRiskMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch sampling on; after a resume too, since it is not part of the checkpoint."""
+        self.switched_off = None
         optimizer = _gated_optimizer(trainer)
         for group in optimizer.param_groups:
             group["collect_stats_every"] = self.every_n_steps
@@ -71,6 +73,7 @@ class PopRiskMonitor(Callback):
         self._steps = 0
         self._global_step = trainer.global_step
 
+    @guarded
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
@@ -79,6 +82,7 @@ class PopRiskMonitor(Callback):
         if self._sample is not None and is_ours and not gradients_stay_scaled(trainer, optimizer):
             self._sample.before_step()
 
+    @guarded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from poprisk_integrations.lightning.callbacks.run_plan import setup_changes
 from poprisk_integrations.lightning.callbacks.step_feed import StepFeed
 
-__all__ = ["find_state", "resume_feed", "setup_changes"]
+__all__ = ["find_state", "resume_feed"]
 
 
 def find_state(
@@ -26,16 +27,6 @@ def find_state(
     states = checkpoint.get("callbacks") or {}
     left = [key for key in states if str(key).startswith(prefix) and key not in all_keys]
     return states[left[0]] if len(left) == 1 else None
-
-
-def setup_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Entries that differ, as "name old -> new", in the order of `now`.
-
-    Example:
-        >>> setup_changes({"world_size": 1, "window": 8}, {"world_size": 2, "window": 8})
-        ['world_size 1 -> 2']
-    """
-    return [f"{k} {before[k]} -> {v}" for k, v in now.items() if k in before and before[k] != v]
 
 
 def resume_feed(

@@ -6,10 +6,10 @@ from poprisk_integrations.lightning._upstream import Trainer
 __all__ = [
     "SHORTEST_WINDOW",
     "loader_batch_size",
+    "pass_steps",
     "run_steps",
     "steps_per_epoch",
     "total_steps",
-    "why_no_stop",
     "window_steps",
 ]
 
@@ -30,7 +30,7 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
 def loader_batch_size(trainer: Trainer) -> int | None:
     """Examples in a batch of one rank; None where the loader does not say."""
     loader = trainer.train_dataloader
-    for owner in (loader, getattr(loader, "batch_sampler", None)):
+    for owner in (getattr(loader, "batch_sampler", None), loader):  # a schedule changes the first
         size = getattr(owner, "batch_size", None)
         if isinstance(size, int):
             return size
@@ -60,6 +60,28 @@ def run_steps(trainer: Trainer) -> int | None:
     return total_steps(steps_per_epoch(trainer), trainer.max_epochs, trainer.max_steps)
 
 
+def pass_steps(
+    pass_batches: int | None, epoch_batches: float, accumulate_grad_batches: int
+) -> int | None:
+    """Optimizer steps of one pass over the data; Lightning also steps at the end of an epoch.
+
+    Args:
+        pass_batches: Batches of a pass; None if unknown.
+        epoch_batches: Of one of the trainer's epochs, which may be shorter or longer; infinite
+            if unknown.
+        accumulate_grad_batches: Batches of a step.
+
+    Example:
+        >>> pass_steps(100, 100, 8), pass_steps(100, 20, 8), pass_steps(100, float("inf"), 8)
+        (13, 15, 13)
+    """
+    if pass_batches is None:
+        return None
+    epochs, rest = divmod(pass_batches, epoch_batches)
+    in_epochs = int(epochs) and int(epochs) * -(-int(epoch_batches) // accumulate_grad_batches)
+    return in_epochs + -(-int(rest) // accumulate_grad_batches)
+
+
 def window_steps(trainer: Trainer, window: int | str, pass_steps: int | None) -> int:
     """Length of a window in optimizer steps.
 
@@ -75,38 +97,10 @@ def window_steps(trainer: Trainer, window: int | str, pass_steps: int | None) ->
         return window
     total = run_steps(trainer)
     if pass_steps is None and total is None:
+        pass_steps = steps_per_epoch(trainer)
+    if pass_steps is None and total is None:
         raise ValueError(
             "Invalid window: 'auto'. The data has no length and the run no max_steps; set the "
             f"window to an integer >= {SHORTEST_WINDOW}, or epoch_steps."
         )
     return auto_window_steps(total, pass_steps)
-
-
-def why_no_stop(
-    trainer: Trainer, window: int, pass_steps: int | None, min_steps: int
-) -> str | None:
-    """Why a run cannot stop early, and what to change; None if it can.
-
-    Args:
-        trainer: Fitting, so that it knows its data.
-        window: Optimizer steps of a window.
-        pass_steps: Of one pass over the data; None if unknown.
-        min_steps: No stop before.
-    """
-    total = run_steps(trainer)
-    if total is None:
-        return None
-    if min_steps > total:
-        return f"min_steps={min_steps} is beyond the run's {total} steps. Set a smaller min_steps."
-    first = window if pass_steps is None else -(-pass_steps // window) * window
-    if total >= first + window:
-        return None
-    if pass_steps is not None and total <= pass_steps:
-        return (
-            f"the run's {total} steps are one pass over the data, in which no example can have "
-            "been memorised. Train longer, or set action='monitor'."
-        )
-    return (
-        f"the first window of {window} steps on data seen before would end at step "
-        f"{first + window}, the run at {total}. Set a smaller window."
-    )

@@ -13,33 +13,44 @@ from poprisk_integrations.lightning._upstream import (
     Trainer,
     gradients_stay_scaled,
     loss_scale,
+    rank_zero_info,
+    rank_zero_warn,
 )
 from poprisk_integrations.lightning.callbacks.gradient_reader import GradientReader
 from poprisk_integrations.lightning.callbacks.refusals import only_optimizer
-from poprisk_integrations.lightning.callbacks.run_length import (
-    loader_batch_size,
-    steps_per_epoch,
-    window_steps,
+from poprisk_integrations.lightning.callbacks.run_plan import (
+    RunPlan,
+    run_plan,
+    run_shape,
+    setup_changes,
 )
 from poprisk_integrations.lightning.callbacks.shard_group import plain_shard_group
 
 __all__ = ["NO_FEED", "StepFeed", "over_ranks"]
 
 # A state of before the first step.
-NO_FEED: dict[str, Any] = {"window": None, "is_open": False, "reused": False}
+NO_FEED: dict[str, Any] = {"window": None, "is_open": False, "reused": False, "passes": None}
+
+_RESTARTS = 3  # in a row, without a window that ended in between: it will not end by itself
 
 
 class StepFeed:
     """Reads each optimizer step of a Trainer once, for one callback.
 
-    Make it in `on_train_start`; call `count_micro_batch` in `on_after_backward`, `read` in
-    `on_before_optimizer_step`, `has_stepped` in `on_train_batch_end` and, if that is so,
-    `take_lr` and, if `is_full`, `close`; `release` in the end.
+    Make it in `on_train_start`; call `settle` before the first batch, `count_micro_batch` in
+    `on_after_backward`, `read` in `on_before_optimizer_step`, `has_stepped` in
+    `on_train_batch_end` and, if that is so, `take_lr` and, if `is_full`, `close`; `release` in the
+    end.
 
     Gradients are the mean over the micro-batches of their step. Lightning divides each
     micro-batch's loss by N = `accumulate_grad_batches`, also where an epoch ends after k < N of
     them: such a step is multiplied by N / k. Those of a fused optimizer under fp16 are divided
     by the loss scale.
+
+    Accumulation, batch size and the length of the run may change while it trains
+    (GradientAccumulationScheduler): windows follow, and an unfinished one starts afresh. An
+    example counts as seen before when the batches drawn are as many as one pass over the data
+    has (`diagnostics.data_pass`), which an epoch of the trainer need not be.
 
     Args:
         trainer: Training.
@@ -47,12 +58,12 @@ class StepFeed:
         owner: Name of the callback, for error messages.
         window: Steps per window, or "auto".
         accumulator: As in `GradientWindow`.
-        epoch_steps: Optimizer steps of one pass over the data; None for the trainer's own count.
+        epoch_steps: Optimizer steps of one pass over the data; None to ask the loaders.
 
     Attributes:
         step: The trainer's optimizer steps so far.
-        steps: Optimizer steps per window.
-        epoch_steps: Of one pass over the data; None if unknown.
+        plan: Lengths of windows and passes at the moment.
+        passes: Passes over the data so far, as far as their length is known.
         reused: Whether the window's examples had been trained on before it started.
         reader: What reads the optimizer.
     """
@@ -68,18 +79,21 @@ class StepFeed:
         epoch_steps: int | None = None,
     ) -> None:
         optimizer = only_optimizer(trainer, pl_module, owner)
-        self._asked_epoch_steps = epoch_steps
-        self.epoch_steps = steps_per_epoch(trainer) if epoch_steps is None else epoch_steps
-        self.steps = window_steps(trainer, window, self.epoch_steps)
+        self._owner = owner
+        self._asked = (window, epoch_steps)
+        self.plan: RunPlan = run_plan(trainer, window, epoch_steps)
+        self._shape = run_shape(trainer)
         self.step = trainer.global_step
+        self.passes = self._passes_before = 0.0  # now, and at the last optimizer step
         self.reused = False
         self.reader = GradientReader(
             optimizer,
-            self.steps,
+            self.plan.window,
             accumulator=accumulator,
             shard_group=plain_shard_group(trainer),
-            epoch_steps=self.epoch_steps,
+            epoch_steps=self.plan.epoch_steps,
         )
+        self._has_warned = False
         self._micro_batches = 0  # since the last optimizer step
         self._is_open = False  # whether the window has begun
 
@@ -88,16 +102,14 @@ class StepFeed:
         """Whether the window ended with the last step."""
         return self.reader.window.is_full
 
-    def setup_of(self, trainer: Trainer) -> dict[str, int | str | None]:
+    @property
+    def setup(self) -> dict[str, int | str | None]:
         """What decides how a window's numbers compare with those of another run's window."""
-        return {
-            "window_steps": self.steps,
-            "epoch_steps": self.epoch_steps,
-            "accumulator": self.reader.window.accumulator,
-            "world_size": trainer.world_size,
-            "batch_size": loader_batch_size(trainer),
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        }
+        return {**self.plan.setup, "accumulator": self.reader.window.accumulator}
+
+    def settle(self, trainer: Trainer) -> None:
+        """Look at the run once more before its first batch: callbacks may have changed it."""
+        self._follow(trainer)
 
     def count_micro_batch(self) -> None:
         """Account for a backward pass."""
@@ -106,18 +118,36 @@ class StepFeed:
     def read(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Take in the gradients of the coming step; without a backward pass they are stale."""
         micro_batches, self._micro_batches = self._micro_batches, 0
+        changes = self._follow(trainer) if micro_batches else []
+        if changes:
+            rank_zero_info(
+                f"{self._owner}: {', '.join(changes)}; a window of {self.plan.window} steps "
+                "starts here."
+            )
         if micro_batches and not self._is_open:
             self._is_open = True
-            self.reused = self._is_second_pass(trainer)
+            self.reused = self._has_seen_all(trainer)
         scale: float | Tensor = trainer.accumulate_grad_batches / max(1, micro_batches)
         if gradients_stay_scaled(trainer, optimizer):
             scale = scale / loss_scale(trainer)
         self.reader.read(optimizer, scale=scale, count=micro_batches > 0)
+        if self.reader.window.restarts >= _RESTARTS and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{self._owner}: the trained parameters change (frozen, thawed or added) before a "
+                f"window of {self.plan.window} steps ends, so nothing is measured. Set window to "
+                "fewer steps than lie between two changes."
+            )
 
     def has_stepped(self, trainer: Trainer) -> bool:
-        """Whether the trainer has made an optimizer step since the last call."""
+        """Account for a batch; whether the trainer has made an optimizer step with it."""
+        if self.plan.pass_batches is not None:
+            self.passes += 1 / self.plan.pass_batches
         before, self.step = self.step, trainer.global_step
-        return before != self.step
+        if before == self.step:
+            return False
+        self._passes_before = self.passes
+        return True
 
     def take_lr(self) -> float:
         """Training time of the step that has just ended, on this rank."""
@@ -133,7 +163,7 @@ class StepFeed:
         return self._state(self.reader.state_dict())
 
     def load_state_dict(self, state: dict[str, Any], *, keep_window: bool) -> str | None:
-        """Continue.
+        """Continue. A state of an older version did not count batches.
 
         Args:
             state: From `state_dict`.
@@ -142,6 +172,11 @@ class StepFeed:
         Returns:
             Why the window starts afresh although it was to be kept; None if it does not.
         """
+        self.passes = state["passes"] or 0.0
+        if state["passes"] is None and self.plan.pass_batches is not None:
+            batches = self.step * self.plan.accumulate_grad_batches
+            self.passes = batches / self.plan.pass_batches
+        self._passes_before = self.passes
         if not keep_window:
             return None
         lost = self.reader.resume(state["window"])
@@ -158,12 +193,31 @@ class StepFeed:
             "window": window,
             "is_open": self._is_open,
             "reused": self.reused,
+            "passes": self.passes,
         }
 
-    def _is_second_pass(self, trainer: Trainer) -> bool:
-        if self._asked_epoch_steps is not None:
-            return trainer.global_step >= self._asked_epoch_steps
-        return trainer.current_epoch > 0
+    def _follow(self, trainer: Trainer) -> list[str]:
+        """Make a new plan if the run is another; what changed for windows, as text."""
+        shape = run_shape(trainer)
+        if shape == self._shape:
+            return []
+        self._shape, (window, epoch_steps) = shape, self._asked
+        try:
+            plan = run_plan(trainer, window, epoch_steps)
+        except ValueError:  # a run without an end by now: its windows stay as they are
+            plan = run_plan(trainer, self.plan.window, epoch_steps)
+        changes = setup_changes(self.plan.setup, plan.setup)
+        self.plan = plan
+        if changes:
+            self.reader.start_anew(plan.window, plan.epoch_steps)
+            self._is_open = False
+        return changes
+
+    def _has_seen_all(self, trainer: Trainer) -> bool:
+        """Whether a whole pass over the data was drawn before the coming step's batches."""
+        if self._asked[1] is not None:
+            return trainer.global_step >= self._asked[1]
+        return self._passes_before >= 1 - 1e-9  # a sum of floats
 
 
 def over_ranks(trainer: Trainer, value: float) -> float:

@@ -13,9 +13,10 @@ from poprisk_integrations.core import (
     WindowRatio,
     diagnose,
 )
+from poprisk_integrations.diagnostics.window_history import history_row
 from poprisk_integrations.lightning._upstream import Trainer, rank_zero_warn
 from poprisk_integrations.lightning.callbacks.step_feed import StepFeed, over_ranks
-from poprisk_integrations.lightning.callbacks.stop_report import logged_values, window_record
+from poprisk_integrations.lightning.callbacks.stop_report import logged_values
 
 __all__ = ["StopJudge"]
 
@@ -31,16 +32,17 @@ class StopJudge:
         owner: Name of the callback, for warnings.
 
     Attributes:
-        history: One record per window, see `window_record`.
+        history: One record per window, see `diagnostics.window_history.history_row`.
+        diagnosis: What the windows say.
     """
 
     def __init__(self, config: StoppingConfig, owner: str) -> None:
         self._rule = StoppingRule(config)
         self._owner = owner
         self._verdict: StoppingState | None = None  # due, but not accepted
-        self._diagnosis = ""
         self._warned = False
-        self.history: list[dict[str, int | float | None]] = []
+        self.diagnosis = ""
+        self.history: list[dict[str, Any]] = []
 
     @property
     def state(self) -> StoppingState:
@@ -50,7 +52,7 @@ class StopJudge:
     @property
     def reason(self) -> str:
         """The last change of mind, and what the windows say."""
-        return "; ".join(filter(None, (self.state.reason, self._diagnosis)))
+        return "; ".join(filter(None, (self.state.reason, self.diagnosis)))
 
     def metrics(self, step: int, lr: float) -> dict[str, float]:
         """The present values of all that is logged.
@@ -106,14 +108,14 @@ class StopJudge:
         return {
             "rule": self._rule.state_dict(),
             "history": [dict(record) for record in self.history],
-            "diagnosis": self._diagnosis,
+            "diagnosis": self.diagnosis,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore; an older state may have no history."""
         self._rule.load_state_dict(state_dict["rule"])
         self.history = [dict(record) for record in state_dict.get("history", ())]
-        self._diagnosis = state_dict.get("diagnosis", "")
+        self.diagnosis = state_dict.get("diagnosis", "")
 
     def _update(self, feed: StepFeed, lr: float, closed: WindowRatio | None) -> StoppingDecision:
         if closed is None:
@@ -126,9 +128,10 @@ class StopJudge:
             noise=float(closed.noise.sum()),
             reused=feed.reused,
         )
-        self.history.append(window_record(feed.step, self.state, closed))
+        row = history_row(feed.step, self.state.lr_sum, closed, reused=feed.reused)
+        self.history.append(row)
         since, threshold = self.state.onset_step, self._rule.config.threshold
-        self._diagnosis = str(diagnose(self.history, since=since, threshold=threshold))
+        self.diagnosis = str(diagnose(self.history, since=since, threshold=threshold))
         return decision
 
     def _warn_of_empty_window(self, step: int, closed: WindowRatio | None) -> None:

@@ -186,7 +186,7 @@ class TestLossScaling:
         assert len([w for w in warned if "had fewer than" in str(w.message)]) == 1  # of 2 windows
         rule = stop.state_dict()["rule"]
         assert (rule["windows"], rule["lr_sum"]) == (0, 0.0)
-        assert stop.metrics()["poprisk/signal_ratio"] == -1
+        assert "poprisk/signal_ratio" not in stop.metrics()
 
     @pytest.mark.parametrize("accumulate", [1, 3])
     def test_those_that_fused_optimizers_see_scaled_are_unscaled(self, tmp_path, accumulate):

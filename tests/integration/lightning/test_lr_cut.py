@@ -86,9 +86,12 @@ def test_cuts_where_steps_overshoot(tmp_path, caplog):
     assert rates.rates[2 * WINDOW] == pytest.approx(0.3 * LR)
     assert rates.rates[-1] == pytest.approx(LR * 0.3**cut.cuts)
     assert model.excess_loss() < 0.5 * uncut.excess_loss()
-    lines = [r.message for r in caplog.records if "PopRiskLRCut" in r.message]
+    first, *lines, last = [r.message for r in caplog.records if "PopRiskLRCut" in r.message]
+    assert f"looks every {WINDOW} steps" in first
+    assert f"the first cut can come at step {2 * WINDOW}" in first
     assert len(lines) == cut.cuts
     assert f"learning rate cut at step {2 * WINDOW}: steps gain nothing" in lines[0]
+    assert "seen and cut" in last
 
 
 @pytest.mark.parametrize("make_optimizer", [toy.adamw, toy.gated, toy.sgd])
@@ -110,10 +113,10 @@ def test_limits_are_kept(tmp_path):
     assert once.cuts == 1
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.3 * LR)
 
-    floored = PopRiskLRCut(window=WINDOW, min_lr=0.31 * LR)
+    floored = PopRiskLRCut(window=WINDOW, min_lr=0.5 * LR)
     _, trainer = fit(tmp_path, [floored])
-    assert floored.cuts == 0
-    assert trainer.optimizers[0].param_groups[0]["lr"] == LR
+    assert floored.cuts == 1  # to the floor, and nothing after it
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * LR)
 
 
 def test_a_scheduler_does_not_undo_it(tmp_path):

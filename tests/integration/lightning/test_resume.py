@@ -31,6 +31,11 @@ class ResumableLoader(DataLoader):
         self.start = state_dict["position"]
 
 
+def stopping(**arguments):
+    """A loader of one's own may repeat inside, so the length of a pass is given."""
+    return PopRiskEarlyStopping(epoch_steps=8, **arguments)
+
+
 def data():
     return ResumableLoader(toy.noisy_data(256, toy.FLIPS), batch_size=32)
 
@@ -73,14 +78,14 @@ class SaveAt(Callback):
 )
 def test_resumed_equals_uninterrupted_bitwise(tmp_path, make_optimizer, window, step, where):
     kappa = 2.0
-    whole_stop = PopRiskEarlyStopping(kappa=kappa, window=window)
+    whole_stop = stopping(kappa=kappa, window=window)
     saver = SaveAt(tmp_path, step)
     whole = fit(tmp_path, whole_stop, make_optimizer, callbacks=[saver])
     saved = torch.load(saver.path, weights_only=True)  # numbers, strings and tensors only
     seen = saved["callbacks"][whole_stop.state_key]["window"]["seen"]
     assert seen == step % window
 
-    stop = PopRiskEarlyStopping(kappa=kappa, window=window)
+    stop = stopping(kappa=kappa, window=window)
     resumed = fit(tmp_path, stop, make_optimizer, ckpt_path=saver.path)
 
     assert whole_stop.stopped_step == whole[1].global_step
@@ -93,10 +98,10 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path, make_optimizer, window, 
 
 def test_resume_with_accumulation_and_a_short_last_step(tmp_path):
     settings = {"accumulate_grad_batches": 3, "max_epochs": 12}
-    whole_stop = PopRiskEarlyStopping(window=5, action="monitor")
+    whole_stop = stopping(window=5, action="monitor")
     saver = SaveAt(tmp_path, 9)
     whole = fit(tmp_path, whole_stop, toy.gated, callbacks=[saver], **settings)
-    stop = PopRiskEarlyStopping(window=5, action="monitor")
+    stop = stopping(window=5, action="monitor")
     resumed = fit(tmp_path, stop, toy.gated, ckpt_path=saver.path, **settings)
     toy.assert_same(resumed[0].state_dict(), whole[0].state_dict())
     toy.assert_same(stop.state_dict(), whole_stop.state_dict())
@@ -105,24 +110,24 @@ def test_resume_with_accumulation_and_a_short_last_step(tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 def test_a_run_that_had_stopped_stays_stopped(tmp_path):
     saver = ModelCheckpoint(tmp_path / "c", filename="last")
-    first = PopRiskEarlyStopping(kappa=1.2, window=8)
+    first = stopping(kappa=1.2, window=8)
     whole = fit(tmp_path, first, toy.gated, callbacks=[saver], enable_checkpointing=True)
     path = saver.best_model_path
     assert first.best_model_path == path  # saved at the epoch's end, at the step of the stop
 
-    again = PopRiskEarlyStopping(kappa=1.2, window=8)
+    again = stopping(kappa=1.2, window=8)
     resumed = fit(tmp_path, again, toy.gated, ckpt_path=path)
     assert resumed[1].global_step == whole[1].global_step == again.stopped_step
     toy.assert_same(resumed[0].state_dict(), whole[0].state_dict())
 
-    trains_on = PopRiskEarlyStopping(kappa=1.2, window=8, action="monitor")
+    trains_on = stopping(kappa=1.2, window=8, action="monitor")
     longer = fit(tmp_path, trains_on, toy.gated, ckpt_path=path)
     assert longer[1].current_epoch == 30
     assert trains_on.onset_step == first.onset_step
 
 
 def test_a_second_fit_starts_afresh(tmp_path):
-    stop = PopRiskEarlyStopping(window=8)
+    stop = stopping(window=8)
     fit(tmp_path, stop, toy.adamw)
     first = stop.state_dict()
     _, trainer = fit(tmp_path, stop, toy.adamw)
@@ -138,8 +143,8 @@ def test_a_window_of_other_parameters_starts_afresh(tmp_path):
             self.net[0].requires_grad_(False)
 
     saver = SaveAt(tmp_path, 20)
-    fit(tmp_path, PopRiskEarlyStopping(window=8), toy.adamw, callbacks=[saver])
-    trainer = toy.trainer(tmp_path, [PopRiskEarlyStopping(window=8)], max_epochs=20)
+    fit(tmp_path, stopping(window=8), toy.adamw, callbacks=[saver])
+    trainer = toy.trainer(tmp_path, [stopping(window=8)], max_epochs=20)
     with pytest.warns(UserWarning, match="does not fit the trained parameters"):
         trainer.fit(Frozen(), data(), ckpt_path=saver.path)
 
@@ -147,12 +152,12 @@ def test_a_window_of_other_parameters_starts_afresh(tmp_path):
 @pytest.mark.parametrize("make_first", [toy.adamw, toy.gated])
 def test_popriskoptimizer_loads_checkpoints_of_adamw_and_of_ours(tmp_path, make_first):
     saver = SaveAt(tmp_path, 16)
-    fit(tmp_path, PopRiskEarlyStopping(window=8), make_first, callbacks=[saver])
+    fit(tmp_path, stopping(window=8), make_first, callbacks=[saver])
     saved = torch.load(saver.path, weights_only=True)["optimizer_states"][0]["state"][0]
 
     _, trainer = fit(
         tmp_path,
-        PopRiskEarlyStopping(window=8),
+        stopping(window=8),
         toy.adamw,
         ckpt_path=saver.path,
         callbacks=[PopRiskOptimizer()],
@@ -168,7 +173,7 @@ def test_popriskoptimizer_loads_checkpoints_of_adamw_and_of_ours(tmp_path, make_
 
 def test_popriskoptimizer_resumes_bitwise(tmp_path):
     saver = SaveAt(tmp_path, 20)
-    whole_stop, stop = (PopRiskEarlyStopping(kappa=1.2, window=8) for _ in range(2))
+    whole_stop, stop = (stopping(kappa=1.2, window=8) for _ in range(2))
     optimizer = PopRiskOptimizer(gate="hard")
     whole = fit(tmp_path, whole_stop, toy.adamw, callbacks=[optimizer, saver])
     resumed = fit(

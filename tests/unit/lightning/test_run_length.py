@@ -6,9 +6,9 @@ import pytest
 
 from poprisk_integrations.lightning.callbacks.run_length import (
     loader_batch_size,
+    pass_steps,
     steps_per_epoch,
     total_steps,
-    why_no_stop,
     window_steps,
 )
 
@@ -63,6 +63,7 @@ def test_steps_per_epoch(trainer, expected):
         (known(float("inf"), max_steps=1000), "auto", 30, 30),  # the user's own count
         (known(float("inf")), 12, None, 12),
         (known(100, max_epochs=2), 12, 100, 12),
+        (known(100), "auto", None, 100),  # a pass is unknown, an epoch is not
     ],
 )
 def test_window_steps(trainer, window, pass_steps, expected):
@@ -75,28 +76,28 @@ def test_nothing_known_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("total", "window", "pass_steps", "min_steps", "message"),
+    ("pass_batches", "epoch_batches", "accumulation", "expected"),
     [
-        (None, 12, 12, 10**6, None),
-        (24, 12, 12, 0, None),  # a window of the first pass and one of the second
-        (24, 12, None, 24, None),
-        (23, 12, 12, 0, "of 12 steps on data seen before would end at step 24, the run at 23"),
-        (99, 8, 100, 0, "one pass over the data"),
-        (100, 8, 100, 0, "one pass over the data"),
-        (105, 8, 100, 0, "would end at step 112"),  # it starts at 104
-        (24, 12, 12, 25, "min_steps=25 is beyond the run's 24 steps"),
+        (100, 100, 1, 100),
+        (103, 103, 4, 26),  # the last one is short
+        (1250, 20, 1, 1250),  # epochs are cut short
+        (100, 20, 8, 15),  # and each ends with a short step
+        (100, 300, 8, 13),  # three passes an epoch
+        (110, 20, 8, 17),
+        (100, float("inf"), 8, 13),
+        (None, 100, 8, None),
     ],
 )
-def test_why_a_run_cannot_stop(total, window, pass_steps, min_steps, message):
-    trainer = known(float("inf"), max_steps=-1 if total is None else total)
-    reason = why_no_stop(trainer, window, pass_steps, min_steps)
-    assert (reason is None) if message is None else (message in reason)
+def test_pass_steps(pass_batches, epoch_batches, accumulation, expected):
+    assert pass_steps(pass_batches, epoch_batches, accumulation) == expected
 
 
 @pytest.mark.parametrize(
     ("loader", "size"),
     [
         (SimpleNamespace(batch_size=4), 4),
+        # Someone schedules the batch size: a loader's own attribute cannot change.
+        (SimpleNamespace(batch_size=4, batch_sampler=SimpleNamespace(batch_size=8)), 8),
         (SimpleNamespace(batch_size=None, batch_sampler=SimpleNamespace(batch_size=6)), 6),
         (SimpleNamespace(), None),
         (None, None),

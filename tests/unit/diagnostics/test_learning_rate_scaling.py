@@ -1,17 +1,39 @@
 """After a cut, every scheduler of torch gives `factor` times what it would have given."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as torch_schedulers
+from torch.optim.swa_utils import SWALR
 
-from poprisk_integrations.lightning.callbacks.lr_scaling import largest_lr, scale_learning_rates
+from poprisk_integrations.diagnostics.learning_rate_scaling import (
+    cut_factor,
+    largest_lr,
+    scale_learning_rates,
+)
 
 FACTOR, CUT_AT, STEPS = 0.3, 7, 40
+
+
+class Triangle(torch_schedulers.LRScheduler):
+    """A user's own, with rates in attributes as public warm-up schedulers keep them."""
+
+    def __init__(self, optimizer, warmup_start_lr, peak_lr, end_lr, warmup_steps=10):
+        self.warmup_start_lr, self.peak_lr, self.end_lr = warmup_start_lr, peak_lr, end_lr
+        self.warmup_steps = warmup_steps
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        share = abs(self.last_epoch / self.warmup_steps - 1)
+        far = self.warmup_start_lr if self.last_epoch < self.warmup_steps else self.end_lr
+        return [min(share, 1) * far + max(1 - share, 0) * self.peak_lr for _ in self.base_lrs]
+
+
 SCHEDULERS = {
     "LambdaLR": lambda o: torch_schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "MultiplicativeLR": lambda o: torch_schedulers.MultiplicativeLR(o, lambda step: 0.95),
+    "SWALR": lambda o: SWALR(o, swa_lr=[0.5, 0.05], anneal_epochs=12),
+    "a user's own": lambda o: Triangle(o, 1e-3, 0.2, 1e-2),
     "StepLR": lambda o: torch_schedulers.StepLR(o, 5, gamma=0.5),
     "MultiStepLR": lambda o: torch_schedulers.MultiStepLR(o, [3, 20], gamma=0.1),
     "ExponentialLR": lambda o: torch_schedulers.ExponentialLR(o, 0.9),
@@ -47,11 +69,6 @@ def make(name, as_tensor=False):
     return optimizer, SCHEDULERS[name](optimizer)
 
 
-def trainer_of(optimizer, scheduler):
-    configs = [SimpleNamespace(scheduler=scheduler)]
-    return SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=configs)
-
-
 def go_on(optimizer, scheduler, steps):
     rates = []
     for _ in range(steps):
@@ -67,7 +84,7 @@ def test_every_scheduler_goes_on_from_the_cut(name):
     uncut = go_on(*make(name), STEPS)
     optimizer, scheduler = make(name)
     before = go_on(optimizer, scheduler, CUT_AT)
-    scale_learning_rates(trainer_of(optimizer, scheduler), FACTOR)
+    scale_learning_rates([optimizer], [scheduler], FACTOR)
     now = torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)
     torch.testing.assert_close(now, FACTOR * before[-1])
     after = go_on(optimizer, scheduler, STEPS - CUT_AT)
@@ -80,7 +97,7 @@ def test_every_scheduler_goes_on_from_the_cut(name):
 def test_a_resumed_scheduler_goes_on_from_the_cut(name):
     optimizer, scheduler = make(name)
     go_on(optimizer, scheduler, CUT_AT)
-    scale_learning_rates(trainer_of(optimizer, scheduler), FACTOR)
+    scale_learning_rates([optimizer], [scheduler], FACTOR)
     second, resumed = make(name)
     second.load_state_dict(optimizer.state_dict())
     resumed.load_state_dict(scheduler.state_dict())
@@ -91,7 +108,7 @@ def test_a_resumed_scheduler_goes_on_from_the_cut(name):
 def test_a_floor_of_reduce_on_plateau_stays():
     optimizer, _ = make("StepLR")
     plateau = torch_schedulers.ReduceLROnPlateau(optimizer, patience=0, min_lr=0.02)
-    scale_learning_rates(trainer_of(optimizer, plateau), FACTOR)
+    scale_learning_rates([optimizer], [plateau], FACTOR)
     rates = go_on(optimizer, plateau, 20)
     assert rates.min() == 0.02
 
@@ -99,7 +116,7 @@ def test_a_floor_of_reduce_on_plateau_stays():
 def test_rates_in_tensors_are_cut_in_place():
     optimizer, scheduler = make("LambdaLR", as_tensor=True)
     kept = optimizer.param_groups[1]["lr"]
-    scale_learning_rates(trainer_of(optimizer, scheduler), FACTOR)
+    scale_learning_rates([optimizer], [scheduler], FACTOR)
     assert optimizer.param_groups[1]["lr"] is kept
     assert float(kept) == pytest.approx(FACTOR)
     assert largest_lr(optimizer) == pytest.approx(FACTOR)
@@ -107,6 +124,12 @@ def test_rates_in_tensors_are_cut_in_place():
 
 def test_without_a_scheduler_the_groups_are_cut():
     optimizer, _ = make("ExponentialLR")
-    trainer = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[])
-    scale_learning_rates(trainer, 0.5)
+    scale_learning_rates([optimizer], [None], 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.5]
+
+
+def test_a_floor_limits_the_cut_of_the_largest_rate():
+    optimizer, _ = make("ExponentialLR")  # 0.1 and 1.0
+    assert cut_factor([optimizer], 0.3, 0.0) == 0.3
+    assert cut_factor([optimizer], 0.3, 0.5) == 0.5
+    assert cut_factor([optimizer], 0.3, 1.0) == cut_factor([optimizer], 0.3, 2.0) == 1.0
