@@ -30,7 +30,7 @@ _SIGNS = {
 
 
 def read_columns(path: Path, number_columns: Collection[str] = ()) -> dict[str, list[Any]]:
-    """The columns of a file, row by row in its order.
+    r"""The columns of a file, row by row in its order.
 
     Args:
         path: Ends in .csv, .json or .jsonl, or in one of these and .gz. UTF-8, with or without a
@@ -45,7 +45,7 @@ def read_columns(path: Path, number_columns: Collection[str] = ()) -> dict[str, 
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "pairs.csv"
-        >>> _ = file.write_text("id,chosen,rejected\\n007,None,1e5\\n")
+        >>> _ = file.write_text("id,chosen,rejected\n007,None,1e5\n")
         >>> read_columns(file)
         {'id': ['007'], 'chosen': ['None'], 'rejected': ['1e5']}
     """

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from poprisk_integrations import __version__
 from poprisk_integrations.cli.commands import demo, dpo, env, flips, probe, recipes, report, run
@@ -30,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0 for success, 2 for bad input, 130 after Ctrl-C. What else a command returns
-        is passed on.
+        Exit status: 0 for success, 2 for bad input, 130 after Ctrl-C, 141 where whoever reads the
+        output has closed it. What else a command returns is passed on.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = False
     own_errors = True
+    is_script = False  # whose output and errors are its own
     try:
         parser = _build_parser()
         args, rest = parser.parse_known_args(argv)
@@ -44,7 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.rest = rest
         debug = args.debug
         own_errors = getattr(args, "own_errors", True)
-        return int(args.run(args))
+        is_script = args.command == "run"
+        if not is_script:
+            _write_any_text(sys.stdout)
+        status = int(args.run(args))
+        sys.stdout.flush()  # now, where a closed pipe can still be told from a fault
+        return status
+    except BrokenPipeError:
+        if debug or is_script:
+            raise
+        # Python flushes once more on exit, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         if debug:
             raise
@@ -55,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(one_line(error))
         return 2
+
+
+def _write_any_text(stream: Any) -> None:
+    """A terminal that knows no such letter shows its code: no reason to fail after the work."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _complain(message: str) -> None:

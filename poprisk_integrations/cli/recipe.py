@@ -130,10 +130,7 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     if not (recipe.script.dataset_name or recipe.mixture.datasets):
         raise UsageError("dataset_name is missing: a name, a local file or directory; or datasets")
     check_names(recipe.model.model_name_or_path, recipe.script.dataset_name)
-    if recipe.pairs.eval_dataset_name is not None:
-        check_names(None, recipe.pairs.eval_dataset_name)
-        if recipe.training.eval_strategy == "no":
-            raise UsageError("eval_dataset_name needs eval_strategy: steps, or epoch")
+    check_names(None, recipe.pairs.eval_dataset_name)
     return recipe
 
 

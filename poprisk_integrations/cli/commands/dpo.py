@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poprisk_integrations._files import write_whole
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError, one_line
+from poprisk_integrations.cli.output import writing
 
 if TYPE_CHECKING:
     from poprisk_integrations.cli.recipe import Recipe
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         print(recipe_help())
         return 0
     recipe = parse_recipe(args.rest)
+    if recipe.pairs.eval_dataset_name is not None and recipe.training.eval_strategy == "no":
+        raise UsageError("eval_dataset_name needs eval_strategy: steps, or epoch")
     trainer = _build_trainer(recipe)
     checkpoint = _checkpoint(recipe.training)
     return _train_and_save(trainer, recipe, checkpoint, debug=args.debug)
@@ -70,7 +72,7 @@ def _train_and_save(
     def attempt(what: str, call: Callable[[], Any]) -> None:
         try:
             call()
-        except Exception as error:  # noqa: BLE001 (whatever it is, the model comes first)
+        except Exception as error:
             if debug:
                 traceback.print_exc()
             failed.append(f"{what}: {one_line(error)}")
@@ -232,7 +234,7 @@ def _record(path: Path, content: dict[str, Any] | None) -> None:
     if content is None:
         path.unlink(missing_ok=True)  # of an earlier run: it would be taken for this one's
         return
-    with write_whole(path) as temporary:
+    with writing(path) as temporary:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError
+from poprisk_integrations.cli.output import writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -195,9 +196,8 @@ def _draw(report: "ProbeReport", path: Path) -> bool:
         return False
     from poprisk_integrations.cli.probe.figure import draw_probe
 
-    temporary = path.with_name(f"{path.name}.tmp")
-    draw_probe(report).savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with writing(path) as temporary:
+        draw_probe(report).savefig(temporary, format="png")
     return True
 
 

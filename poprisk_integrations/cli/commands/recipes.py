@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from poprisk_integrations.cli.errors import UsageError
+from poprisk_integrations.cli.errors import UsageError, one_line
 from poprisk_integrations.cli.recipe_index import all_recipes, find_recipe
 
 __all__ = ["add_parser", "run"]
@@ -81,11 +81,14 @@ def _copy(name: str, to: Path | None) -> int:
         raise UsageError(f"Invalid folder: {str(target)!r}. It exists; name a new one.")
     if not target.absolute().parent.is_dir():
         raise UsageError(f"Invalid folder: {str(target)!r}. Its parent does not exist.")
-    # Whole or not at all.
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent) as scratch:
-        copied = Path(scratch) / "copy"
-        shutil.copytree(recipe.folder, copied, ignore=shutil.ignore_patterns("__pycache__"))
-        os.replace(copied, target)
+    try:  # whole or not at all
+        with tempfile.TemporaryDirectory(dir=target.absolute().parent) as scratch:
+            copied = Path(scratch) / "copy"
+            shutil.copytree(recipe.folder, copied, ignore=shutil.ignore_patterns("__pycache__"))
+            os.replace(copied, target)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UsageError(f"Invalid folder: cannot write {str(target)!r} ({reason}).") from error
     print(target)
     return 0
 

@@ -3,14 +3,14 @@
 import argparse
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError
+from poprisk_integrations.cli.output import writing
 from poprisk_integrations.cli.recipe_index import recipes_root
 from poprisk_integrations.cli.report.findings import headline, key_figures, sentences
 from poprisk_integrations.cli.report.run import Run, load_runs
@@ -113,7 +113,8 @@ def _write_playground(args: argparse.Namespace) -> int:
     source = recipes_root() / "playground" / "playground.html"
     if not source.is_file():
         raise UsageError(f"no playground at {str(source)!r}")
-    _write(out, lambda temporary: shutil.copyfile(source, temporary))
+    with writing(out) as temporary:
+        shutil.copyfile(source, temporary)
     print(json.dumps({"page": str(out)}) if args.json else out)
     return 0
 
@@ -175,22 +176,14 @@ def _write_page(runs: Sequence[Run], page: Path) -> list[Path]:
     for picture in pictures:
         with drawing():
             _write_png(picture, draw_overview(charts, ", ".join(one.name for one in runs)))
-    _write(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with writing(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return pictures
 
 
 def _write_png(path: Path, figure: "Figure") -> None:
-    _write(path, lambda temporary: figure.savefig(temporary, format="png"))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Under another name first: a file of this name is either whole or absent."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _line(one: Run) -> str:

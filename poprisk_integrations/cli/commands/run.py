@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     sys.path[0] = str(Path(args.target).resolve().parent) if is_script else os.getcwd()
     if not is_script and not _module_exists(args.target):
         raise UsageError(f"no module named {args.target!r} (a script must end in .py)")
+    if not is_script and _is_package(args.target) and not _module_exists(f"{args.target}.__main__"):
+        raise UsageError(f"{args.target!r} is a package, or a folder, without a __main__.py to run")
     try:
         import poprisk_integrations.huggingface  # noqa: F401  (registers the names)
     except ImportError as error:
@@ -60,3 +62,8 @@ def _module_exists(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):  # a parent is missing, or the name is not one
         return False
+
+
+def _is_package(name: str) -> bool:
+    found = importlib.util.find_spec(name)
+    return found is not None and found.submodule_search_locations is not None

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from poprisk_integrations._files import write_whole
 from poprisk_integrations.cli.errors import UsageError
+from poprisk_integrations.cli.output import writing
 
 __all__ = ["prepare_directory", "write_json"]
 
@@ -42,5 +42,5 @@ def write_json(path: Path, value: Any) -> None:
         value: Plain values.
     """
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    with write_whole(path) as temporary:
+    with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

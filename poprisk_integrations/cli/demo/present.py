@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from poprisk_integrations._files import write_whole
 from poprisk_integrations.cli.demo.output_files import write_json
 from poprisk_integrations.cli.demo.settings import FULL, QUICK
+from poprisk_integrations.cli.output import writing
 
 __all__ = ["run_and_write"]
 
@@ -46,7 +46,7 @@ def run_and_write(directory: Path, *, quick: bool, seed: int, quiet: bool, as_js
             f"{result.record['data']['model_parameters'] / 1e6:.2f}M parameters; seed {seed}"
         )
         figure = draw(result.runs, settings.learning_rate, subtitle)
-    with write_whole(directory / "report.png") as temporary:
+    with writing(directory / "report.png") as temporary:
         save_figure(figure, temporary)
     if as_json:
         print(json.dumps(result.record, indent=2, allow_nan=False))

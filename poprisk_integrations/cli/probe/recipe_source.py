@@ -42,13 +42,15 @@ def watch_recipe(config: Path, changes: Sequence[str], watch: StepWatch) -> RunS
         UsageError: If the recipe, the model or the data cannot be used.
         ImportError: If the extra is missing.
     """
-    if not config.is_file():
-        raise UsageError(f"no recipe at {str(config)!r}")
     require("transformers", "datasets", "trl", "peft", extra="trl")
     from poprisk_integrations.cli.commands.dpo import _build_trainer
     from poprisk_integrations.cli.demo.quiet import held_back
     from poprisk_integrations.cli.recipe import parse_recipe
+    from poprisk_integrations.cli.recipe_index import check_config
 
+    check_config(config)
+    if not config.is_file():
+        raise UsageError(f"no recipe at {str(config)!r}")
     with TemporaryDirectory(prefix="poprisk-probe-") as directory, held_back():
         arguments = ["--config", str(config), *changes, *_NOTHING_WRITTEN]
         try:

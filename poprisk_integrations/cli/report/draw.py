@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,7 +20,7 @@ from poprisk_integrations.cli.report.curve import thinned
 from poprisk_integrations.cli.report.palette import LIGHT, SERIES
 from poprisk_integrations.cli.report.plain_text import short
 
-__all__ = ["draw_chart", "draw_overview", "drawing"]
+__all__ = ["draw_chart", "draw_overview", "drawing", "plain_log_ticks"]
 
 # Points of 1/72 inch, which are the units of the SVG: a phone shows it at about this size.
 _WIDTH, _PLOT = 350.0, 150.0
@@ -245,12 +246,12 @@ def _scale(axes: Axes, chart: Chart) -> None:
     values = [_drawable(v) for line in chart.lines for v in line.curve.values]
     values = [v for v in values if not math.isnan(v)]
     is_log = chart.log and bool(values) and min(values) > 0
-    is_log = is_log and max(values) / min(values) > _LOG_FROM
+    # The onset is where F crosses its threshold on a logarithmic axis, however little F changes.
+    crosses = chart.level is not None and chart.level[0] > 0
+    is_log = is_log and (crosses or max(values) / min(values) > _LOG_FROM)
     if is_log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=6))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        plain_log_ticks(axes.yaxis)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     if chart.bounds is not None and all(chart.bounds[0] <= v <= chart.bounds[1] for v in values):
@@ -268,6 +269,19 @@ def _scale(axes: Axes, chart: Chart) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(LIGHT["muted"])
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as plain numbers, not as TeX, which `drawing` does not read.
+
+    At powers of ten; over less than two decades also at 2 and 5 times these.
+    """
+    low, high = axis.get_view_interval()
+    steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=6 if len(steps) == 1 else 12))
+    axis.set_major_formatter(_Distinct())
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 class _Distinct(Formatter):

@@ -10,7 +10,6 @@ import pytest
 from poprisk_integrations.cli.commands import demo
 from poprisk_integrations.cli.demo.output_files import (
     prepare_directory,
-    write_atomically,
     write_json,
 )
 from poprisk_integrations.cli.errors import UsageError
@@ -22,52 +21,13 @@ def parse(*argv: str) -> argparse.Namespace:
     return parser.parse_args(["demo", *argv])
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+def test_json_is_strict(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     write_json(path, {"a": 1})
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["results.json"]
-
-
-def test_the_name_appears_only_when_complete(tmp_path: Path) -> None:
-    path = tmp_path / "report.png"
-
-    def write(temporary: Path) -> None:
-        assert temporary.parent == tmp_path
-        assert temporary.suffix == ".png"
-        assert not path.exists()
-        temporary.write_bytes(b"whole")
-        assert not path.exists()
-
-    write_atomically(path, write)
-    assert path.read_bytes() == b"whole"
-
-
-def test_leftovers_of_a_killed_run_are_overwritten(tmp_path: Path) -> None:
-    def die(temporary: Path) -> None:
-        temporary.write_bytes(b"half")
-        os._exit(9)
-
-    pid = os.fork()
-    if pid == 0:
-        write_atomically(tmp_path / "report.png", die)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    assert os.listdir(tmp_path) == [".report.partial.png"]
-    write_atomically(tmp_path / "report.png", lambda path: _write(path, b"whole"))
-    assert os.listdir(tmp_path) == ["report.png"]
-
-
-def test_json_is_strict(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "results.json", {"a": float("nan")})
-    assert os.listdir(tmp_path) == []
 
 
 def test_directories_are_created(tmp_path: Path) -> None:
@@ -111,7 +71,3 @@ def test_defaults() -> None:
         False,
         False,
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

@@ -124,7 +124,7 @@ def test_the_card_of_a_recipe_is_no_configuration(tmp_path: Path) -> None:
         assert str(error.value).endswith(settings)
     old = tmp_path / "recipe.yaml"  # a copy from before cards had this name
     old.write_text((folder / "card.yaml").read_text())
-    with pytest.raises(UsageError, match=r"is the card of a recipe.*; no settings beside it\."):
+    with pytest.raises(UsageError, match=r"is the card of a recipe.*; no settings there\."):
         parse_recipe(["--config", str(old)])
 
 
