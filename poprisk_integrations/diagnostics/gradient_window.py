@@ -14,7 +14,7 @@ from poprisk_integrations.diagnostics.coordinate_sample import FlatVector
 from poprisk_integrations.diagnostics.gradient_agreement import GradientAgreement
 from poprisk_integrations.diagnostics.pending_steps import PendingSteps
 from poprisk_integrations.diagnostics.step_displacement import StepDisplacement
-from poprisk_integrations.diagnostics.window_layout import WindowLayout
+from poprisk_integrations.diagnostics.window_layout import WindowLayout, real_view
 from poprisk_integrations.diagnostics.window_rows import StepRows
 from poprisk_integrations.diagnostics.window_state import check_state, copy_state, state_misfit
 from poprisk_integrations.diagnostics.window_sums import ExactSums, SampledSums
@@ -154,6 +154,10 @@ class GradientWindow:
             return
         assert self._sums is not None
         assert self._norm_sq is not None
+        if self._taken == 0:
+            self._is_plain = all(g is None or _is_plain(g) for g in gradients)
+        if not self._is_plain:
+            gradients = [None if g is None else _plain(g) for g in gradients]
         read = layout.to_locals(gradients)
         scale = _plain_scale(scale, layout.on_host)
         is_exact = isinstance(self._sums, ExactSums)
@@ -245,6 +249,7 @@ class GradientWindow:
         self._pending: PendingSteps | None = None
         self._displacement: StepDisplacement | None = None
         self._agreement: GradientAgreement | None = None
+        self._is_plain = True  # no gradient is sparse, complex or float64, as of the first step
         self._loaded: dict[str, Any] | None = None  # waits for the tensors that it belongs to
 
     def state_dict(self) -> dict[str, Any]:
@@ -407,6 +412,17 @@ def _columns(
     if len(grads) != len(tensors):
         raise ValueError(f"Invalid grads: {len(grads)} for {len(tensors)} parameters.")
     return tensors, list(grads)
+
+
+def _is_plain(grad: Tensor) -> bool:
+    is_wide = grad.dtype is torch.float64 or grad.is_complex()
+    return grad.layout is torch.strided and not is_wide
+
+
+def _plain(grad: Tensor) -> Tensor:
+    """Dense, real and fp32 at most, as the window's buffers are."""
+    plain = real_view(grad if grad.layout is torch.strided else grad.to_dense())
+    return plain.float() if plain.dtype is torch.float64 else plain
 
 
 def _plain_scale(scale: float | Tensor, on_host: bool) -> float | Tensor:

@@ -14,7 +14,7 @@ from poprisk_integrations.distributed import (
     sum_over_shards,
 )
 
-__all__ = ["LARGEST_EXACT", "WindowLayout"]
+__all__ = ["LARGEST_EXACT", "WindowLayout", "real_view"]
 
 # Elements per process up to which "auto" keeps whole buffers, of 8 bytes each: 200 MB.
 LARGEST_EXACT = 25_000_000
@@ -32,7 +32,7 @@ class WindowLayout:
 
     Attributes:
         tensors: As given.
-        locals: Their local shards, as they were.
+        locals: Their local shards, as they were; real and imaginary parts of complex ones.
         accumulator: "exact" or "sample".
         is_sharded: Whether any tensor is.
         on_host: Whether values can be looked at without a device sync.
@@ -44,11 +44,12 @@ class WindowLayout:
     def __init__(self, tensors: Sequence[Tensor], accumulator: str, shard_group: Any) -> None:
         self.tensors = list(tensors)
         self._ids = list(map(id, tensors))
-        self.locals = [local_tensor(t) for t in tensors]
+        self.locals = [real_view(local_tensor(t)) for t in tensors]
         self._shard_group = shard_group
         self.device = self.locals[0].device
         self.on_host = self.device.type == "cpu"
         self._has_dtensors = any(is_dtensor(t) for t in tensors)
+        self._has_complex = any(t.is_complex() for t in tensors)
         self.is_sharded = shard_group is not None or self._has_dtensors
         largest = float(sum(t.numel() for t in self.locals))
         self.numel = self._over_shards([t.numel() for t in self.locals])
@@ -67,9 +68,9 @@ class WindowLayout:
 
     def to_locals(self, values: Sequence[Any]) -> Sequence[Any]:
         """Local shards of tensors or gradients, one per column."""
-        if not self._has_dtensors:
+        if not (self._has_dtensors or self._has_complex):
             return values
-        return [None if v is None else local_tensor(v) for v in values]
+        return [None if v is None else real_view(local_tensor(v)) for v in values]
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum columns (last dimension) over shards."""
@@ -89,3 +90,8 @@ class WindowLayout:
         if not self.is_sharded:
             return torch.tensor(counts, dtype=torch.float64)
         return self.sum(torch.tensor(counts, dtype=torch.float64, device=self.device)).cpu()
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Real and imaginary parts of a complex tensor as a last dimension; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

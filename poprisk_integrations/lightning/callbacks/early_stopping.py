@@ -58,9 +58,9 @@ class PopRiskEarlyStopping(WindowCallback):
     The aim is the least loss under the noise of the training data. It must be off where
     generalisation comes after memorising (grokking, epoch-wise double descent). It never stops a
     run that sees each example once: what counts is a pass over the data, as sampler and data set
-    show it, not an epoch of the trainer (`limit_train_batches`). It cannot see that data are sorted, packed or a curriculum:
-    their batches are not exchangeable. Dropout and fresh augmentation add to the noise and make
-    it stop earlier.
+    show it, not an epoch of the trainer (`limit_train_batches`). It cannot see that data are
+    sorted, packed or a curriculum: their batches are not exchangeable. Dropout and fresh
+    augmentation add to the noise and make it stop earlier.
 
     Logs, of the last window `poprisk/signal_ratio` (F), `poprisk/risk_decrease` (C, first-order
     gain of repeating a step), `poprisk/agreement` (U, product of consecutive gradients) and their

@@ -141,8 +141,9 @@ class PopRiskLRCut(WindowCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was done."""
         if self._feed is not None:
-            times = {0: "never", 1: "once"}.get(self.cuts, f"{self.cuts} times")
-            rank_zero_info(f"{_NAME}: too high a learning rate was seen and cut {times}")
+            times = "once" if self.cuts == 1 else f"{self.cuts} times"
+            did = f"cut the learning rate {times}" if self.cuts else "saw no reason for a cut"
+            rank_zero_info(f"{_NAME}: {did}")
 
     @guarded
     def _state(self) -> dict[str, Any]:

@@ -20,9 +20,9 @@ __all__ = ["WindowCallback"]
 
 
 class WindowCallback(Guarded, Callback):
-    """Owns a `StepFeed` from `on_train_start` to the end of the fit, and its part of the checkpoint.
+    """Owns a `StepFeed` while a fit lasts, and its part of the checkpoint.
 
-    Subclasses make it there, say at `_before_first_batch` what they can do, and do their work in
+    Subclasses make it in `on_train_start`, say at `_before_first_batch` what they can do, and do their work in
     `_after_step`. An unexpected error in mid-run switches the callback off (`Guarded`).
     """
 
