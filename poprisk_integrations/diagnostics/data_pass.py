@@ -97,10 +97,12 @@ def data_pass(loader: Any, limit: int | None = None) -> DataPass:
     if isinstance(loader.dataset, IterableDataset):
         return _unknown("the data are a stream")
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    seen = 0
-    while _definer(sampler) in _BATCH_SAMPLERS and seen < 8:
-        sampler, seen = getattr(sampler, "batch_sampler", None) or sampler.sampler, seen + 1
-    return _of_sampler(sampler, _length(loader), limit)
+    batches, depth = _length(loader), 0
+    while _definer(sampler) in _BATCH_SAMPLERS and depth < 8:
+        if batches is not None:  # the rest of an epoch that is resumed
+            batches += getattr(sampler, "skip_batches", 0)
+        sampler, depth = getattr(sampler, "batch_sampler", None) or sampler.sampler, depth + 1
+    return _of_sampler(sampler, batches, limit)
 
 
 def joint_data_pass(loaders: Sequence[Any], steps: int | None = None) -> DataPass:
@@ -125,16 +127,17 @@ def joint_data_pass(loaders: Sequence[Any], steps: int | None = None) -> DataPas
 
 
 def _of_sampler(sampler: Any, batches: int | None, limit: int | None) -> DataPass:
-    name = _definer(sampler)
+    name, is_shuffled = _definer(sampler), False
     if name in _DISTRIBUTED_WRAPPERS:  # ranks share what another sampler draws
-        sampler = getattr(sampler.dataset, "_sampler", None)
+        sampler, is_shuffled = getattr(sampler.dataset, "_sampler", None), sampler.shuffle
         name = _definer(sampler)
     if batches is None:
         return _unknown("the loader has no length")
     is_list = isinstance(sampler, (list, tuple, range))
-    if is_list or name in _IN_ORDER or (name in _DISTRIBUTED and not sampler.shuffle):
+    in_order = is_list or name in _IN_ORDER or (name in _DISTRIBUTED and not sampler.shuffle)
+    if in_order and not is_shuffled:
         return DataPass(batches=_cut(batches, limit))
-    if name in _DISTRIBUTED | _PERMUTED:
+    if in_order or name in _DISTRIBUTED | _PERMUTED:
         return DataPass(batches=max(1, batches))
     if name in _DRAWN | _WEIGHTED:
         examples = len(sampler.weights if name in _WEIGHTED else sampler.data_source)
