@@ -64,17 +64,18 @@ class LabelNoiseCallback(MetricsCallback):
         self._estimate_at: set[int] = set()
 
     def metrics(self) -> dict[str, float]:
-        """`poprisk/noise_rate` with its interval, and how many pairs are suspect."""
+        """`poprisk/noise_rate` where it can be told, its interval, and how many are suspect."""
         estimate = self.noise.estimate
         if estimate is None:
             return {}
         with self._only_warns("poprisk/noise_rate is not logged"):
-            return {
-                "poprisk/noise_rate": estimate.rate,
-                "poprisk/noise_rate_low": estimate.low,
-                "poprisk/noise_rate_high": estimate.high,
-                "poprisk/flips_suspected": float(self.noise.suspects().sum()),
+            values = {
+                "noise_rate": estimate.rate,
+                "noise_rate_low": estimate.low,
+                "noise_rate_high": estimate.high,
+                "flips_suspected": float(self.noise.suspects().sum()),
             }
+            return {f"poprisk/{name}": v for name, v in values.items() if v is not None}
         return {}
 
     def on_train_begin(
@@ -89,16 +90,8 @@ class LabelNoiseCallback(MetricsCallback):
             self.noise.load_state_dict(*fresh.state_dict())
         if state.global_step > 0:
             self._resume(state)
-        self._warn_of_short_passes(args, state, epoch)
-        settings: Any = args  # a PopRiskDPOConfig
-        wanted = settings.noise != "off" and settings.noise_rate is None
-        if wanted and 0 < len(self.noise.margins) < FEWEST_PAIRS and state.is_world_process_zero:
-            logger.warning(
-                "train_dataset has %d pairs; an estimate of the noise rate needs %d. Give "
-                "noise_rate, or the loss stays that of DPO.",
-                len(self.noise.margins),
-                FEWEST_PAIRS,
-            )
+        if state.is_world_process_zero:
+            self._say_what_is_missing(args, state, epoch)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -151,7 +144,7 @@ class LabelNoiseCallback(MetricsCallback):
                 if estimate is None
                 else estimate.to_json()
             ),
-            "method": "posterior mean, from margins before training",
+            "method": "from margins of the first epoch, each before its pair was trained on",
             "estimated_at_step": self.noise.estimate_step,
             "rate_in_use": self.noise.rate,
             "loss": self.noise.loss.mode,
@@ -160,12 +153,25 @@ class LabelNoiseCallback(MetricsCallback):
         with write_whole(os.path.join(self._directory(), NOISE_REPORT)) as path:
             path.write_text(f"{json.dumps(report, indent=2, allow_nan=False)}\n", encoding="utf-8")
 
-    def _warn_of_short_passes(self, args: Any, state: TrainerState, epoch: int | None) -> None:
-        pairs, few = len(self.noise.margins), epoch is not None and epoch < _FEWEST_STEPS
-        if not (few and pairs and state.is_world_process_zero):
-            return
-        if args.stop or args.noise != "off":
-            batch = state.train_batch_size or args.train_batch_size
+    def _say_what_is_missing(self, args: Any, state: TrainerState, epoch: int | None) -> None:
+        """One line for each thing that this run cannot have. `args` is a `PopRiskDPOConfig`."""
+        pairs = len(self.noise.margins)
+        if args.noise != "off" and args.noise_rate is None:
+            if not pairs:
+                logger.warning(
+                    "train_dataset is streamed: the noise rate is not estimated, and there is no "
+                    "flip report."
+                )
+            elif pairs < FEWEST_PAIRS:
+                logger.warning(
+                    "train_dataset has %d pairs; an estimate of the noise rate needs %d. Give "
+                    "noise_rate, or the loss stays that of DPO.",
+                    pairs,
+                    FEWEST_PAIRS,
+                )
+        watches = args.stop or args.noise != "off"
+        if watches and pairs and epoch is not None and epoch < _FEWEST_STEPS:
+            batch = state.train_batch_size or args.train_batch_size  # the first is what was found
             logger.warning(
                 "One epoch of %d pairs has fewer than %d optimizer steps (batches of %d): the "
                 "stop and the noise rate see too little. Use a smaller batch or more data.",

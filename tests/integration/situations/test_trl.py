@@ -1,0 +1,346 @@
+"""What people do with trl.DPOTrainer by public reports, done with ours beside it.
+
+Each test names the report. Where TRL trains, ours with `noise="off"` must give the same numbers.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from trl import DPOConfig, DPOTrainer
+
+from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
+from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
+from tests.helpers.tiny_dpo import config_options, pairs, tiny_model, tiny_tokenizer
+
+# transformers 5.23 deprecates a name that TRL 1.16 still uses.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+OFF = {"optim": "adamw_torch", "noise": "off", "stop": False}
+LORA = LoraConfig(r=4, target_modules=["v_proj", "o_proj"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(
+    output_dir: Path,
+    train: Any = None,
+    evaluation: Any = None,
+    *,
+    kind: type[PopRiskDPOTrainer] = PopRiskDPOTrainer,
+    model: Any = None,
+    ref_model: Any = None,
+    callbacks: list[Any] | None = None,
+    peft_config: Any = None,
+    data_collator: Any = None,
+    **options: Any,
+) -> PopRiskDPOTrainer:
+    settings = {"max_steps": 2, "stop": False, **options}
+    return kind(
+        tiny_model() if model is None else model,
+        tiny_model(1) if ref_model is None else ref_model or None,
+        PopRiskDPOConfig(**config_options(output_dir, **settings)),
+        data_collator=data_collator,
+        train_dataset=pairs() if train is None else train,
+        eval_dataset=evaluation,
+        processing_class=tiny_tokenizer(),
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+
+
+def same_as_trl(
+    tmp_path: Path,
+    train: Any,
+    evaluation: Any = None,
+    *,
+    ref_seed: int | None = 1,
+    make_model: Any = tiny_model,
+    make_reference: Any = None,
+    peft_config: Any = None,
+    **options: Any,
+) -> PopRiskDPOTrainer:
+    """Train both on the same data, and compare logs and weights bit for bit."""
+    trainers = []
+    for name, kind, config in (
+        ("theirs", DPOTrainer, DPOConfig),
+        ("ours", PopRiskDPOTrainer, PopRiskDPOConfig),
+    ):
+        settings = {"max_steps": 2, "optim": "adamw_torch", **options}
+        if name == "ours":
+            settings |= OFF
+        reference = None if ref_seed is None else tiny_model(ref_seed)
+        trainers.append(
+            kind(
+                make_model(),
+                reference if make_reference is None else make_reference(),
+                config(**config_options(tmp_path / name, **settings)),
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=tiny_tokenizer(),
+                peft_config=peft_config,
+            )
+        )
+        trainers[-1].train()
+        if evaluation is not None:
+            trainers[-1].evaluate()
+    theirs, ours = trainers
+    timing = ("runtime", "per_second", "poprisk/")
+    logs = [
+        [
+            {k: v for k, v in line.items() if not any(t in k for t in timing)}
+            for line in t.state.log_history
+        ]
+        for t in trainers
+    ]
+    assert logs[1] == logs[0]
+    assert len(logs[0]) > 2
+    expected = theirs.model.state_dict()
+    assert all(
+        torch.equal(value, expected[name]) for name, value in ours.model.state_dict().items()
+    )
+    assert isinstance(ours, PopRiskDPOTrainer)
+    return ours
+
+
+def row(**columns: Any) -> dict[str, Any]:
+    return {"prompt": "ash bay", "chosen": " cat dew", "rejected": " elm", **columns}
+
+
+TRAINS_IN_TRL = {
+    "two pairs, batch of eight": (lambda: pairs(2), {"per_device_train_batch_size": 8}),
+    "identical pairs": (lambda: Dataset.from_list([row(rejected=" cat dew")] * 8), {}),
+    "empty rejected": (lambda: Dataset.from_list([row(), row(rejected="")] * 4), {}),
+    "empty prompt and blank chosen": (
+        lambda: Dataset.from_list([row(prompt="ash", chosen=" ")] * 8),
+        {},
+    ),
+    "label smoothing with hinge": (pairs, {"loss_type": "hinge", "label_smoothing": 0.1}),
+    "columns that collators do not know": (
+        lambda: (
+            pairs().add_column("id", [None] * 16).add_column("messages", [[1, "a"[:0]][:1]] * 16)
+        ),
+        {"remove_unused_columns": False},
+    ),
+    "streamed": (lambda: pairs().to_iterable_dataset(), {}),
+}
+
+
+def test_a_stream_says_what_it_cannot_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tmp_path, pairs().to_iterable_dataset(), stop=True).train()
+    line = "train_dataset is streamed: the noise rate is not estimated, and there is no flip report"
+    assert line in caplog.text
+
+
+@pytest.mark.parametrize("case", TRAINS_IN_TRL)
+def test_off_refuses_nothing_that_trl_trains_on(tmp_path: Path, case: str) -> None:
+    make, options = TRAINS_IN_TRL[case]
+    same_as_trl(tmp_path, make(), **options)
+
+
+def test_a_reference_with_padded_embeddings(tmp_path: Path) -> None:
+    # allenai/open-instruct#355: one of the two models has its embeddings resized.
+    def padded() -> Any:
+        model = tiny_model(1)
+        model.resize_token_embeddings(32)
+        return model
+
+    same_as_trl(tmp_path, pairs(), make_reference=padded)
+
+
+def test_an_evaluation_set_of_a_dict_with_precomputed_references(tmp_path: Path) -> None:
+    # huggingface/trl#6370, #1107
+    sets = DatasetDict({"a": pairs(4, seed=1), "b": pairs(4, seed=2)})
+    same_as_trl(tmp_path, pairs(), sets, precompute_ref_log_probs=True)
+
+
+def test_a_trained_adapter_is_its_own_reference(tmp_path: Path) -> None:
+    # huggingface/trl#1193, #6591: the reference of a loaded adapter is a copy of it, not the base.
+    def adapted() -> Any:
+        torch.manual_seed(3)
+        model = get_peft_model(tiny_model(), LORA)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    ours = same_as_trl(tmp_path, pairs(), make_model=adapted, ref_seed=None, beta=0.5)
+    first, second = [line for line in ours.state.log_history if "loss" in line]
+    assert first["poprisk/margin_p50"] == pytest.approx(0, abs=1e-6)
+    for line in (first, second):  # TRL's own rewards, over beta
+        rewards = (line["rewards/chosen"] + line["rewards/rejected"]) / 2
+        assert line["poprisk/kl_data"] == pytest.approx(rewards / 0.5, abs=1e-5)
+    assert abs(second["poprisk/kl_data"]) > 1e-6
+
+
+def test_modules_to_save_beside_the_adapter(tmp_path: Path) -> None:
+    # huggingface/peft#1689: with trained embeddings the reference is still the model before.
+    lora = LoraConfig(r=4, target_modules=["v_proj"], modules_to_save=["embed_tokens"])
+    ours = same_as_trl(tmp_path, pairs(), peft_config=lora, ref_seed=None, learning_rate=0.1)
+    line = [line for line in ours.state.log_history if "loss" in line][1]
+    rewards = (line["rewards/chosen"] + line["rewards/rejected"]) / 2
+    assert line["poprisk/kl_data"] == pytest.approx(rewards / 0.1, abs=1e-4)
+    assert abs(line["poprisk/kl_data"]) > 1e-2
+
+
+def test_an_adapter_with_a_reference_of_its_own(tmp_path: Path) -> None:
+    # huggingface/trl#1365
+    ours = same_as_trl(tmp_path, pairs(), peft_config=LORA, ref_seed=1)
+    line = next(line for line in ours.state.log_history if "loss" in line)
+    rewards = (line["rewards/chosen"] + line["rewards/rejected"]) / 2
+    assert line["poprisk/kl_data"] == pytest.approx(rewards / 0.1, abs=1e-4)
+
+
+def test_a_merged_adapter_is_saved_after_training(tmp_path: Path) -> None:
+    trainer = build(tmp_path, peft_config=LORA, ref_model=False, learning_rate=0.05)
+    trainer.train()
+    trainer.model.merge_adapter()
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+class Prepared(PopRiskDPOTrainer):
+    """oumi-ai/oumi#1922: data come tokenized, so preparation is overridden."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        return dataset
+
+
+def test_data_that_are_tokenized_already(tmp_path: Path) -> None:
+    ids = build(tmp_path).train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    trainer = build(tmp_path, ids, kind=Prepared, noise="cdpo", noise_rate=0.2, max_steps=4)
+    trainer.train()
+    assert trainer.flip_report().to_pandas()["margin"].notna().all()
+
+
+SHAREGPT = [{"from": "gpt", "value": "cat"}]
+REFUSED = {
+    # Hand-made files; TRL: AttributeError: 'list' object has no attribute 'endswith'
+    "lists of strings": (["cat"], ["dew"], "row 0: .* not lists of str"),
+    # axolotl-ai-cloud/axolotl#1651
+    "ShareGPT keys": (SHAREGPT, [{"from": "gpt", "value": "dew"}], "needs 'role' and 'content'"),
+}
+
+
+@pytest.mark.parametrize("noise", ["auto", "off"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_completions_that_are_neither_text_nor_messages(
+    tmp_path: Path, case: str, noise: str
+) -> None:
+    chosen, rejected, message = REFUSED[case]
+    data = Dataset.from_list([{"prompt": "ash", "chosen": chosen, "rejected": rejected}] * 4)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, data, noise=noise)
+    with pytest.raises(AttributeError):
+        DPOTrainer(
+            tiny_model(),
+            tiny_model(),
+            DPOConfig(**config_options(tmp_path)),
+            train_dataset=data,
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_copies_and_pairs_labelled_both_ways_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # vl-rewardbench/VL_RewardBench#7, alipay/VCSL#13: one pair of texts, two labels.
+    turned = [
+        row(chosen=r["rejected"], rejected=r["chosen"]) | {"prompt": r["prompt"]} for r in pairs(3)
+    ]
+    data = Dataset.from_list([*pairs(8), *pairs(5), *turned])
+    build(tmp_path, data)
+    line = (
+        "5 of 16 pairs are copies of an earlier one, and 3 pairs of completions are labelled both"
+    )
+    assert [line in record.message for record in caplog.records].count(True) == 1
+
+
+def mixed_ids() -> Dataset:
+    """What a JSON file with "s0" and 1 gives."""
+    text = datasets.Value("string")
+    features = datasets.Features(prompt=text, chosen=text, rejected=text, id=datasets.Json())
+    return Dataset.from_dict({**pairs()[:], "id": ["s0", *range(1, 16)]}, features=features)
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets has no columns of mixed type")
+def test_ids_of_mixed_type_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Row 0 has 's0' and row 1 has 1; ids must be all text or"):
+        PopRiskDPOTrainer(
+            "no/such-model",
+            args=PopRiskDPOConfig(**config_options(tmp_path, pair_id_column="id")),
+            train_dataset=mixed_ids(),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written_and_need_not_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    build(tmp_path)  # save_strategy="no": TRL trains
+    assert "no permission to write" in caplog.text
+    with pytest.raises(PermissionError, match="no permission to write"):
+        build(tmp_path, save_strategy="steps")
+
+
+@pytest.mark.parametrize("form", ["instance", "class"])
+def test_a_stop_that_is_added_later(tmp_path: Path, form: str) -> None:
+    trainer = build(tmp_path, stop=True)
+    added = PopRiskEarlyStoppingCallback
+    trainer.add_callback(added if form == "class" else added(window=4))
+    trainer.train()
+    callbacks = trainer.callback_handler.callbacks
+    stops = [c for c in callbacks if isinstance(c, PopRiskEarlyStoppingCallback)]
+    assert [c.window for c in stops] == ["auto" if form == "class" else 4]
+
+
+def test_saved_and_evaluated_before_training_and_trained_twice(tmp_path: Path) -> None:
+    # mosaicml/composer#138: a trainer is used more than once.
+    known = {"noise": "cdpo", "noise_rate": 0.2, "max_steps": 4, "stop": True, "stop_window": 4}
+    trainer = build(tmp_path, evaluation=pairs(4, seed=1), **known)
+    assert trainer.evaluate()["eval_poprisk/margin_p50"] != 0
+    trainer.save_model()
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not (tmp_path / "flip_report.csv").exists()
+    trainer.train()
+    first = trainer.flip_report().to_pandas()
+    assert first["margin"].notna().all()
+    trainer.train()
+    assert trainer.state.global_step == 4
+    # The second run trains on pairs that it has seen: their margins are still those from before.
+    assert trainer.flip_report().to_pandas().equals(first)
+
+
+def test_a_collator_that_is_replaced_later_loses_no_weight_in_silence(tmp_path: Path) -> None:
+    data = pairs().add_column("weight", [0.5] * 16)
+    trainer = build(tmp_path, data, pair_weight_column="weight")
+    trainer.data_collator = trainer.data_collator.collator
+    with pytest.raises(ValueError, match=r"pair_weight_column: 'weight'\. A batch has no weights"):
+        trainer.train()
+
+
+def test_margins_that_overflow_leave_a_model_and_a_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # huggingface/trl#2435: rewards and logits turn to NaN in the middle of a run.
+    trainer = build(tmp_path, noise="cdpo", noise_rate=0.2, learning_rate=1e30, max_steps=4)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "model.safetensors").is_file()
+    table = trainer.flip_report().to_pandas()
+    assert 0 < table["margin"].notna().sum() < 16  # those of the first batches
