@@ -32,7 +32,8 @@ def parse_optim_args(text: str | None, **overrides: Any) -> dict[str, Any]:
     """Typed options from "key=value,key=value".
 
     Types are those of PopRiskAdamW's signature; ranges are checked by the optimizer itself.
-    Spaces do not count. `no_gate` holds substrings of parameter names, joined by "|".
+    Spaces do not count. `no_gate` holds substrings of parameter names in any case, joined by
+    "|".
 
     Args:
         text: The value of `TrainingArguments.optim_args`.

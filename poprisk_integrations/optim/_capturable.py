@@ -1,8 +1,9 @@
-"""All parameters of a dtype at once with scalars on the device: no host knows the step count.
+"""One parameter at a time with scalars on the device: no host knows the step count.
 
-Used on accelerators (always, so that a non-finite gradient is skipped without a host sync) and
-wherever `capturable=True`. The same steps as `_single_tensor.py`; scalars are 0-dim tensors, and
-`keep` is 1 where the step counts, 0 where it must leave no trace.
+Used wherever `capturable=True`, and on accelerators for what the Triton kernel does not take: some
+30 launches per parameter, but a non-finite gradient is skipped without a host sync. The same steps
+as `_single_tensor.py`; scalars are 0-dim tensors, and `keep` is 1 where the step counts, 0 where it
+must leave no trace.
 """
 
 import torch

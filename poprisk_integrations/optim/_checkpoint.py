@@ -19,9 +19,10 @@ from poprisk_integrations.optim._moments import (
 )
 from poprisk_integrations.optim._options import check_group
 
-__all__ = ["adopt_group_options", "check_foreign_state", "restore_states"]
+__all__ = ["adopt_group_options", "check_foreign_state", "restore_states", "restored_moment"]
 
 COUNTS = ("step", "dev_step")
+_OURS = {*COUNTS, *MOMENTS, *chain.from_iterable(state_keys(key, "8bit") for key in MOMENTS)}
 # How a step is computed, and how states are stored, belongs to the process, not to the trajectory.
 IMPLEMENTATION = (
     "foreach",
@@ -66,7 +67,8 @@ def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> 
         )
     known = {name for key, kind in kinds.items() if kind for name in state_keys(key, kind)}
     extra = sorted(set(state) - known - set(COUNTS))
-    if extra:
+    # In our own, wrappers of the optimizer (Lookahead) keep tensors of theirs.
+    if extra and "dev_step" not in state:
         raise ValueError(
             f"Not a PopRiskAdamW or AdamW checkpoint: parameter {index} has the unknown state "
             f"keys {extra}."
@@ -171,6 +173,7 @@ def restore_states(
             saved, state = state_dict["state"].get(index), optimizer.state.get(param)
             if not saved or not state:
                 continue
+            others = {key: value for key, value in state.items() if key not in _OURS}
             state.clear()
             device = param.device if on_device(param, group) else torch.device("cpu")
             for key in COUNTS:
@@ -179,12 +182,24 @@ def restore_states(
                     state[key] = count.detach().clone().reshape(()).to(device)
             for key in MOMENTS:
                 kind = moment_format(param, key, group["state_dtype"])
-                state.update(_restored(saved, key, kind, param))
+                state.update(restored_moment(saved, key, kind, param))
+            state.update(others)
 
 
-def _restored(
+def restored_moment(
     saved: dict[str, Any], key: str, kind: str | torch.dtype, param: Tensor
 ) -> dict[str, Tensor]:
+    """A moment as the parameter needs it, from one of any format and device.
+
+    Args:
+        saved: Where its tensors are; left as it is.
+        key: One of `MOMENTS`.
+        kind: The format that is wanted, see `moment_format`.
+        param: The parameter.
+
+    Returns:
+        Its entries of the state; none if `saved` has none.
+    """
     saved_kind = _saved_kind(saved, key)
     if saved_kind is None:
         return {}

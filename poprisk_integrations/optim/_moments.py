@@ -13,6 +13,7 @@ __all__ = ["MOMENTS", "STATE_FORMATS", "Moment", "moment_format", "moment_of", "
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_dev_sq")
 STATE_FORMATS = ("float32", "bfloat16", "8bit")
+WIDE_DTYPES = (torch.float64, torch.complex64, torch.complex128)  # moments keep the parameter's
 # Below these sizes scales and rounding noise cost more than the bytes are worth.
 MIN_CODED_NUMEL = 4096
 MIN_CODED_ROW = BLOCK
@@ -120,7 +121,7 @@ def moment_format(param: Tensor, key: str, state_dtype: Any) -> str | torch.dtyp
         One of `STATE_FORMATS`, or the parameter's dtype where it is kept.
     """
     wanted = state_dtype.get(key) if isinstance(state_dtype, dict) else state_dtype
-    if param.dtype in (torch.float64, torch.complex64, torch.complex128):
+    if param.dtype in WIDE_DTYPES:
         return param.dtype
     if wanted == "8bit":
         shape = param.shape

@@ -183,6 +183,11 @@ def check_group(group: dict[str, Any]) -> None:
             f"Invalid noise_source: {group['noise_source']!r}. Must be 'temporal' with "
             "noise_mean='raw', the published rule."
         )
+    if "adaptive" in group:
+        raise ValueError(
+            "Invalid groups: 'adaptive' is an option of SAM, whose 'rho' (a radius) stands in the "
+            "same groups as PopRiskAdamW's (a decay). Rename SAM's rho, and use no 'adaptive'."
+        )
     if not _in_range(group["rho"], 0.0, 1.0, right_open=True):
         raise ValueError(f"Invalid rho: {group['rho']}. Must be in [0, 1).")
     if not _in_range(group["gate_blend"], 0.0, 1.0):

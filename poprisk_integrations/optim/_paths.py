@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from poprisk_integrations.distributed import local_tensor
@@ -43,17 +42,18 @@ def path_of(group: dict[str, Any]) -> str:
     on_device = any(needs_device_step(p, group) for p in params)
     eager = "capturable" if on_device else "foreach" if group["foreach"] else "single_tensor"
     # Norms of whole tensors, which one elementwise pass cannot know.
-    if group["preserve_norm"] or group["foreach"] or group["fused"] is False or not params:
+    if group["preserve_norm"] or group["fused"] is False or not params:
+        return eager
+    if params[0].device.type != "cpu":
+        # With `foreach=True` too: it asks for a kernel that takes all tensors at once: this one.
+        return "fused_triton" if triton_is_usable(params[0].device) else eager
+    if group["foreach"]:
         return eager
     is_asked_for = bool(group["fused"])
-    if params[0].device.type != "cpu":
-        if torch.compiler.is_compiling() or not triton_is_usable(params[0].device):
-            return eager
-        return "fused_triton"
     pays = sum(local_tensor(p).numel() for p in params) >= AUTO_FUSED_NUMEL
     if (is_asked_for or pays) and compiler_is_found():
         return "fused_compiled"
-    if is_asked_for and not torch.compiler.is_compiling():
+    if is_asked_for:
         warn_without_compiler()
     return eager
 

@@ -19,9 +19,10 @@ def param_groups(
     Args:
         model: The model, before it is wrapped or sharded.
         no_gate: Substrings of parameter names whose group gets `gate="none"`, e.g. embeddings
-            (rarely hit rows look like noise) and routers.
+            (rarely hit rows look like noise) and routers. Upper and lower case are the same:
+            "norm" finds `LayerNorm` too.
         weight_decay: Decay of the decayed groups.
-        no_decay: Substrings of parameter names without weight decay; None for the usual rule:
+        no_decay: The same for parameters without weight decay; None for the usual rule:
             no decay for biases and for parameters of normalisation layers.
 
     Returns:
@@ -69,11 +70,13 @@ def _matching(names: list[str], patterns: Iterable[str], argument: str) -> set[s
         patterns = (patterns,)
     found: set[str] = set()
     for pattern in patterns:
-        hits = {name for name in names if pattern in name}
+        hits = {name for name in names if pattern.lower() in name.lower()}
         if not hits:
+            parts = dict.fromkeys(part for name in names for part in name.split("."))
+            words = [part for part in parts if not part.isdigit()]
             raise ValueError(
-                f"Invalid {argument}: {pattern!r} matches no parameter name. "
-                f"Names look like {names[0]!r}."
+                f"Invalid {argument}: {pattern!r} matches no parameter name. Names look like "
+                f"{names[0]!r}; their parts are {', '.join(words)}."
             )
         found |= hits
     return found

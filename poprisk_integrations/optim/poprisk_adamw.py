@@ -1,11 +1,13 @@
 """AdamW whose update passes only where the batch signal beats its noise."""
 
+import logging
 from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import Self
 
@@ -17,14 +19,22 @@ from poprisk_integrations.optim._checkpoint import (
 )
 from poprisk_integrations.optim._finite import agreed_keep, all_finite
 from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
-from poprisk_integrations.optim._moments import MOMENTS, moment_format, new_moment, state_keys
 from poprisk_integrations.optim._noise_source import NoiseSource, uses_pieces
 from poprisk_integrations.optim._options import check_group, resolve_group
 from poprisk_integrations.optim._params import check_gradients, check_params
 from poprisk_integrations.optim._paths import needs_device_step, path_of, step_group
+from poprisk_integrations.optim._state import fit_state
 from poprisk_integrations.optim._work import GroupWork
 
 __all__ = ["PopRiskAdamW"]
+
+logger = logging.getLogger("poprisk_integrations")
+IDLE_STEPS = 10
+_IDLE = (
+    "PopRiskAdamW has made %d steps and found no gradient in any: it trains nothing. Were the "
+    "model's parameters replaced after the optimizer was made (load_state_dict(assign=True), "
+    "to_empty() of a meta model, a wrapper)? Make it after them."
+)
 
 
 class PopRiskAdamW(Optimizer):
@@ -209,6 +219,7 @@ class PopRiskAdamW(Optimizer):
         }
         return cls(params, lr, **{**published, **options})
 
+    @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked before anything changes.
 
@@ -236,12 +247,18 @@ class PopRiskAdamW(Optimizer):
         if "defaults" in state:  # a copy or a pickle; `load_state_dict` brings none
             self._watch_pieces()
 
+    @_disable_dynamo
+    @torch.inference_mode(False)
     def init_state(self) -> None:
-        """Create all states (zeros, step 0) without a step, e.g. as a checkpoint template."""
+        """Create all states (zeros, step 0) without a step.
+
+        For checkpoint templates, and before a CUDA graph captures the first step.
+        """
         for group in self.param_groups:
             for param in group["params"]:
                 if param.requires_grad:
                     self._init_param_state(param, group)
+                    self._skipped(local_tensor(param).device)
 
     @property
     def path(self) -> str:
@@ -262,9 +279,11 @@ class PopRiskAdamW(Optimizer):
         groups = [g for g in self.param_groups if g["params"]]
         return bool(groups) and all(g["fused"] and path_of(g).startswith("fused") for g in groups)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step.
+
+        Inside `torch.compile` it runs as it does outside: the closure is compiled, the update is
+        a graph break. Its fast paths are compiled already, and Dynamo would lose what it creates.
 
         A non-finite gradient anywhere (in any shard of a DTensor) skips the whole step: neither
         parameters nor states change, and the skip is counted. On accelerators this is decided on
@@ -280,6 +299,14 @@ class PopRiskAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    # Tensors that Dynamo traces or inference mode makes are of no use to later steps.
+    @_disable_dynamo
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _update(self) -> None:
         check_gradients(self.param_groups)
         noise_source = self._watch_pieces(in_step=True)
         works = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
@@ -293,10 +320,15 @@ class PopRiskAdamW(Optimizer):
             keep = agreed_keep(works, found_inf)
         if noise_source is not None:
             noise_source.update(works, self.param_groups, keep, grad_scale)
-        if keep is None:
-            return loss
         counters = self._counters()
-        counters["skipped"] = counters.get("skipped", 0) + (1.0 - keep)
+        if keep is None:
+            idle = counters["idle"] = counters.get("idle", 0) + 1
+            if idle == IDLE_STEPS and "skipped" not in counters:
+                logger.warning(_IDLE, idle)
+            return
+        # In place, so that a captured graph counts at each replay.
+        skipped = self._skipped(keep.device)
+        skipped += (1.0 - keep).to(skipped.device)
         for index, (work, group) in enumerate(zip(works, self.param_groups, strict=True)):
             if not work.params:
                 continue
@@ -307,8 +339,8 @@ class PopRiskAdamW(Optimizer):
             step_group(path_of(group), work, resolve_group(group), sums, keep, grad_scale)
             if sums:
                 self._samples()[index] = torch.stack([s.to(sums[0]) for s in sums]).sum(0)
-        return loss
 
+    @_disable_dynamo
     def gate_sums(self) -> Tensor:
         """Sums and counts of the last sampled step, ready to be added over ranks.
 
@@ -329,6 +361,7 @@ class PopRiskAdamW(Optimizer):
         rows[:, -1] = 1
         return rows
 
+    @_disable_dynamo
     def gate_stats(self, sums: Tensor | None = None) -> dict[str, Tensor]:
         """What the gate did at the last sampled step (see `collect_stats_every`).
 
@@ -359,6 +392,8 @@ class PopRiskAdamW(Optimizer):
         """Steps skipped for a non-finite gradient in this process (reads the device)."""
         return int(self._counters().get("skipped", 0))
 
+    @_disable_dynamo
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load our own state or an Adam/AdamW one.
 
@@ -408,20 +443,8 @@ class PopRiskAdamW(Optimizer):
 
     def _init_param_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[param])
-        # Key by key: a loaded AdamW state has all but the noise.
-        device = local_tensor(param).device if needs_device_step(param, group) else "cpu"
-        if "step" in state and "dev_step" not in state:
-            # Set by others past load_state_dict: DeepSpeed's universal checkpoint gives ONE step
-            # tensor, wherever it lies, to all parameters, and each of them would count on it.
-            step = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
-            state["step"] = step.detach().clone().reshape(())
-        for key in ("step", "dev_step"):
-            if key not in state:
-                state[key] = torch.zeros((), dtype=torch.float32, device=device)
-        for key in MOMENTS:
-            if key not in state and state_keys(key, "8bit")[0] not in state:
-                kind = moment_format(param, key, group["state_dtype"])
-                state.update(new_moment(param, key, kind))
+        on_device = needs_device_step(param, group)
+        fit_state(state, param, group["state_dtype"], counts_on_device=on_device)
         return state
 
     # Hooks belong to this process's parameters: never checkpointed, and copies set their own.
@@ -436,6 +459,12 @@ class PopRiskAdamW(Optimizer):
         else:
             source.watch(self.param_groups)
         return source
+
+    def _skipped(self, device: torch.device) -> Tensor:
+        counters = self._counters()
+        if "skipped" not in counters:
+            counters["skipped"] = torch.zeros((), device=device)
+        return cast("Tensor", counters["skipped"])
 
     # Sampling is not part of the trajectory: it is not checkpointed, and copies start anew.
     def _counters(self) -> dict[str, Any]:

@@ -192,6 +192,14 @@ TABLE = (
         "_per_optimizer_states", "torch", ("huggingface/callbacks/loss_scale.py",),
         "whether a GradScaler has unscaled this optimizer's gradients already", _scaler_stages,
     ),
+    *(
+        Private(
+            name, "torch", ("optim/_noise_source.py", "optim/poprisk_adamw.py"),
+            "torch.compiler.disable, as torch.optim itself uses it: it imports Dynamo at the first "
+            "call, not with the package", _has("torch", "_compile", "_disable_dynamo"),
+        )
+        for name in ("_compile", "_disable_dynamo")
+    ),
     Private(
         "_schedulers", "torch", ("huggingface/callbacks/learning_rate.py",),
         "the schedulers that a SequentialLR or ChainedScheduler holds", _schedulers_in_a_row,

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import Trainer
+from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.huggingface import PopRiskTrainerMixin, optimizer_cls_and_kwargs
@@ -80,6 +80,24 @@ def test_no_gate_keeps_trainers_decay_groups(tmp_path):
         "head.weight": ("hard", 0.1),
         "head.bias": ("hard", 0.0),
     }
+
+
+def test_no_gate_finds_berts_layer_norms(tmp_path):
+    """`LayerNorm`: upper and lower case are the same."""
+    config = BertConfig(
+        vocab_size=8,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        max_position_embeddings=8,
+    )
+    model = BertForSequenceClassification(config)
+    args = arguments(tmp_path, optim_args="no_gate=embed|norm")
+    optimizer = Trainer(model=model, args=args, train_dataset=dataset()).create_optimizer()
+    ungated = {id(p) for g in optimizer.param_groups if g["gate"] == "none" for p in g["params"]}
+    names = {name for name, param in model.named_parameters() if id(param) in ungated}
+    assert names == {n for n, _ in model.named_parameters() if "embed" in n or "LayerNorm" in n}
 
 
 def test_no_gate_for_a_whole_group_leaves_no_empty_one(tmp_path):

@@ -66,6 +66,15 @@ def test_ungated_it_takes_adamws_steps():
     assert torch.equal(model.weight, twin.weight)
 
 
+def test_how_adam_computes_its_step_does_not_carry_over():
+    """`foreach` would turn our fused paths off, and refuse `fused=True`."""
+    parameter = nn.Parameter(torch.zeros(2))
+    adam = torch.optim.AdamW([{"params": [parameter], "foreach": True}], foreach=True)
+    assert poprisk_adamw_from(adam, {}).param_groups[0]["foreach"] is None
+    assert poprisk_adamw_from(adam, {"fused": True}).param_groups[0]["fused"] is True
+    assert poprisk_adamw_from(adam, {"foreach": True}).path == "foreach"
+
+
 def test_named_parameters_and_tensor_rates_carry_over():
     model = nn.Linear(2, 2)
     adam = torch.optim.AdamW(model.named_parameters(), lr=torch.tensor(0.25))

@@ -45,6 +45,39 @@ def test_no_decay_by_name_and_optimizer_accepts_the_groups():
     assert {g["gate"] for g in optimizer.param_groups} == {"soft", "none"}
 
 
+class Bert(nn.Module):
+    """Names as in transformers' BERT."""
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.ModuleDict(
+            {"word_embeddings": nn.Embedding(4, 3), "LayerNorm": nn.LayerNorm(3)}
+        )
+        self.pooler = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("pattern", ["norm", "layernorm", "LayerNorm", "LAYERNORM"])
+def test_upper_and_lower_case_are_the_same(pattern):
+    net = Bert()
+    for argument, expected in (("no_gate", {"gate": "none"}), ("no_decay", {"weight_decay": 0.0})):
+        chosen = [
+            group
+            for group in param_groups(net, **{argument: (pattern,)})
+            if expected.items() <= group.items()
+        ]
+        ids = {id(p) for group in chosen for p in group["params"]}
+        norm = net.embeddings["LayerNorm"]
+        assert {id(norm.weight), id(norm.bias)} <= ids
+        assert id(net.pooler.weight) not in ids
+
+
+def test_a_refusal_names_the_parts_that_there_are():
+    """GPT-2 calls its norms `ln_1`."""
+    net = nn.ModuleDict({"wte": nn.Embedding(4, 3), "h": nn.ModuleList([nn.LayerNorm(3)])})
+    with pytest.raises(ValueError, match="their parts are wte, weight, h, bias"):
+        param_groups(net, no_gate=("norm",))
+
+
 def test_frozen_and_tied_parameters():
     net = model()
     net["embed"].weight.requires_grad_(False)

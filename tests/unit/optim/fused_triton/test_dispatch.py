@@ -8,12 +8,14 @@ import torch
 
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.optim import _fused_triton as fused
+from poprisk_integrations.optim import poprisk_adamw
 from poprisk_integrations.optim._options import resolve_group
 from tests.unit.optim.fused_triton.problem import (
     BF16,
     CPU,
     FP32,
     compare,
+    everything,
     fused_step,
     make,
     params_of,
@@ -93,6 +95,25 @@ def test_what_is_left_to_the_other_path():
     optimizer = PopRiskAdamW([complex_])
     work = optimizer._gather(0, optimizer.param_groups[0])
     assert not fused.triton_supports(work, 0, resolve_group(optimizer.param_groups[0]))
+
+
+def test_a_compiled_step_is_the_step(monkeypatch):
+    """Dynamo does not look into the launch, and the states that a step makes stay."""
+    monkeypatch.setattr(poprisk_adamw, "path_of", lambda group: "fused_triton")
+    runs = []
+    for wrap in (torch.compile(backend="eager"), lambda step: step):
+        torch._dynamo.reset()
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 300))
+        optimizer = PopRiskAdamW([param], lr=1e-2, capturable=True)
+        step = wrap(optimizer.step)
+        for index in range(4):
+            set_grads(optimizer, index)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                step()
+        runs.append(optimizer)
+    compiled, plain = map(everything, runs)
+    assert plain["0.step"] == 4
+    assert all(torch.equal(compiled[name], value) for name, value in plain.items())
 
 
 def test_probe_says_yes():

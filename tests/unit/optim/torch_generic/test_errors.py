@@ -144,6 +144,11 @@ def with_option(name, value):
     return change
 
 
+def not_ours(saved):
+    saved["state"][0]["momentum_buffer"] = torch.zeros(5, 7)
+    del saved["state"][0]["dev_step"]
+
+
 def one_group_more(saved):
     saved["param_groups"].append({**saved["param_groups"][0], "params": []})
 
@@ -156,7 +161,7 @@ BAD_STATES = {
     "no exp_avg": (without("exp_avg"), "Not a PopRiskAdamW or AdamW checkpoint"),
     "no exp_avg_sq": (without("exp_avg_sq"), "Not a PopRiskAdamW or AdamW checkpoint"),
     "no step": (without("step"), "Not a PopRiskAdamW or AdamW checkpoint"),
-    "extra key": (with_state("momentum_buffer", torch.zeros(5, 7)), "momentum_buffer"),
+    "another optimizer": (not_ours, "momentum_buffer"),
     "exp_avg shape": (with_state("exp_avg", torch.zeros(7, 5)), r"exp_avg .* \(7, 5\)"),
     "exp_avg_sq shape": (with_state("exp_avg_sq", torch.zeros(35)), r"exp_avg_sq .* \(35,\)"),
     "noise shape": (with_state("exp_dev_sq", torch.zeros(())), r"exp_dev_sq .* \(\)"),
