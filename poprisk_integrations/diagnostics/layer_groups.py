@@ -12,7 +12,8 @@ LayerNaming = bool | int | Callable[[str], str | None]
 
 # What wrappers put into the names of parameters.
 _WRAPPERS = re.compile(
-    r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
+    r"base_model\.model)\."
 )
 
 
@@ -24,8 +25,8 @@ def layer_groups(names: Iterable[str], per_layer: LayerNaming = True) -> dict[st
     neighbouring blocks go together ("model.layers.0-3"), and then names are cut shorter.
 
     Args:
-        names: Of parameters, as `named_parameters` gives them. What FSDP, DDP and torch.compile
-            put into names is left out.
+        names: Of parameters, as `named_parameters` gives them. What FSDP, DDP, torch.compile
+            and PEFT put into names is left out.
         per_layer: True; the number of parts of a name to keep, at most all but the last; or a
             function from a name to its group, or to None for no group. False puts none in one.
 

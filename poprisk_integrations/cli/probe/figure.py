@@ -70,7 +70,8 @@ def _snr(axis: Any, probe: GradientProbe) -> None:
     above = axis.legend(handles=openings, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, **style)
     axis.add_artist(above)
     lines = [line for line in axis.get_lines() if line not in openings]
-    axis.legend(handles=lines, loc="upper right", fontsize=7, framealpha=0.85)
+    columns = 1 + (len(lines) > 16)
+    axis.legend(handles=lines, loc="upper right", fontsize=7, framealpha=0.85, ncols=columns)
 
 
 def _presets(axis: Any, probe: GradientProbe) -> None:

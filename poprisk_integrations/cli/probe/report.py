@@ -10,7 +10,6 @@ from torch import Tensor
 
 from poprisk_integrations.cli.errors import UsageError
 from poprisk_integrations.cli.probe.advice import advise
-from poprisk_integrations.cli.probe.names import layer_groups
 from poprisk_integrations.cli.probe.sizes import RunSizes
 from poprisk_integrations.cli.probe.watch import StepWatch, WatchedOptimizer
 from poprisk_integrations.diagnostics.gradient_probe import (
@@ -19,6 +18,7 @@ from poprisk_integrations.diagnostics.gradient_probe import (
     probe_gradients,
 )
 from poprisk_integrations.diagnostics.group_probe import GroupProbe
+from poprisk_integrations.diagnostics.layer_groups import layer_groups
 from poprisk_integrations.diagnostics.stop_outlook import StopOutlook, stop_outlook
 from poprisk_integrations.optim._moments import MOMENTS, moment_format
 
@@ -167,9 +167,10 @@ def _check(watch: StepWatch, watched: Sequence[WatchedOptimizer]) -> None:
 
 def _report_of(watched: WatchedOptimizer, watch: StepWatch, sizes: RunSizes) -> OptimizerReport:
     assert watched.history is not None
+    group_of = layer_groups(watched.names)  # as the monitors name them
     probe = probe_gradients(
         watched.history,
-        layer_groups(watched.names),
+        [group_of[name] for name in watched.names],
         betas=watched.betas or (0.9, 0.999),
         batch_size=sizes.batch_size,
         dataset_size=sizes.dataset_size,

@@ -57,6 +57,16 @@ def with_closure() -> None:
     fit(model, torch.optim.AdamW(model.parameters(), lr=1e-2), STEPS, closure=True)
 
 
+def deep() -> None:
+    """More blocks than a picture of the probe once had groups, wrapped as torch.compile does."""
+    torch.manual_seed(1)
+    blocks = nn.Sequential(*(nn.Linear(16, 16) for _ in range(20)))
+    model = nn.Module()
+    model._orig_mod = nn.ModuleDict({"layers": blocks, "head": nn.Linear(16, 4)})
+    model.forward = lambda x: model._orig_mod["head"](blocks(x))
+    fit(model, torch.optim.AdamW(model.parameters(), lr=1e-3), STEPS)
+
+
 def endless() -> None:
     """Catches whatever goes wrong in a step, and goes on for ever."""
     model = net()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from poprisk_integrations.cli.main import main
+from poprisk_integrations.diagnostics.layer_groups import layer_groups
 from tests.integration.cli import probe_targets
 from tests.integration.lightning.toy import third_party_warnings
 
@@ -75,6 +76,14 @@ def test_trainer_inside_a_function(probe: Any) -> None:
     (optimizer,) = report["optimizers"]
     assert optimizer["steps"] == 16
     assert {group["name"] for group in optimizer["groups"]} == {"embed", "norm", "head"}
+
+
+def test_layers_have_the_names_of_the_monitors(probe: Any) -> None:
+    report = probe(f"{TARGETS}:deep", steps=probe_targets.STEPS + 1)
+    found = [group["name"] for group in report["optimizers"][0]["groups"]]
+    model = probe_targets.trained[-1]
+    assert found == list(dict.fromkeys(layer_groups(dict(model.named_parameters())).values()))
+    assert found == [*(f"layers.{i}" for i in range(20)), "head"]
 
 
 def test_function_report(probe: Any) -> None:

@@ -1,6 +1,7 @@
 """`poprisk recipes`: what there is, a copy of one, a run of one."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -81,6 +82,25 @@ def test_commands_name_files_that_are_there(recipe):
         named = [w for w in words if w.endswith((".py", ".yaml"))]
         assert named
         assert all((recipe.folder / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("recipe", recipe_index.all_recipes(RECIPES), ids=lambda r: r.name)
+def test_the_commands_of_its_readme_work_as_they_are_typed(recipe):
+    """Wherever one is, after the package is installed: the folder is fetched before it is used."""
+    folder = None
+    for block in re.findall(r"```bash\n(.*?)```", (recipe.folder / "README.md").read_text(), re.S):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:3] == ["poprisk", "recipes", "copy"]:
+                assert words[3:] == [recipe.name, "&&", "cd", recipe.name]
+                folder = recipe.folder
+            elif words[:3] == ["poprisk", "recipes", "run"]:
+                assert words[3:] == [recipe.name]
+            read = words[: words.index(">")] if ">" in words else words
+            for word in read:
+                if word.endswith((".py", ".yaml", ".json", ".sh", ".sbatch")):
+                    assert folder is not None, f"{word} is nowhere yet"
+                    assert (folder / word).is_file()
 
 
 def test_a_description_with_a_wrong_key_is_refused(tmp_path):
