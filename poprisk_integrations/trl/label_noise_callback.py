@@ -98,18 +98,17 @@ class LabelNoiseCallback(MetricsCallback):
     ) -> None:
         """Estimate in the middle and at the end of the first epoch."""
         if state.global_step in self._estimate_at:
-            with self._only_warns("the noise rate is not estimated"):
-                self._update(state.global_step)
+            self._update(state.global_step)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put margins and estimate beside Trainer's files."""
+        self._gather()
         with self._only_warns(
             f"{LABELS_FILE} is not in the checkpoint of step {state.global_step}",
             "the checkpoint is whole without it; resumed from there, no noise rate is estimated",
         ):
-            self.records.flush()
             directory = os.path.join(self._directory(), f"checkpoint-{state.global_step}")
             if not (state.is_world_process_zero and os.path.isdir(directory)):
                 return
@@ -121,10 +120,9 @@ class LabelNoiseCallback(MetricsCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the flip report and the noise rate, and say how the run ended."""
-        with self._only_warns("the noise rate is not estimated", "the model is not affected"):
-            self.records.flush()
-            if self.noise.estimate is None:
-                self._update(state.global_step)
+        self._gather()
+        if self.noise.estimate is None:
+            self._update(state.global_step)
         if not state.is_world_process_zero:
             return
         with self._only_warns(
@@ -181,9 +179,14 @@ class LabelNoiseCallback(MetricsCallback):
             )
 
     def _update(self, step: int) -> None:
-        self.records.flush()
-        if int(self.noise.margins.margin.isfinite().sum()) >= FEWEST_PAIRS:
-            self.noise.update_estimate(step)
+        self._gather()
+        with self._only_warns("the noise rate is not estimated", together=True):
+            if int(self.noise.margins.margin.isfinite().sum()) >= FEWEST_PAIRS:
+                self.noise.update_estimate(step)
+
+    def _gather(self) -> None:
+        with self._only_warns("the margins of some pairs are lost", together=True):
+            self.records.flush()
 
     def _resume(self, state: TrainerState) -> None:
         directory = checkpoint_directory(state)

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from poprisk_integrations.distributed import world_size
+
 __all__ = ["OnlyWarns"]
 
 logger = logging.getLogger(__name__)
@@ -25,16 +27,22 @@ class OnlyWarns:
         self._known: set[str] = set()
 
     @contextmanager
-    def __call__(self, failure: str, kept: str = "training goes on") -> Iterator[None]:
+    def __call__(
+        self, failure: str, kept: str = "training goes on", *, together: bool = False
+    ) -> Iterator[None]:
         """Log what the block raises as a warning, once for each `failure`.
 
         Args:
             failure: What it means if the block fails.
             kept: What is not affected.
+            together: The block is something that all ranks do together. Among several processes
+                its error is raised: the others would wait for this one in vain.
         """
         try:
             yield
         except Exception as error:
+            if together and world_size() > 1:
+                raise
             if failure not in self._known:
                 self._known.add(failure)
                 cause = " ".join(f"{type(error).__name__}: {error}".split())

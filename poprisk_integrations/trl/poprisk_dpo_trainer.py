@@ -182,7 +182,8 @@ class PopRiskDPOTrainer(DPOTrainer):
         if replaced:
             log_ratios = batch_log_ratios(self, inputs, recorder)
         else:  # they are only for the log
-            with self._only_warns("the margins of a batch are not known"), torch.no_grad():
+            unknown = "the margins of a batch are not known"
+            with self._only_warns(unknown, together=True), torch.no_grad():
                 log_ratios = batch_log_ratios(self, inputs, recorder)
         if log_ratios is None:
             self._without_margins()
@@ -298,16 +299,20 @@ class PopRiskDPOTrainer(DPOTrainer):
         return found
 
     def _margin_metrics(self, mode: str) -> dict[str, float]:
-        with self._only_warns("poprisk/margin_* and poprisk/kl_data are not logged"):
+        with self._only_warns("the margins of some pairs are lost", together=True):
             log_ratios, rows = self._records.take(mode)
-            suspect = None
-            if mode == "train" and self._noise.estimate is not None and bool((rows >= 0).all()):
-                suspect = self._noise.suspects()[rows.cpu()]
-            metrics = margin_metrics(log_ratios, self.args.beta, suspect)
-            if mode == "train":
-                self._flips_fitted = metrics.get("poprisk/flips_fitted", self._flips_fitted)
-            return metrics
+            with self._only_warns("poprisk/margin_* and poprisk/kl_data are not logged"):
+                return self._summary(mode, log_ratios, rows)
         return {}
+
+    def _summary(self, mode: str, log_ratios: Tensor, rows: Tensor) -> dict[str, float]:
+        suspect = None
+        if mode == "train" and self._noise.estimate is not None and bool((rows >= 0).all()):
+            suspect = self._noise.suspects()[rows.cpu()]
+        metrics = margin_metrics(log_ratios, self.args.beta, suspect)
+        if mode == "train":
+            self._flips_fitted = metrics.get("poprisk/flips_fitted", self._flips_fitted)
+        return metrics
 
     def _without_margins(self) -> None:
         if self.args.noise not in ("off", "auto") or self.args.pair_weight_column is not None:

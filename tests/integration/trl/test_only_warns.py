@@ -112,6 +112,14 @@ def test_margins_that_cannot_be_computed(
     assert sum("too many indices" in line for line in warnings(caplog)) == 1
 
 
+def test_rows_of_other_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = build(tmp_path)
+    trainer.train_dataset = build(tmp_path, count=40).train_dataset
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert sum("the margins of some pairs are lost" in line for line in warnings(caplog)) == 1
+
+
 def test_margins_that_are_not_finite(tmp_path: Path) -> None:
     trainer = build(tmp_path, learning_rate=1e30, noise="off", noise_rate=None)
     trainer.train()
