@@ -9,7 +9,9 @@ __all__ = ["global_batch_size"]
 _RANKS_THAT_SHARE_EXAMPLES = ("tp_size", "cp_size", "sp_size")
 
 
-def global_batch_size(args: TrainingArguments, accelerator: Any = None) -> int:
+def global_batch_size(
+    args: TrainingArguments, accelerator: Any = None, batch_size: int | None = None
+) -> int:
     """Examples per optimizer step, over all ranks and accumulated micro-batches.
 
     b = examples per device * accumulation steps * ranks that see different examples: ranks of
@@ -20,6 +22,8 @@ def global_batch_size(args: TrainingArguments, accelerator: Any = None) -> int:
         args: Training arguments.
         accelerator: The Trainer's, which may know of parallelism that `args` do not (from
             `accelerate launch`, or from how the model was loaded); None if there is none yet.
+        batch_size: Examples of a micro-batch of one process, which `auto_find_batch_size` may
+            have lowered; None for what `args` say.
     """
     layout = getattr(accelerator, "parallelism_config", None)
     layout = layout or getattr(args, "parallelism_config", None)
@@ -28,4 +32,5 @@ def global_batch_size(args: TrainingArguments, accelerator: Any = None) -> int:
         replicas //= getattr(layout, name, None) or 1
     if getattr(args.accelerator_config, "split_batches", False):
         replicas = 1
-    return int(args.train_batch_size) * args.gradient_accumulation_steps * replicas
+    each = int(args.train_batch_size if batch_size is None else batch_size)
+    return each * args.gradient_accumulation_steps * replicas

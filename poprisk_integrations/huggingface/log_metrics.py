@@ -5,7 +5,17 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["MetricsCallback", "add_metrics", "log_now"]
+__all__ = ["MetricsCallback", "add_metrics", "for_the_console", "log_now"]
+
+# The most telling first: a console line shows three.
+_ON_THE_CONSOLE = (
+    "signal_ratio",
+    "predicted_stop_step",
+    "noise_rate",
+    "reward_accuracy",
+    "open_fraction",
+    "lr_cuts",
+)
 
 
 class MetricsCallback(TrainerCallback):
@@ -20,7 +30,7 @@ class MetricsCallback(TrainerCallback):
         raise NotImplementedError
 
     def grad_norm(self, norm: Any) -> None:
-        """Take the norm of the gradients before clipping, from `PopRiskTrainerMixin`.
+        """Take the norm of the gradients before clipping, right after it was done.
 
         Args:
             norm: As Trainer computes it.
@@ -44,10 +54,26 @@ def add_metrics(
     metrics: dict[str, float] = {}
     for callback in callbacks:
         if isinstance(callback, MetricsCallback):
-            metrics.update(callback.metrics())
+            metrics.update(callback.metrics() or {})  # None from one that was switched off
     logs.update(metrics)
     if state.log_history and state.log_history[-1].get("step") == state.global_step:
         state.log_history[-1].update(metrics)
+
+
+def for_the_console(logs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A line for people: a copy with at most three of our numbers.
+
+    Args:
+        logs: With all numbers, as trackers get them.
+
+    Example:
+        >>> for_the_console({"loss": 0.3, "poprisk/signal_ratio": 1.5, "poprisk/agreement_se": 0.1})
+        {'loss': 0.3, 'poprisk/signal_ratio': 1.5}
+    """
+    if logs is None or not any(str(key).startswith("poprisk/") for key in logs):
+        return logs
+    shown = [f"poprisk/{name}" for name in _ON_THE_CONSOLE if f"poprisk/{name}" in logs][:3]
+    return {k: v for k, v in logs.items() if k in shown or not str(k).startswith("poprisk/")}
 
 
 def log_now(args: TrainingArguments, control: TrainerControl) -> None:

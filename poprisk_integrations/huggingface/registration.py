@@ -2,7 +2,7 @@
 
 The one file that touches what transformers does not offer for extension. There is no registry
 for optimizers: `TrainingArguments.optim` is an enum, and the choices of its command line are that
-enum's members. So `register()` changes five things, each once and each leaving everything else
+enum's members. So `register()` changes these things, each once and each leaving everything else
 as it was:
 
 | what                                              | why                                          |
@@ -16,12 +16,17 @@ as it was:
 |                                                   | never ask for our optimizer                  |
 | `TrainerState.load_from_json`: remembers the path,| callbacks are not told which checkpoint a    |
 | and names it if the file is damaged               | run resumes from                             |
+| `TrainerState.init_training_references`: what     | callbacks are not told the directory of a    |
+| Trainer knows of the run                          | trial, nor the batch size that was found     |
+| `CallbackHandler.on_pre_optimizer_step`: the real | the optimizer outlives a change of it        |
+| batch size of alpha=finite                        |                                              |
 | `CallbackHandler.on_log`: our callbacks' numbers  | trackers (W&B, TensorBoard, ...) are called  |
 | enter the line before any callback is called      | before users' callbacks, and no argument of  |
 |                                                   | a callback leads to the list of callbacks    |
-
-`PreClipNorm` overrides `Trainer._clip_grad_norm` (transformers >= 5.3; before, Trainer clips in the
-middle of its loop and nobody calls it).
+| `PrinterCallback.on_log`, `ProgressCallback.      | trackers get all our numbers, a console line |
+| on_log`: at most three of our numbers             | would be lost in them                        |
+| `Trainer._clip_grad_norm` (transformers >= 5.3):  | nobody is told the norm before clipping,     |
+| our callbacks get the norm before clipping        | which undoes it                              |
 
 `tests/unit/huggingface/test_registration.py` fails first when transformers moves one of them.
 """
@@ -34,19 +39,25 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
 from poprisk_integrations.huggingface.deepspeed_config import check_deepspeed_config
-from poprisk_integrations.huggingface.log_metrics import MetricsCallback, add_metrics
+from poprisk_integrations.huggingface.finite_alpha import follow_batch_size
+from poprisk_integrations.huggingface.log_metrics import (
+    MetricsCallback,
+    add_metrics,
+    for_the_console,
+)
 from poprisk_integrations.huggingface.optimizer import (
     NAMES,
     build_optimizer_spec,
     optimizer_name,
 )
+from poprisk_integrations.huggingface.run_facts import remember_run
 from poprisk_integrations.optim import PopRiskAdamW
 
-__all__ = ["OptimizerFactory", "PreClipNorm", "checkpoint_directory", "register"]
+__all__ = ["OptimizerFactory", "checkpoint_directory", "register"]
 
 _OWNER = "poprisk_integrations"
 _LOADED_FROM = "poprisk_loaded_from"
@@ -69,16 +80,18 @@ def register() -> None:
         trainer.get_optimizer_cls_and_kwargs = OptimizerFactory(
             trainer.get_optimizer_cls_and_kwargs, NAMES
         )
-    deepspeed: Any = HfTrainerDeepSpeedConfig
-    if not _is_ours(deepspeed.trainer_config_process):
-        deepspeed.trainer_config_process = _checked(deepspeed.trainer_config_process)
+    _replace(HfTrainerDeepSpeedConfig, "trainer_config_process", _checked)
     state: Any = TrainerState
     load = state.load_from_json.__func__
     if not _is_ours(load):
         state.load_from_json = classmethod(_remembering_path(load))
-    handler: Any = CallbackHandler
-    if not _is_ours(handler.on_log):
-        handler.on_log = _with_metrics(handler.on_log)
+    _replace(state, "init_training_references", _remembering_run)
+    _replace(CallbackHandler, "on_pre_optimizer_step", _with_real_batch_size)
+    _replace(CallbackHandler, "on_log", _with_metrics)
+    for printer in (PrinterCallback, ProgressCallback):
+        _replace(printer, "on_log", _shortened)
+    if hasattr(trainer, "_clip_grad_norm"):
+        _replace(trainer, "_clip_grad_norm", _telling_norm)
 
 
 def checkpoint_directory(state: TrainerState) -> str | None:
@@ -116,17 +129,6 @@ class OptimizerFactory:
         num_examples = len(dataset) if hasattr(dataset, "__len__") else None
         accelerator = getattr(trainer, "accelerator", None)
         return build_optimizer_spec(args, model, num_examples, {}, accelerator)
-
-
-class PreClipNorm:
-    """Mixin for trainers: our callbacks get the norm of the gradients before clipping."""
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
-        for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, MetricsCallback):
-                callback.grad_norm(norm)
-        return norm
 
 
 def _refuse_a_lost_optimizer(trainer: Any, args: TrainingArguments) -> None:
@@ -171,7 +173,7 @@ def _checked(original: Any) -> Any:
             check_deepspeed_config(self.config)
         return original(self, args, *rest, **kw)
 
-    return _marked(trainer_config_process)
+    return trainer_config_process
 
 
 def _remembering_path(original: Any) -> Any:
@@ -191,6 +193,28 @@ def _remembering_path(original: Any) -> Any:
     return _marked(load_from_json)
 
 
+def _remembering_run(original: Any) -> Any:
+    @functools.wraps(original)
+    def init_training_references(
+        self: TrainerState, trainer: Any, max_steps: int, num_train_epochs: int, trial: Any
+    ) -> None:
+        original(self, trainer, max_steps, num_train_epochs, trial)
+        remember_run(self, trainer, trial)
+
+    return init_training_references
+
+
+def _with_real_batch_size(original: Any) -> Any:
+    @functools.wraps(original)
+    def on_pre_optimizer_step(
+        self: Any, args: Any, state: TrainerState, *rest: Any, **kw: Any
+    ) -> Any:
+        follow_batch_size(args, state, self.optimizer)
+        return original(self, args, state, *rest, **kw)
+
+    return on_pre_optimizer_step
+
+
 def _with_metrics(original: Any) -> Any:
     @functools.wraps(original)
     def on_log(
@@ -199,7 +223,35 @@ def _with_metrics(original: Any) -> Any:
         add_metrics(self.callbacks, logs, state)
         return original(self, args, state, control, logs, **kwargs)
 
-    return _marked(on_log)
+    return on_log
+
+
+def _shortened(original: Any) -> Any:
+    @functools.wraps(original)
+    def on_log(
+        self: Any, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
+    ) -> Any:
+        return original(self, args, state, control, logs=for_the_console(logs), **kwargs)
+
+    return on_log
+
+
+def _telling_norm(original: Any) -> Any:
+    @functools.wraps(original)
+    def _clip_grad_norm(self: Any, model: nn.Module) -> Any:
+        norm = original(self, model)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, MetricsCallback):
+                callback.grad_norm(norm)
+        return norm
+
+    return _clip_grad_norm
+
+
+def _replace(owner: Any, name: str, wrap: Any) -> None:
+    """Put `wrap(method)` in the place of a method, unless that was done before."""
+    if not _is_ours(getattr(owner, name)):
+        setattr(owner, name, _marked(wrap(getattr(owner, name))))
 
 
 def _marked(thing: Any) -> Any:

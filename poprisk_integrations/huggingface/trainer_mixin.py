@@ -7,7 +7,7 @@ from poprisk_integrations.huggingface.optimizer import (
     check_training_arguments,
     optimizer_name,
 )
-from poprisk_integrations.huggingface.registration import OptimizerFactory, PreClipNorm
+from poprisk_integrations.huggingface.registration import OptimizerFactory
 
 __all__ = ["PopRiskTrainerMixin"]
 
@@ -21,7 +21,7 @@ def _refuse(args: Any, model: Any = None) -> Any:
     )
 
 
-class PopRiskTrainerMixin(PreClipNorm):
+class PopRiskTrainerMixin:
     """Mixin for `transformers.Trainer` and its subclasses: PopRiskAdamW instead of AdamW.
 
         class MyTrainer(PopRiskTrainerMixin, SFTTrainer): ...
@@ -30,9 +30,6 @@ class PopRiskTrainerMixin(PreClipNorm):
     default) give PopRiskAdamW with the options in `args.optim_args`; any other optimizer is
     refused. An optimizer or `optimizer_cls_and_kwargs` passed to the trainer is kept, where
     Trainer keeps it (under DeepSpeed it drops `optimizers`).
-
-    It also tells our callbacks the norm of the gradients before clipping (transformers >= 5.3), so
-    that they measure unclipped gradients.
 
     Raises:
         ValueError: If DeepSpeed would replace the optimizer.

@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from transformers import Trainer
 
 import poprisk_integrations.huggingface as hf
-from poprisk_integrations.huggingface.registration import PreClipNorm
 from tests.distributed.huggingface_sharded_run import (
     TinyModelWithBlocks,
     gloo_is_an_accelerator,
@@ -32,10 +30,6 @@ RUNS = {
 BATCH, WINDOW, EPOCHS = 8, 8, 12
 
 
-class MixedIn(PreClipNorm, Trainer):
-    """Clipping is undone; under DeepSpeed without it."""
-
-
 def run(out, world_size, changes, **options):
     """Train to the stop; the verdict and every window of it."""
     batch = BATCH // world_size // changes.get("gradient_accumulation_steps", 1)
@@ -48,8 +42,7 @@ def run(out, world_size, changes, **options):
     if args.optim == "adamw_torch":
         args.optim_args = None
     stop = hf.PopRiskEarlyStoppingCallback(window=WINDOW)
-    cls = Trainer if "deepspeed" in options else MixedIn
-    trainer = train(args, stop, model=TinyModelWithBlocks(), cls=cls)
+    trainer = train(args, stop, model=TinyModelWithBlocks())
     return {
         "steps": trainer.state.global_step,
         "kind": trainer.accelerator.distributed_type.value,

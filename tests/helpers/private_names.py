@@ -229,8 +229,18 @@ TABLE = (
     # transformers
     Private(
         "_clip_grad_norm", "transformers", ("huggingface/registration.py",),
-        "the norm of the gradients before clipping, which DPO logs beside the gate",
+        "the norm of the gradients before clipping, which undoes it in windows",
         _has("transformers", "Trainer", "_clip_grad_norm"), since="5.3",
+    ),
+    Private(
+        "_get_output_dir", "transformers", ("huggingface/run_facts.py",),
+        "the directory of a trial of a hyper-parameter search",
+        _has("transformers", "Trainer", "_get_output_dir"),
+    ),
+    Private(
+        "_train_batch_size", "transformers", ("huggingface/run_facts.py",),
+        "the batch size that auto_find_batch_size has found",
+        _in_class("transformers", "Trainer", "self._train_batch_size"),
     ),
     Private(
         "_internal_call", "transformers", ("trl/poprisk_dpo_trainer.py",),

@@ -4,6 +4,8 @@ import os
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from poprisk_integrations.huggingface.run_facts import checkpoint_path
+
 __all__ = ["check_restore", "forget_best", "keep_best_path", "mark_best"]
 
 
@@ -34,30 +36,27 @@ def check_restore(restore: str | None, args: TrainingArguments) -> None:
         )
 
 
-def mark_best(
-    args: TrainingArguments, state: TrainerState, control: TrainerControl, metric: float | None
-) -> None:
+def mark_best(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
     """Have Trainer save this step's checkpoint and, unless evaluation decides, call it the best.
 
-    Does nothing where the user switched saving off.
+    Does nothing where the user switched saving off. `best_metric` stays as it is: Trainer compares
+    it with its own metrics, and so would a resumed run.
 
     Args:
         args: Training arguments.
         state: Trainer's state.
         control: Trainer's control.
-        metric: Recorded as `best_metric`.
     """
     if _value(args.save_strategy) == "no":
         return
     control.should_save = True
     if not _evaluation_decides(args):
-        state.best_metric = metric
         state.best_global_step = state.global_step
 
 
 def keep_best_path(args: TrainingArguments, state: TrainerState) -> None:
     """After a save: `best_model_checkpoint`, which transformers <= 5.3 leaves out here."""
-    path = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+    path = checkpoint_path(args, state)
     if state.best_global_step == state.global_step and os.path.isdir(path):
         state.best_model_checkpoint = path
 
@@ -65,7 +64,6 @@ def keep_best_path(args: TrainingArguments, state: TrainerState) -> None:
 def forget_best(args: TrainingArguments, state: TrainerState) -> None:
     """Take the mark back."""
     if not _evaluation_decides(args):
-        state.best_metric = None
         state.best_global_step = None
         state.best_model_checkpoint = None
 

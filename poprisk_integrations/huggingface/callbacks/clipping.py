@@ -29,6 +29,7 @@ class Clipping:
         window_steps: Optimizer steps per window.
 
     Attributes:
+        max_norm: May be changed between steps.
         steps: Steps that were looked at, in closed windows.
         clipped: How many of them were clipped.
         is_undone: Whether the norm before clipping was known.
@@ -40,7 +41,7 @@ class Clipping:
         self.is_undone = False
         self._every = max(1, window_steps // _LOOKS_PER_WINDOW)
         self._seen = 0
-        self._factor: Tensor | float | None = None
+        self._norm: Any = None
         self._was_clipped: list[Tensor | float] = []  # per step with a known norm
         self._norms_sq: list[Tensor] = []  # per step without, (L,) each
         self._tensors: list[Tensor] = []
@@ -56,15 +57,7 @@ class Clipping:
         Args:
             norm: A number or a tensor of one, DTensor included; None if it is not known.
         """
-        if norm is None or not self.max_norm:
-            return
-        if isinstance(norm, Tensor):
-            whole: Tensor = norm.full_tensor() if is_dtensor(norm) else norm  # type: ignore[attr-defined]
-            factor = ((whole.detach().float() + _EPS) / self.max_norm).clamp(min=1.0)
-            # On the host no sync is saved, and numbers are cheaper than tensors.
-            self._factor = factor if whole.device.type != "cpu" else float(factor)
-        else:
-            self._factor = max(1.0, (float(norm) + _EPS) / self.max_norm)
+        self._norm = norm
 
     def factor(self, params: Sequence[Tensor]) -> float | Tensor:
         """1 / s_t of the present step, 1 where it is not known. Once per step.
@@ -73,14 +66,24 @@ class Clipping:
             params: All parameters, with their gradients.
         """
         self._seen += 1
-        factor, self._factor = self._factor, None
-        if factor is not None:
-            self.is_undone = True
-            self._was_clipped.append(factor > 1.0)
-            return factor
-        if self.max_norm and (self._seen - 1) % self._every == 0:
-            self._look(params)
-        return 1.0
+        norm, self._norm = self._norm, None
+        if not self.max_norm:
+            return 1.0
+        if norm is None:
+            if (self._seen - 1) % self._every == 0:
+                self._look(params)
+            return 1.0
+        self.is_undone = True
+        factor: float | Tensor
+        if isinstance(norm, Tensor):
+            whole: Tensor = norm.full_tensor() if is_dtensor(norm) else norm  # type: ignore[attr-defined]
+            factor = ((whole.detach().float() + _EPS) / self.max_norm).clamp(min=1.0)
+            # On the host no sync is saved, and numbers are cheaper than tensors.
+            factor = factor if whole.device.type != "cpu" else float(factor)
+        else:
+            factor = max(1.0, (float(norm) + _EPS) / self.max_norm)
+        self._was_clipped.append(factor > 1.0)
+        return factor
 
     def close(self, shard_group: Any = None) -> None:
         """Count, once per window and on all ranks alike. At most one sync.
@@ -110,8 +113,13 @@ class Clipping:
             return f"{share}, which is undone for F."
         return (
             f"{share}, so F is of clipped gradients, in which steps with large gradients weigh "
-            "less. max_grad_norm=0, or PopRiskTrainerMixin with transformers >= 5.3, avoids that."
+            "less. transformers >= 5.3 tells the norm before clipping, which undoes it."
         )
+
+    @property
+    def matters(self) -> bool:
+        """Whether most steps were clipped and nothing undoes it."""
+        return not self.is_undone and self.clipped > 0.5 * self.steps
 
     def _look(self, params: Sequence[Tensor]) -> None:
         tensors = [p for p in params if p.requires_grad]
@@ -123,6 +131,8 @@ class Clipping:
         found = iter(torch._foreach_norm(present, 2, torch.float32) if present else ())
         zero = torch.zeros((), device=tensors[0].device)
         self._norms_sq.append(
-            torch.stack([zero if g is None else next(found) for g in local]).square()
+            torch.stack(
+                [zero if g is None else next(found).to(zero.device) for g in local]
+            ).square()
         )
         self._tensors = tensors

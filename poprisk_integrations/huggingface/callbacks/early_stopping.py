@@ -1,14 +1,19 @@
 """Stops a Trainer without validation data."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from poprisk_integrations.core import StoppingConfig, StoppingDecision, StoppingRule
 from poprisk_integrations.core.diagnosis import diagnose
 from poprisk_integrations.core.window import WindowRatio
+from poprisk_integrations.diagnostics.guard import guarded
+from poprisk_integrations.diagnostics.stop_outlook import outlook_line, stop_outlook
+from poprisk_integrations.distributed import mean_over_ranks
 from poprisk_integrations.huggingface.callbacks.best_checkpoint import (
     check_restore,
     forget_best,
@@ -20,6 +25,7 @@ from poprisk_integrations.huggingface.callbacks.gate_metrics import GateSampler,
 from poprisk_integrations.huggingface.callbacks.stop_report import write_stop_report
 from poprisk_integrations.huggingface.callbacks.window_callback import WindowCallback
 from poprisk_integrations.huggingface.log_metrics import log_now
+from poprisk_integrations.huggingface.run_facts import batch_size_of, run_directory
 
 __all__ = ["PopRiskEarlyStoppingCallback"]
 
@@ -36,28 +42,31 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
     single process, DDP, FSDP, and DeepSpeed ZeRO with an Adam (`DeepSpeedGradients`).
 
     Gradients are read right before the optimizer step, averaged over micro-batches and ranks.
-    Clipping weighs the steps of a window against each other; with `PopRiskTrainerMixin` and
-    transformers >= 5.3, and under DeepSpeed, it is undone, else the share of clipped steps is
-    logged as `poprisk/clipped_fraction`. Uneven batches (a short last accumulation window,
-    `num_items_in_batch` token counts) leave F unbiased: with independent g_t of one mean mu and
-    any variances
+    Clipping weighs the steps of a window against each other; with transformers >= 5.3, and under
+    DeepSpeed, it is undone. The share of clipped steps is logged as `poprisk/clipped_fraction`.
+    Uneven batches (a short last accumulation window, `num_items_in_batch` token counts) leave F
+    unbiased: with independent g_t of one mean mu and any variances
         E |sum_t g_t|^2 = T^2 |mu|^2 + sum_t Var(g_t),    E[T S] = sum_t Var(g_t)
     Training time is the sum of learning rates (of groups with different ones the largest: a
     common factor cancels). A step that the fp16 grad scaler skipped counts for nothing.
 
     Where it must stay off: grokking and other delayed generalisation, and epoch-wise double
-    descent, where memorising comes first. It never stops in a first pass over the data, so
-    streaming runs of one pass end as they would. Sorted, curriculum or re-weighted data make
+    descent, where memorising comes first. It never stops in a first pass over the data. How long
+    that is comes from the data and their sampler, not from Trainer's epochs
+    (`diagnostics.data_pass`); of streams, custom samplers and loaders it cannot be known, and they
+    count as one pass unless `epoch_steps` says otherwise. A line at the start says what can be
+    done in this run, one at the end what was done. Sorted, curriculum or re-weighted data make
     batches that are not exchangeable, which F cannot see.
 
     Logs `poprisk/signal_ratio` (F of the last window), `poprisk/risk_decrease` (C),
     `poprisk/agreement` (U), each with `_se`, `poprisk/onset_step`,
     `poprisk/predicted_stop_step` (at the present learning rate) and the gate statistics
-    in Trainer's log lines, `state.log_history` and all trackers; of a second such callback as
-    `poprisk/2/...`. An onset and a stop get a log line of their own. At the end
-    `poprisk_stop.json` in the output directory tells why, with one row per window. A resumed run
-    continues as if it had never been interrupted (an unfinished window of sharded models starts
-    afresh).
+    in `state.log_history` and all trackers (a console line shows three of them); of a second such
+    callback as `poprisk/2/...`. An onset and a stop get a log line of their own. At the end
+    `poprisk_stop.json` tells why, with one row per window: in the output directory, in a
+    hyper-parameter search in that of the trial. Parameters that freeze or thaw start the window
+    afresh. A resumed run continues as if it had never been interrupted (an unfinished window of
+    sharded models starts afresh).
 
     Args:
         kappa: Stop at this multiple of the training time of the onset, >= 1.
@@ -73,13 +82,14 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
             load_best_model_at_end=True`. None: neither is saved or marked. Where an evaluation
             metric picks the best checkpoint, "stop" saves without marking.
         accumulator: "auto", "exact" or "sample", see `diagnostics.GradientWindow`.
-        epoch_steps: Optimizer steps of one pass over the data, for loaders that repeat inside or
-            have no length. None: the loader's length, or the epochs that Trainer has ended.
+        epoch_steps: Optimizer steps of one pass over the data, where the loader does not show it
+            (streams, custom samplers, data that repeat inside). None: what the loader shows.
 
     Raises:
         ValueError: If an argument is outside its range; at the start of training if `restore`
             does not fit the training arguments, if another callback of this kind stops the run
-            too, if nothing is trained, or if DeepSpeed runs an optimizer without an Adam's state.
+            too, or if DeepSpeed runs an optimizer without an Adam's state. `action="monitor"` never
+            raises there.
 
     Example:
         >>> PopRiskEarlyStoppingCallback(kappa=3.0, window=20).state()["args"]["window"]
@@ -117,6 +127,7 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
         self._rule = StoppingRule(self._config)
         super().__init__(window, accumulator, epoch_steps)
         self._gate: GateSampler | None = None
+        self._said_stop = False
         self._step, self._lr = 0, 0.0
         self._optimizer: Any = None
         self._device: Any = None
@@ -131,6 +142,7 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
         names = ("kappa", "window", "threshold", "min_steps", "action", "restore")
         return self._state(*names, "accumulator", "epoch_steps")
 
+    @guarded
     def metrics(self) -> dict[str, float]:
         """The present values of all that this callback logs."""
         rule, values = self._rule.state, self.progress.last_measures()
@@ -153,17 +165,14 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
                     "Invalid action: 'stop' in two PopRiskEarlyStoppingCallbacks of one run. Give "
                     "all but one action='monitor'."
                 )
+        self._said_stop = False
+        self._let_go()
         super().on_train_begin(args, state, control, **kwargs)
+        if self._reader is None:
+            return
         self._optimizer, self._device = kwargs["optimizer"], args.device
         self._gate = GateSampler(self._optimizer)
-        assert self._reader is not None
         self._step, self._lr = state.global_step, self._reader.lr
-        if self.min_steps > state.max_steps:
-            self._warn(
-                state,
-                f"min_steps={self.min_steps} is beyond the run's {state.max_steps} steps: it can "
-                "never stop early.",
-            )
         if self._rule.state.stop_step is not None and self.action == "stop":
             self._warn(
                 state,
@@ -171,12 +180,14 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
                 "more step before it can stop again.",
             )
 
+    @guarded
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sample the gate at the last step of a window."""
-        assert self._reader is not None
-        assert self._gate is not None
+        super().on_step_begin(args, state, control, **kwargs)
+        if self._reader is None or self._gate is None:
+            return
         if self.progress.window_seen == self._reader.window.steps - 1:
             self._gate.before_step()
 
@@ -192,23 +203,68 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the report and let go of the optimizer and the window."""
-        if state.is_world_process_zero and self._reader is not None:
-            clipping = self._reader.clipping
-            report = {
-                "stopped": self._rule.state.stop_step is not None and self.action == "stop",
-                "global_step": state.global_step,
-                **self.stopping_state,
-                "diagnosis": self._explanation(),
-                "window_steps": self._reader.window.steps,
-                "best_model_checkpoint": state.best_model_checkpoint,
-                "clipped_fraction": clipping.fraction,
-                "clipping": clipping.verdict(),
-                "settings": self.state()["args"],
-                "history": self.progress.history,
-            }
-            write_stop_report(str(args.output_dir), report, self._place)
-        self._optimizer = self._gate = None
+        if state.is_world_process_zero and self._has_begun:
+            directory = run_directory(args, state)
+            try:
+                if not self._said_stop:
+                    self._say(f"did not stop this run; {self._verdict()}")
+                write_stop_report(directory, self._report(args, state), self._place)
+            except Exception as error:  # a full disk, in whichever words; the model comes first
+                self._warn(state, f"no report could be written to {directory!r} ({error}).")
+        self._let_go()
         super().on_train_end(args, state, control, **kwargs)
+
+    def switch_off(self, where: str, error: Exception) -> None:
+        """Do nothing from here on, and let go of the optimizer."""
+        self._let_go()
+        super().switch_off(where, error)
+
+    @property
+    def _may_refuse(self) -> bool:  # type: ignore[override]
+        return self.action == "stop"
+
+    def _say_at_start(self, state: TrainerState) -> None:
+        plan = self._plan
+        outlook = stop_outlook(state.max_steps, plan.epoch_steps, plan.window)
+        because = self._passes.found.reason
+        line = outlook_line(outlook, unknown_because=because, min_steps=self.min_steps)
+        if line.startswith("cannot"):
+            self._warn(state, f"{line}.")
+        elif state.is_world_process_zero:
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        tqdm.write(f"poprisk: {line}", file=sys.stderr)  # leaves progress bars whole
+
+    def _let_go(self) -> None:
+        """Also of a gate that a failed attempt has left sampling."""
+        if self._gate is not None:
+            self._gate.after_step()
+        self._optimizer = self._gate = None
+
+    def _report(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        clipping = None if self._reader is None else self._reader.clipping
+        return {
+            "stopped": self._rule.state.stop_step is not None and self.action == "stop",
+            "global_step": state.global_step,
+            **self.stopping_state,
+            "diagnosis": self._explanation(),
+            "switched_off": self.switched_off,
+            "window_steps": self._plan.window,
+            "best_model_checkpoint": state.best_model_checkpoint,
+            "clipped_fraction": None if clipping is None else clipping.fraction,
+            "clipping": None if clipping is None else clipping.verdict(),
+            "settings": self.state()["args"],
+            "setup": {
+                "window_steps": self._plan.window,
+                "epoch_steps": self._plan.epoch_steps,
+                "accumulator": self.accumulator,
+                "world_size": int(args.world_size),
+                "batch_size": batch_size_of(args, state),
+                "accumulation_steps": self._plan.accumulation,
+            },
+            "history": self.progress.history,
+        }
 
     def _after_step(
         self,
@@ -219,11 +275,16 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
         kwargs: dict[str, Any],
     ) -> None:
         assert self._reader is not None
-        assert self._gate is not None
-        self._gate.after_step()
+        if self._gate is not None:
+            self._gate.after_step()
         self._step = state.global_step
         lr = 0.0 if self._reader.was_skipped() else self._reader.lr
         before = self._rule.state
+        # Any step after the onset may be the last: then all ranks must count alike.
+        if args.world_size > 1 and (window is not None or before.onset_step is not None):
+            sums = torch.tensor([before.lr_sum, lr], dtype=torch.float64, device=args.device)
+            lr_sum, lr = mean_over_ranks(sums).tolist()
+            before = self._rule.state = replace(before, lr_sum=lr_sum)
         measured = {} if window is None else _measures(window)
         decision = self._rule.update(
             step=state.global_step,
@@ -239,9 +300,8 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
             forgotten = before.onset_step is not None and self._rule.state.onset_step is None
             self._act(args, state, control, decision, stops_now=stops_now, forgotten=forgotten)
         if stops_now and state.is_world_process_zero:
-            verdict = decision.reason if self.action == "stop" else f"would have {decision.reason}"
-            line = f"poprisk: {verdict}; {self._explanation()}"
-            tqdm.write(line, file=sys.stderr)  # leaves progress bars whole
+            self._said_stop = True
+            self._say(f"{'' if self.action == 'stop' else 'would have '}{self._verdict()}")
 
     def _act(
         self,
@@ -256,11 +316,14 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
         if self.restore == "onset" and forgotten:
             forget_best(args, state)
         if (self.restore == "onset" and decision.onset) or (self.restore == "stop" and stops_now):
-            mark_best(args, state, control, self._rule.state.signal_ratio)
+            mark_best(args, state, control)
         if decision.onset or stops_now or forgotten:
             log_now(args, control)
         if decision.stop:
             control.should_training_stop = True
+
+    def _verdict(self) -> str:
+        return f"{self._rule.state.reason}; {self._explanation()}"
 
     def _explanation(self) -> str:
         since, rows = self._rule.state.onset_step, self.progress.history

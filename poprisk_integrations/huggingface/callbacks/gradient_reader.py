@@ -47,8 +47,7 @@ class GradientReader:
         is_sharded: Whether each rank holds only its part of the window.
 
     Raises:
-        ValueError: If no parameter is trained, or DeepSpeed runs an optimizer or a mode whose
-            gradients cannot be recovered.
+        ValueError: If DeepSpeed runs an optimizer or a mode whose gradients cannot be recovered.
     """
 
     def __init__(
@@ -61,8 +60,11 @@ class GradientReader:
         accumulator: str,
         epoch_steps: int | None,
     ) -> None:
+        self._args = args
         self._optimizer = optimizer
         self._deepspeed: DeepSpeedGradients | None = None
+        self._accumulator = accumulator
+        self._shard_group: Any = None
         max_norm = float(args.max_grad_norm or 0.0)
         if getattr(args, "deepspeed_plugin", None) is not None:
             assert model is not None
@@ -71,19 +73,10 @@ class GradientReader:
                     "Invalid accumulator: 'exact'. Under DeepSpeed it must be 'auto' or 'sample'."
                 )
             self._deepspeed = DeepSpeedGradients(optimizer, model, torch.device(args.device))
-            self.window: GradientWindow = self._deepspeed.window(steps, epoch_steps)
-            self._shard_group = None
             max_norm = self._deepspeed.max_norm
         else:
-            if not any(p.requires_grad for p in self.parameters()):
-                raise ValueError("The optimizer has no parameter that requires a gradient.")
             self._shard_group = _fsdp1_group(model)
-            self.window = GradientWindow(
-                steps,
-                accumulator=accumulator,  # type: ignore[arg-type]
-                shard_group=self._shard_group,
-                epoch_steps=epoch_steps,
-            )
+        self.window = self._window(steps, epoch_steps)
         self.clipping = Clipping(max_norm, steps)
         self.lr = largest_lr(optimizer)
         self._loss_scale: float | None = None
@@ -98,6 +91,10 @@ class GradientReader:
         """The optimizer's parameters."""
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
+    def plan(self, steps: int, epoch_steps: int | None) -> None:
+        """Start afresh with windows of another length."""
+        self.window = self._window(steps, epoch_steps)
+
     def read(self) -> None:
         """Take in one step: before the optimizer's step, under DeepSpeed after it."""
         self.lr = largest_lr(self._optimizer)
@@ -106,6 +103,7 @@ class GradientReader:
             self._deepspeed.add_to(self.window, self.clipping.factor(()))
             return
         params = self.parameters()
+        self.clipping.max_norm = float(self._args.max_grad_norm or 0.0)  # a callback may change it
         scale = self.clipping.factor(params)
         self.window.add(params, scale=scale * inverse_loss_scale(self._optimizer))
         self._loss_scale = fused_loss_scale(self._optimizer)
@@ -121,6 +119,16 @@ class GradientReader:
             return True
         before = self._loss_scale
         return before is not None and (fused_loss_scale(self._optimizer) or 0.0) < before
+
+    def _window(self, steps: int, epoch_steps: int | None) -> GradientWindow:
+        if self._deepspeed is not None:
+            return self._deepspeed.window(steps, epoch_steps)
+        return GradientWindow(
+            steps,
+            accumulator=self._accumulator,  # type: ignore[arg-type]
+            shard_group=self._shard_group,
+            epoch_steps=epoch_steps,
+        )
 
 
 def largest_lr(optimizer: Any) -> float:

@@ -9,10 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from poprisk_integrations.core import LearningRateCutConfig, LearningRateCutRule
 from poprisk_integrations.core.window import WindowRatio
-from poprisk_integrations.huggingface.callbacks.learning_rate import (
-    check_scheduler,
-    scale_learning_rates,
-)
+from poprisk_integrations.diagnostics.learning_rate_scaling import cut_factor, scale_learning_rates
 from poprisk_integrations.huggingface.callbacks.window_callback import WindowCallback
 from poprisk_integrations.huggingface.log_metrics import log_now
 
@@ -29,8 +26,9 @@ class PopRiskLRCutCallback(WindowCallback):
     Off unless added. Beside the stop it measures a window of its own; F rises after a cut, and
     the stop then forgets an onset that was one of overshooting only.
 
-    The scheduler keeps the cut: its `base_lrs` are multiplied too. ReduceLROnPlateau and GreedyLR
-    go on from the cut value. A resumed run continues with the cuts that were made.
+    The scheduler keeps the cut, for every learning rate that it holds is multiplied too
+    (`diagnostics.learning_rate_scaling`). ReduceLROnPlateau and GreedyLR go on from the cut value.
+    A resumed run continues with the cuts that were made.
 
     Logs `poprisk/lr_cuts`; a cut gets a log line of its own, and one on stderr.
 
@@ -39,13 +37,13 @@ class PopRiskLRCutCallback(WindowCallback):
         patience: Such windows in a row before a cut, >= 1.
         window: Optimizer steps per window, >= 4, or "auto" as for the stop.
         max_cuts: No more cuts than this, >= 1.
-        min_lr: No group's learning rate is cut below this, >= 0. The schedule may go lower.
+        min_lr: The largest learning rate is not cut below this, >= 0; the schedule may go lower.
         accumulator: "auto", "exact" or "sample", see `diagnostics.GradientWindow`.
-        epoch_steps: Optimizer steps of one pass over the data; None for the loader's length.
+        epoch_steps: Optimizer steps of one pass over the data; None for what the loader shows.
 
     Raises:
-        ValueError: If an argument is outside its range; at the start of training if the scheduler
-            would overwrite a cut.
+        ValueError: If an argument is outside its range; at the start of training if it runs under
+            DeepSpeed without an Adam's state.
 
     Example:
         >>> PopRiskLRCut(factor=0.5).state()["args"]["factor"]
@@ -85,13 +83,6 @@ class PopRiskLRCutCallback(WindowCallback):
         """How often the learning rate was cut."""
         return {"poprisk/lr_cuts": self._rule.state.cuts}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check the scheduler, then start afresh or continue from the checkpoint."""
-        check_scheduler(kwargs.get("lr_scheduler"))
-        super().on_train_begin(args, state, control, **kwargs)
-
     def _after_step(
         self,
         args: TrainingArguments,
@@ -103,8 +94,8 @@ class PopRiskLRCutCallback(WindowCallback):
         optimizer = kwargs["optimizer"]
         if window is None:
             return
-        factors = [self._factor(float(group["lr"])) for group in optimizer.param_groups]
-        if all(factor == 1.0 for factor in factors):
+        factor = cut_factor([optimizer], self.factor, self.min_lr)
+        if factor == 1.0:
             return
         is_cut = self._rule.update(
             step=state.global_step,
@@ -115,14 +106,10 @@ class PopRiskLRCutCallback(WindowCallback):
         )
         if not is_cut:
             return
-        scale_learning_rates(optimizer, kwargs.get("lr_scheduler"), factors)
+        scale_learning_rates([optimizer], [kwargs.get("lr_scheduler")], factor)
         log_now(args, control)
         if state.is_world_process_zero:
             tqdm.write(f"poprisk: {self._rule.state.reason}", file=sys.stderr)
-
-    def _factor(self, lr: float) -> float:
-        """Of a group, such that its learning rate does not fall below `min_lr`."""
-        return self.factor if lr <= 0 else min(1.0, max(self.factor, self.min_lr / lr))
 
 
 PopRiskLRCut = PopRiskLRCutCallback

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from poprisk_integrations.diagnostics.guard import Guarded, guarded
 from poprisk_integrations.diagnostics.joint_mean import joint_mean
 from poprisk_integrations.diagnostics.layer_groups import LayerNaming, check_per_layer
 from poprisk_integrations.diagnostics.layer_sample import LayerSample
@@ -13,6 +14,7 @@ from poprisk_integrations.huggingface.callbacks.gate_metrics import (
     total_metrics,
     unwrap_optimizer,
 )
+from poprisk_integrations.huggingface.callbacks.loss_scale import inverse_loss_scale
 from poprisk_integrations.huggingface.log_metrics import MetricsCallback
 
 __all__ = ["PopRiskMonitorCallback"]
@@ -20,7 +22,7 @@ __all__ = ["PopRiskMonitorCallback"]
 logger = logging.getLogger(__name__)
 
 
-class PopRiskMonitorCallback(MetricsCallback):
+class PopRiskMonitorCallback(Guarded, MetricsCallback):
     """Logs PopRiskAdamW's gate and noise as `poprisk/open_fraction`, `poprisk/mean_gate`, ...
 
     See `PopRiskAdamW.gate_stats` for the gate's statistics, `diagnostics.layer_sample.LayerSample`
@@ -50,7 +52,9 @@ class PopRiskMonitorCallback(MetricsCallback):
         self._device: Any = None
         self._sample: LayerSample | None = None
         self._steps = 0  # since training began
+        self._has_begun = False
 
+    @guarded
     def metrics(self) -> dict[str, float]:
         """The last sample; empty before the first. Every rank must call it."""
         if self._sample is None:
@@ -65,6 +69,8 @@ class PopRiskMonitorCallback(MetricsCallback):
     ) -> None:
         """Switch sampling on, whatever period a checkpoint brought along."""
         self._device, self._steps, self._sample = args.device, 0, None
+        self._has_begun = True
+        self.switched_off = None
         if not sample_gate_stats(kwargs["optimizer"], self.every_n_steps):
             if state.is_world_process_zero:
                 logger.warning("PopRiskMonitorCallback: the optimizer has no gate, nothing to log.")
@@ -75,15 +81,26 @@ class PopRiskMonitorCallback(MetricsCallback):
         if self.per_layer and not self._sample.groups and state.is_world_process_zero:
             logger.warning("PopRiskMonitorCallback: no parameter is in a layer, only totals.")
 
+    @guarded
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin, if this callback was added to a run that had begun."""
+        if not self._has_begun:
+            self.on_train_begin(args, state, control, **kwargs)
+
+    @guarded
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sample the gradients of a step that is sampled."""
-        # Clipping unscales the gradients of fp16; without it they still carry the loss scale.
-        is_scaled = args.fp16 and not args.max_grad_norm
-        if self._sample is not None and self._is_due() and not is_scaled:
+        if self._sample is None or not self._is_due():
+            return
+        # Without clipping, older versions of Trainer leave the loss scale of fp16 in the gradients.
+        if inverse_loss_scale(kwargs["optimizer"]) == 1.0:
             self._sample.before_step()
 
+    @guarded
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -98,6 +115,12 @@ class PopRiskMonitorCallback(MetricsCallback):
     ) -> None:
         """Let go of the optimizer."""
         self._optimizer = self._sample = None
+        self._has_begun = False
+
+    def switch_off(self, where: str, error: Exception) -> None:
+        """Do nothing from here on, and let go of the optimizer."""
+        self._optimizer = self._sample = None
+        super().switch_off(where, error)
 
     def _is_due(self) -> bool:
         return self._steps % self.every_n_steps == 0

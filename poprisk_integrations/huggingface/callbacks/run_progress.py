@@ -17,7 +17,8 @@ class RunProgress:
     Attributes:
         window_seen: Steps in the unfinished window.
         window_reused: Whether it began after a whole pass over the data.
-        passes: Passes that ended, over data without a length.
+        batches: Micro-batches that this process has drawn; None in a state of an older version.
+        pass_batches: Micro-batches of one pass over the data; None if unknown.
         window_file: Name of the file in a checkpoint that holds the window; "" for none.
         shape: What makes windows comparable: world size, batch size, ...
         history: One row per closed window, see `history_row`.
@@ -25,7 +26,8 @@ class RunProgress:
 
     window_seen: int = 0
     window_reused: bool = False
-    passes: int = 0
+    batches: int | None = None
+    pass_batches: int | None = None
     window_file: str = ""
     shape: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -55,6 +57,19 @@ class RunProgress:
         """F, C and U of the last window and their standard errors; empty before the first."""
         names = ("signal_ratio", "signal_ratio_se", *MEASURES)
         return {name: self.history[-1][name] for name in names} if self.history else {}
+
+    def continue_with(self, pass_batches: int | None, drawn: int) -> None:
+        """Count on in micro-batches of the present size.
+
+        Args:
+            pass_batches: Micro-batches of one pass over the data; None if unknown.
+            drawn: How many were drawn, if this is not remembered.
+        """
+        before, self.pass_batches = self.pass_batches, pass_batches
+        if self.batches is None:
+            self.batches = drawn
+        elif before and pass_batches and before != pass_batches:
+            self.batches = self.batches * pass_batches // before
 
     def last_window(self) -> WindowRatio | None:
         """The totals of the last window."""

@@ -4,6 +4,8 @@ import json
 import os
 from typing import Any
 
+from poprisk_integrations._files import write_whole
+
 __all__ = ["STOP_REPORT", "write_stop_report"]
 
 STOP_REPORT = "poprisk_stop.json"
@@ -17,11 +19,7 @@ def write_stop_report(directory: str, report: dict[str, Any], place: int = 1) ->
         report: What to write, ready for JSON.
         place: Of the callback among its like; the second writes `poprisk_stop_2.json`.
     """
-    os.makedirs(directory, exist_ok=True)
     stem, extension = os.path.splitext(STOP_REPORT)
     name = STOP_REPORT if place == 1 else f"{stem}_{place}{extension}"
-    path = os.path.join(directory, name)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=2, allow_nan=False)
-        file.write("\n")
-    os.replace(f"{path}.tmp", path)
+    with write_whole(os.path.join(directory, name)) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from poprisk_integrations._files import write_whole
 from poprisk_integrations.diagnostics import GradientWindow, window_fits
 from poprisk_integrations.distributed import mean_over_ranks
 
@@ -31,17 +32,10 @@ def save_window(window: GradientWindow, directory: str, step: int, name: str = W
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     for key in _BY_POSITION:
         tensors |= {f"{key}.{i}": t for i, t in state[key].items()}
-    path = os.path.join(directory, name)
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()},
-        f"{path}.tmp",
-        metadata={
-            "accumulator": state["accumulator"],
-            "seen": str(state["seen"]),
-            "step": str(step),
-        },
-    )
-    os.replace(f"{path}.tmp", path)
+    metadata = {"accumulator": state["accumulator"], "seen": str(state["seen"]), "step": str(step)}
+    with write_whole(os.path.join(directory, name)) as temporary:
+        contiguous = {name: t.contiguous() for name, t in tensors.items()}
+        save_file(contiguous, str(temporary), metadata=metadata)
 
 
 def load_window(

@@ -8,17 +8,12 @@ from torch import nn
 from transformers import Trainer
 
 import poprisk_integrations.huggingface as hf
-from poprisk_integrations.huggingface.registration import PreClipNorm
 from tests.helpers.tiny_trainer import arguments, train
 
 HAS_SEAM = hasattr(Trainer, "_clip_grad_norm")
 needs_seam = pytest.mark.skipif(
     not HAS_SEAM, reason="transformers < 5.3 clips in the middle of its loop"
 )
-
-
-class _MixedIn(PreClipNorm, Trainer):
-    pass
 
 
 def _run(path, cls=Trainer, **changes):
@@ -31,40 +26,42 @@ def _run(path, cls=Trainer, **changes):
 
 
 @needs_seam
-def test_the_mixin_undoes_it(tmp_path, caplog):
+def test_it_is_undone_under_any_trainer_without_a_word(tmp_path, caplog):
+    """A limit of 1.0 is Trainer's default: an ordinary run needs no warning."""
     _, plain = _run(tmp_path / "plain", max_grad_norm=0.0)
-    _, undone = _run(tmp_path / "undone", cls=_MixedIn, max_grad_norm=0.5)
+    _, undone = _run(tmp_path / "undone", max_grad_norm=0.5)
     for mine, theirs in zip(undone["history"], plain["history"], strict=True):
         for key in ("signal_ratio", "signal_ratio_se", "noise", "agreement"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
     assert (plain["clipped_fraction"], plain["clipping"]) == (None, None)
     assert undone["clipped_fraction"] == 1.0
     assert undone["clipping"] == "100% of the steps were clipped to 0.5, which is undone for F."
-    assert caplog.text.count("were clipped") == 1
+    assert "clip" not in caplog.text
 
 
-def test_without_the_mixin_it_is_counted_and_told_once(tmp_path, caplog):
-    # All norms, as Trainer logs them where a limit is set; then a limit in the middle of them.
+class _ClipsItself(Trainer):
+    """As transformers < 5.3: nobody is told the norm."""
+
+    def _clip_grad_norm(self, model):
+        return nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+
+@pytest.mark.parametrize(("share", "warnings"), [(20 / 32, 1), (8 / 32, 0)])
+def test_where_the_norm_is_not_known_it_is_counted_and_told_if_it_matters(
+    tmp_path, caplog, share, warnings
+):
+    # All norms, as Trainer logs them where a limit is set; then a limit between two of them.
     trainer, _ = _run(tmp_path / "norms", max_grad_norm=1e9, logging_steps=1)
     norms = sorted(line["grad_norm"] for line in trainer.state.log_history if "loss" in line)
     assert len(norms) == 32
-    limit = (norms[11] + norms[12]) / 2
+    below = round(32 * (1 - share))
+    limit = float(norms[below - 1] + norms[below]) / 2
     caplog.clear()
-    trainer, report = _run(tmp_path / "clipped", max_grad_norm=limit)
-    assert report["clipped_fraction"] == pytest.approx(20 / 32)
-    assert trainer.state.log_history[-1]["poprisk/clipped_fraction"] == pytest.approx(20 / 32)
+    trainer, report = _run(tmp_path / "clipped", cls=_ClipsItself, max_grad_norm=limit)
+    assert report["clipped_fraction"] == pytest.approx(share)
+    assert trainer.state.log_history[-1]["poprisk/clipped_fraction"] == pytest.approx(share)
     assert "so F is of clipped gradients" in report["clipping"]
-    assert caplog.text.count("were clipped to") == 1
-    assert "max_grad_norm=0, or PopRiskTrainerMixin with transformers >= 5.3" in caplog.text
-
-
-@needs_seam
-def test_the_dpo_trainer_and_the_trainer_mixin_have_the_seam():
-    assert issubclass(hf.PopRiskTrainerMixin, PreClipNorm)
-    pytest.importorskip("trl")
-    from poprisk_integrations.trl import PopRiskDPOTrainer
-
-    assert PopRiskDPOTrainer.__mro__.index(PreClipNorm) < PopRiskDPOTrainer.__mro__.index(Trainer)
+    assert caplog.text.count("were clipped to") == warnings
 
 
 class _TokenModel(nn.Module):

@@ -7,9 +7,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 
-from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback, PopRiskMonitorCallback
+from poprisk_integrations.huggingface import (
+    PopRiskEarlyStoppingCallback,
+    PopRiskLRCut,
+    PopRiskMonitorCallback,
+)
 from poprisk_integrations.optim import PopRiskAdamW
 from tests.helpers.tiny_trainer import arguments
 from tests.helpers.trainer_events import EventSequence
@@ -131,16 +136,43 @@ def test_gradients_are_read_not_written(tmp_path):
     assert gradient._version == version
 
 
-def test_a_run_too_short_for_two_windows_warns_once(tmp_path, caplog):
-    args = arguments(tmp_path)
+def _loader(examples=64, **options):
+    return DataLoader(range(examples), **{"batch_size": 4, "shuffle": True, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "loader", "max_steps", "said"),
+    [
+        ({}, {}, 100, "pass over the data is 16 steps; memorising can be noticed from step 24 of"),
+        ({}, {}, 16, "cannot stop this run: its 16 steps are one pass over the data (16 steps)"),
+        ({"window": 8}, {}, 20, "first window of 8 steps on data seen before would end at step 24"),
+        ({}, {"batch_size": 64}, 100, "each step takes all the data"),
+        ({}, {"sampler": (i for i in range(64)), "shuffle": False}, 100, "set epoch_steps to"),
+        ({"min_steps": 101}, {}, 100, "cannot stop this run: min_steps=101 is beyond its 100"),
+    ],
+)
+def test_one_line_at_the_start_says_what_can_be_done(
+    tmp_path, caplog, capsys, options, loader, max_steps, said
+):
+    args, callback = arguments(tmp_path), PopRiskEarlyStoppingCallback(**options)
+    loader = _loader(**loader)
     with caplog.at_level(logging.WARNING):
-        EventSequence(PopRiskEarlyStoppingCallback(window=8), _sgd(0.1), args, max_steps=15)
+        EventSequence(callback, _sgd(0.1), args, max_steps, train_dataloader=loader)
+    lines = [*(r.message for r in caplog.records), *capsys.readouterr().err.splitlines()]
+    (line,) = [line for line in lines if line]
+    assert said in line
+    assert bool(caplog.records) is ("cannot" in line)
+
+
+def test_the_lr_cut_says_when_the_run_is_too_short_for_it(tmp_path, caplog):
+    args = arguments(tmp_path)
+    EventSequence(PopRiskLRCut(window=8), _sgd(0.1), args, 15, train_dataloader=_loader())
     assert [r.message for r in caplog.records] == [
-        "PopRiskEarlyStoppingCallback: the run has 15 steps, fewer than two windows of 8: it can "
-        "never stop early. Set a smaller window."
+        "PopRiskLRCutCallback: the run has 15 steps, fewer than two windows of 8: it can never "
+        "cut the learning rate. Set a smaller window."
     ]
     caplog.clear()
-    EventSequence(PopRiskEarlyStoppingCallback(window=8), _sgd(0.1), args, max_steps=16)
+    EventSequence(PopRiskLRCut(window=8), _sgd(0.1), args, 16, train_dataloader=_loader())
     assert not caplog.records
 
 
@@ -179,20 +211,19 @@ def test_two_of_a_class_find_their_own_state(tmp_path):
         assert callback.stopping_state["lr_sum"] == lr
 
 
-def test_min_steps_beyond_the_run_warns_once(tmp_path, caplog):
-    callback = PopRiskEarlyStoppingCallback(window=8, min_steps=101)
-    EventSequence(callback, _sgd(0.1), arguments(tmp_path), max_steps=100)
-    assert [r.message for r in caplog.records] == [
-        "PopRiskEarlyStoppingCallback: min_steps=101 is beyond the run's 100 steps: it can never "
-        "stop early."
-    ]
-
-
-def test_nothing_to_train_is_an_error(tmp_path):
+def test_all_is_frozen_when_training_begins(tmp_path):
+    """A callback may thaw layers later, as those that train some layers at a time do."""
     optimizer = _sgd(0.1)
-    optimizer.param_groups[0]["params"][0].requires_grad_(False)
-    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
-        EventSequence(PopRiskEarlyStoppingCallback(), optimizer, arguments(tmp_path))
+    (parameter,) = optimizer.param_groups[0]["params"]
+    parameter.requires_grad_(False)
+    callback = PopRiskEarlyStoppingCallback(window=4)
+    run = EventSequence(callback, optimizer, arguments(tmp_path))
+    parameter.requires_grad_(True)
+    for value in (1.0, 3.0, 1.0, 3.0):
+        parameter.grad = torch.full((2,), value)
+        run.step()
+    (row,) = callback.progress.history
+    assert row["noise"] == pytest.approx(8 / 3)  # A = 8, Q = 20: S = 2 * (20 - 64 / 4) / 3
 
 
 def test_the_gate_is_sampled_at_the_last_step_of_a_window(tmp_path):

@@ -1,0 +1,142 @@
+"""When examples were seen before: by the data and their sampler, whatever Trainer's epoch is."""
+
+import torch
+from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
+from transformers import Trainer, TrainerCallback
+
+import poprisk_integrations.huggingface as hf
+from tests.helpers.tiny_trainer import arguments, dataset, train
+
+
+def _args(path, **changes):
+    options = {"optim": "sgd", "learning_rate": 1e-3, "max_steps": 48, "max_grad_norm": 0.0}
+    return arguments(path, **{**options, **changes})
+
+
+def _reused(stop):
+    return {row["step"]: row["reused"] for row in stop.progress.history}
+
+
+def _trainer_with(sampler=None, loader=None):
+    """A Trainer that draws with a sampler or a loader of the user's own."""
+
+    class Own(Trainer):
+        def _get_train_sampler(self, *args):
+            return sampler or super()._get_train_sampler(*args)
+
+        def get_train_dataloader(self):
+            return loader or super().get_train_dataloader()
+
+    return Own
+
+
+def test_an_epoch_that_draws_a_part_of_the_data_is_no_pass(tmp_path):
+    """8 of 64 batches make an epoch: the first pass is 64 steps, not 8."""
+    data = dataset(512)
+    stop = hf.PopRiskEarlyStoppingCallback(window=8, kappa=1.0)
+    cls = _trainer_with(RandomSampler(data, num_samples=64))
+    trainer = train(_args(tmp_path, max_steps=80), stop, cls=cls, train_dataset=data)
+    assert trainer.state.epoch == 10
+    assert _reused(stop) == {step: step > 64 for step in range(8, 81, 8)}
+
+
+def test_an_epoch_that_repeats_the_data_is_more_than_a_pass(tmp_path):
+    data = dataset(64)
+    stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
+    cls = _trainer_with(WeightedRandomSampler(torch.ones(64), num_samples=512))
+    train(_args(tmp_path), stop, cls=cls, train_dataset=data)
+    assert _reused(stop) == {step: step > 8 for step in range(8, 49, 8)}
+
+
+class _Curriculum(torch.utils.data.Sampler):
+    """Any order of the user's own."""
+
+    def __len__(self):
+        return 64
+
+    def __iter__(self):
+        return iter(range(64))
+
+
+def test_a_sampler_of_the_users_own_is_asked_about_not_guessed(tmp_path, caplog):
+    """No stop however low F is, until the user says how long a pass is."""
+    data, last = dataset(64, noise=3.0), {}
+    for epoch_steps in (None, 8):
+        stop = hf.PopRiskEarlyStoppingCallback(window=8, kappa=1.0, epoch_steps=epoch_steps)
+        args = _args(tmp_path, optim="adamw_torch", learning_rate=3e-2, max_steps=160)
+        trainer = train(args, stop, cls=_trainer_with(_Curriculum()), train_dataset=data)
+        last[epoch_steps] = trainer.state.global_step
+    assert last[8] < last[None] == 160
+    assert caplog.text.count("the sampler is a _Curriculum") == 1
+    assert caplog.text.count("set epoch_steps to the optimizer steps of one pass") == 1
+
+
+def test_a_loader_of_the_users_own_that_is_torchs(tmp_path):
+    data = dataset(64)
+    loader = DataLoader(data, batch_size=4, shuffle=True)  # not the batch size of the arguments
+    stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
+    train(_args(tmp_path), stop, cls=_trainer_with(loader=loader), train_dataset=data)
+    assert _reused(stop) == {step: step > 16 for step in range(8, 49, 8)}
+
+
+def test_grouped_by_length_is_a_permutation(tmp_path):
+    fields = arguments(tmp_path).__dataclass_fields__
+    group = {"group_by_length": True}  # transformers < 5
+    if "train_sampling_strategy" in fields:
+        group = {"train_sampling_strategy": "group_by_length"}
+    data = [{**row, "input_ids": [0] * (1 + i % 5)} for i, row in enumerate(dataset(64))]
+    stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
+    args = _args(tmp_path, max_steps=24, **group)
+    train(args, stop, train_dataset=data, data_collator=_collate)
+    assert _reused(stop) == {8: False, 16: True, 24: True}
+
+
+def _collate(rows):
+    return {key: torch.stack([row[key] for row in rows]) for key in ("x", "labels")}
+
+
+class _Accumulate(TrainerCallback):
+    """Changes the accumulation once a number of steps was made."""
+
+    def __init__(self, steps, micro_batches):
+        self.steps, self.micro_batches = steps, micro_batches
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= self.steps:
+            args.gradient_accumulation_steps = self.micro_batches
+
+
+def test_accumulation_that_changes_changes_the_window_too(tmp_path):
+    """A pass of 64 micro-batches is 64 steps, then 16: windows of a third of a pass follow."""
+    stop = hf.PopRiskEarlyStoppingCallback(window="third", action="monitor")
+    change = _Accumulate(64, 4)
+    args = _args(tmp_path, per_device_train_batch_size=1, max_steps=128)
+    train(args, change, stop, train_dataset=dataset(64))
+    rows = [(row["step"], row["reused"]) for row in stop.progress.history]
+    # 21 steps each in the first pass; 8, the shortest, from step 64 on. Trainer ends with epoch 2.
+    assert rows == [(21, False), (42, False), (63, False), (72, True), (80, True)]
+
+
+def test_micro_batches_are_counted_and_resumed(tmp_path):
+    """Two micro-batches a step, and 7 in an epoch, whose last step takes a single one."""
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": 6, "max_steps": 12, **options}
+    stop = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    train(_args(tmp_path, **saving), stop, train_dataset=dataset(28))
+    assert stop.progress.batches == 21
+    resumed = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    data = {"train_dataset": dataset(28), "resume": str(tmp_path / "checkpoint-6")}
+    train(_args(tmp_path / "resumed", **saving), resumed, **data)
+    assert resumed.progress == stop.progress
+
+
+def test_other_batches_on_resume_keep_the_share_of_the_pass(tmp_path, caplog):
+    """Half a pass in batches of 8, the rest in batches of 4."""
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    stop = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    train(_args(tmp_path, max_steps=4, **saving), stop)
+    resumed = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    args = _args(tmp_path, max_steps=20, per_device_train_batch_size=4, **saving)
+    train(args, resumed, resume=str(tmp_path / "checkpoint-4"))
+    # 4 of 8 batches, then 8 of 16: the second pass begins at step 12.
+    assert _reused(resumed) == {4: False, 8: False, 12: False, 16: True, 20: True}
