@@ -209,7 +209,7 @@ def _flip(recipe: "Recipe", train: Any) -> tuple[Any, dict[str, Any] | None]:
     options = recipe.pairs
     if options.flip_rate == 0:
         return train, None
-    check_preferences(train)
+    check_preferences(train, strict=recipe.training.noise != "off")
     number = source_rows(train)  # of the data as they were read
     train, rows = flip_preferences(train, options.flip_rate, options.flip_seed)
     return train, {

@@ -3,6 +3,7 @@
 Each test names the report. Where TRL trains, ours with `noise="off"` must give the same numbers.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,21 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import yaml
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
+from poprisk_integrations.cli.main import main
 from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
-from tests.helpers.tiny_dpo import config_options, pairs, tiny_model, tiny_tokenizer
+from tests.helpers.tiny_dpo import (
+    config_options,
+    pairs,
+    save_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 # transformers 5.23 deprecates a name that TRL 1.16 still uses.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -285,6 +294,26 @@ def test_ids_of_mixed_type_are_refused_before_anything_is_loaded(tmp_path: Path)
             train_dataset=mixed_ids(),
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_checks_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{**r, "id": f"s{n}" if n % 2 else n} for n, r in enumerate(pairs(7))]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, [*rows, row(rejected=" cat dew", id=7)])))
+    keys = {"model_name_or_path": save_model(tmp_path / "model"), "dataset_name": str(data)}
+    options = {**config_options(tmp_path / "out", max_steps=1), "report_to": "none"}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**options, **keys, "flip_rate": 0.5, "noise": "off"}))
+    arguments = ["dpo", "--config", str(config)]
+    assert main(arguments) == 0  # TRL trains on an identical pair, so does noise="off"
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    capsys.readouterr()
+    assert main([*arguments, "--pair_id_column", "id", "--output_dir", str(tmp_path / "x")]) == 2
+    assert "Row 0 has 0 and row 1 has 's1'; ids must be all text or" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_directory_that_cannot_be_written_and_need_not_be(
