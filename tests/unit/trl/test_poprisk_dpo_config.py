@@ -144,6 +144,13 @@ def test_label_smoothing_without_effect_is_refused(tmp_path: Path, loss_type: An
         config(tmp_path, loss_type=loss_type, label_smoothing=0.1)
 
 
+def test_label_smoothing_that_trl_accepts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config(tmp_path, loss_type="hinge", label_smoothing=0.1, noise="off")
+    assert "TRL >= 0.29 ignores it with loss_type=['hinge']" in caplog.text
+    with pytest.raises(ValueError, match=r"label_smoothing: 0.1"):
+        config(tmp_path, loss_type="sigmoid", label_smoothing=0.1, noise="off")
+
+
 @pytest.mark.parametrize(
     "loss_type", ["robust", "exo_pair", "aot", "aot_unpaired", ["sigmoid", "robust"]]
 )

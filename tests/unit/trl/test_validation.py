@@ -7,8 +7,10 @@ import pytest
 from datasets import Dataset
 
 from poprisk_integrations.trl.validation import (
+    PairScan,
     check_output_dir,
     check_preferences,
+    scan_pairs,
 )
 from tests.helpers.tiny_dpo import pairs
 
@@ -82,6 +84,50 @@ def test_completions_that_are_not_text() -> None:
         check_preferences(Dataset.from_dict(data))
 
 
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        (["a"], "chosen and rejected must be text or lists of messages, not lists of str"),
+        (
+            [{"from": "gpt", "value": "a"}],
+            r"needs 'role' and 'content', and has \['from', 'value'\]",
+        ),
+    ],
+)
+def test_lists_that_are_no_conversations(completion: list[Any], message: str) -> None:
+    data = Dataset.from_dict({"chosen": [completion], "rejected": [completion]})
+    with pytest.raises(ValueError, match=f"my_data row 0: .*{message}"):
+        check_preferences(data, "my_data", strict=False)
+
+
+def test_copies_and_contradictions_are_counted() -> None:
+    one, other = message("a"), message("b")
+    rows = [
+        {"prompt": "x", "chosen": one, "rejected": other},
+        {"prompt": "x", "chosen": one, "rejected": other},  # a copy
+        {"prompt": "y", "chosen": other, "rejected": one},  # of another prompt
+        {"prompt": "x", "chosen": other, "rejected": one},  # contradicts the first two
+        {"prompt": "x", "chosen": other, "rejected": one},  # a copy
+        {"prompt": "x", "chosen": one, "rejected": message("c")},
+        {"prompt": "x", "chosen": one, "rejected": one},  # no preference at all
+    ]
+    scan = scan_pairs(Dataset.from_list(rows))
+    assert (scan.repeated, scan.both_ways, scan.identical) == (2, 1, [6])
+
+
+def test_what_trl_trains_on_is_only_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    data = {"chosen": ["a", "", "c"], "rejected": ["a", "b", "d"]}
+    scan = check_preferences(Dataset.from_dict(data), strict=False)
+    assert (scan.empty, scan.identical) == ([1], [0])
+    assert "1 row (first: row 1) with an empty" in caplog.text
+    assert "1 row (first: row 0) whose chosen and rejected are the same" in caplog.text
+
+
+def test_data_made_on_the_fly_are_not_looked_at() -> None:
+    made = pairs(2).select_columns("prompt").with_transform(lambda batch: batch)
+    assert scan_pairs(made) == PairScan()
+
+
 def test_identical_completions_are_counted() -> None:
     data = {"chosen": ["a", "b", "c", "d"], "rejected": ["x", "b", "y", "d"]}
     with pytest.raises(ValueError, match=r"2 rows \(first: row 1\) whose chosen and rejected"):
@@ -108,4 +154,7 @@ def test_output_dir(tmp_path: Path) -> None:
 def test_output_dir_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(PermissionError, match="no permission to write"):
-        check_output_dir(tmp_path / "run")
+        check_output_dir(tmp_path / "run", needed=False)  # Trainer makes it in any case
+    with pytest.raises(PermissionError, match="no permission to write"):
+        check_output_dir(tmp_path)
+    check_output_dir(tmp_path, needed=False)
