@@ -264,10 +264,10 @@ def _compiled(
         return None
     # Not through `warnings`: nothing is wrong, but a training that stands still must say why.
     logger.warning(
-        "PopRiskAdamW compiles its fused step for %s parameters: %s of CPU time, once; later runs "
-        "take most of it from torch's cache. fused=False does without.",
+        "PopRiskAdamW compiles its fused step for %s parameters: some %d seconds of CPU time, "
+        "once; later runs take most of it from torch's cache. fused=False does without.",
         str(param_dtype).removeprefix("torch."),
-        "half a minute or more" if "8bit" in plan.formats else "up to half a minute",
+        30 if "8bit" in plan.formats else 15,
     )
     # Dynamo limits recompilations per code object, which all closures would share.
     update.__code__ = update.__code__.replace(co_name=f"poprisk_adamw_{abs(hash(plan)):x}")

@@ -85,11 +85,12 @@ class PopRiskAdamW(Optimizer):
         batch_size: Global batch size b, for alpha="finite".
         dataset_size: Number of training examples n, for alpha="finite".
         maximize: Maximise the objective.
-        foreach: True for horizontally fused kernels (on CPU slower than one tensor at a time).
-        fused: True for one pass over memory per step: compiled by torch.compile on CPU (seconds,
-            once; needs a C++ compiler, else a warning and the eager path). None, with
-            `foreach=None`, takes the fastest path that works: fused from a million elements on;
-            see `path`. False never fuses.
+        foreach: True for horizontally fused kernels: torch's on CPU (slower there than one tensor
+            at a time), on accelerators the Triton kernel, which they take anyway.
+        fused: True for one pass over memory per step: compiled by torch.compile on CPU (some 15
+            seconds of CPU time, once, announced in the log; needs a C++ compiler, else a warning
+            and the eager path). None, with `foreach=None`, takes the fastest path that works: on
+            CPU fused from a million elements on; see `path`. False never fuses.
         capturable: Keep step counts on the device, as accelerators always do.
         state_dtype: None for float32 states whatever the parameter (float64 and complex parameters
             keep their own dtype), "bfloat16" (stochastically rounded), "8bit" (experimental: codes
@@ -293,7 +294,8 @@ class PopRiskAdamW(Optimizer):
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or a `noise_source` lacks its pieces.
+            RuntimeError: If a gradient is sparse, a parameter was made float16 or resized without
+                its moments, or a `noise_source` lacks its pieces.
         """
         loss = None
         if closure is not None:
