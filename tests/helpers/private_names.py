@@ -98,12 +98,6 @@ def _scaler_stages() -> bool:
     return bool(state["stage"] is OptState.READY)
 
 
-def _schedulers_in_a_row() -> bool:
-    schedulers = torch.optim.lr_scheduler
-    constant = schedulers.ConstantLR(_adamw())
-    return schedulers.ChainedScheduler([constant])._schedulers[0] is constant
-
-
 def _fused_says_so() -> bool:
     return bool(_adamw(fused=True)._step_supports_amp_scaling)  # type: ignore[attr-defined]
 
@@ -199,10 +193,6 @@ TABLE = (
             "call, not with the package", _has("torch", "_compile", "_disable_dynamo"),
         )
         for name in ("_compile", "_disable_dynamo")
-    ),
-    Private(
-        "_schedulers", "torch", ("huggingface/callbacks/learning_rate.py",),
-        "the schedulers that a SequentialLR or ChainedScheduler holds", _schedulers_in_a_row,
     ),
     Private(
         "_last_lr", "torch", ("lightning/callbacks/lr_scaling.py",),

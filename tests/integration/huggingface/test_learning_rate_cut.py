@@ -8,7 +8,7 @@ import transformers
 from transformers import TrainerCallback
 
 import poprisk_integrations.huggingface as hf
-from tests.helpers.tiny_trainer import arguments, train, weights
+from tests.helpers.tiny_trainer import TinyModel, arguments, train, weights
 
 WINDOW = 8
 
@@ -53,12 +53,22 @@ def _scripted(says, **options):
     return cut
 
 
-def test_cuts_after_patience_and_the_schedule_goes_on_from_there(tmp_path, capsys):
+def _with_a_floor():
+    """A cosine of torch that ends at half the rate it begins with."""
+    model = TinyModel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 64, eta_min=5e-4)
+    return {"model": model, "optimizers": (optimizer, schedule)}
+
+
+@pytest.mark.parametrize("options", [dict, _with_a_floor])
+def test_cuts_after_patience_and_the_schedule_goes_on_from_there(tmp_path, capsys, options):
     says = ["overshoots", "learns", *["overshoots"] * 6]
     rates = {}
     for name, callbacks in (("plain", ()), ("cut", (_scripted(says, max_cuts=2, factor=0.5),))):
         seen = _LearningRates()
-        trainer = train(_args(tmp_path / name, lr_scheduler_type="cosine"), seen, *callbacks)
+        args = _args(tmp_path / name, lr_scheduler_type="cosine")
+        trainer = train(args, seen, *callbacks, **options())
         rates[name] = seen.at
     # Windows 3 and 4 cut at step 32, windows 5 and 6 at step 48; then no more.
     for step, rate in rates["plain"].items():
@@ -136,6 +146,21 @@ def test_beside_the_stop(tmp_path):
     files = {p.name for p in (tmp_path / "both" / "checkpoint-20").glob("poprisk_*")}
     assert files == {"poprisk_window.safetensors", "poprisk_lr_cut_window.safetensors"}
     assert trainer.state.log_history[-1]["poprisk/lr_cuts"] == 0
+
+
+def test_min_lr_is_for_the_largest_rate_and_groups_keep_their_ratio(tmp_path):
+    """As in Lightning: one factor for all groups, so that no schedule is bent."""
+    model = TinyModel()
+    groups = [
+        {"params": list(model.embed.parameters()), "lr": 1e-4},
+        {"params": [*model.norm.parameters(), *model.head.parameters()], "lr": 1e-3},
+    ]
+    cut = _scripted(["overshoots"] * 8, factor=0.3, patience=1, max_cuts=9, min_lr=2e-4)
+    optimizers = (torch.optim.SGD(groups, lr=1e-3), None)
+    trainer = train(_args(tmp_path), cut, model=model, optimizers=optimizers)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates == pytest.approx([2e-5, 2e-4])
+    assert cut.rule_state["cuts"] == 2
 
 
 @pytest.mark.parametrize(

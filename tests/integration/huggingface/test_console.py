@@ -1,0 +1,56 @@
+"""What a person sees of a run: a short line, while trackers and the history get every number."""
+
+import pytest
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+import poprisk_integrations.huggingface as hf
+from tests.helpers.tiny_trainer import arguments, train
+
+
+class _Tracker(TrainerCallback):
+    def __init__(self):
+        self.lines = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.lines.append(dict(logs))
+
+
+@pytest.mark.parametrize("printer", [PrinterCallback, ProgressCallback])
+def test_at_most_three_of_our_numbers_on_a_line(tmp_path, capsys, printer):
+    tracker = _Tracker()
+    ours = (
+        hf.PopRiskEarlyStoppingCallback(window=8, action="monitor"),
+        hf.PopRiskLRCut(window=8),
+        hf.PopRiskMonitorCallback(every_n_steps=2, per_layer=True),
+    )
+    args = arguments(tmp_path, max_steps=24, disable_tqdm=printer is PrinterCallback)
+    trainer = train(args, tracker, *ours)
+    captured = capsys.readouterr()
+    lines = [x for x in (captured.out + captured.err).splitlines() if "loss'" in x]
+    assert len(lines) == 7
+    for line in lines:
+        assert line.count("poprisk/") <= 3
+    assert "'poprisk/signal_ratio'" in lines[-1]
+    assert "'poprisk/open_fraction'" in lines[-1]
+    history = [line for line in trainer.state.log_history if "loss" in line]
+    for seen in (tracker.lines[5], history[5]):
+        assert sum(key.startswith("poprisk/") for key in seen) > 30
+        assert "poprisk/head/mean_gate" in seen
+
+
+def test_lines_without_our_numbers_are_trainers_own(tmp_path, capsys):
+    train(arguments(tmp_path, max_steps=4, optim="adamw_torch"))
+    (line, last) = capsys.readouterr().out.splitlines()
+    assert line.startswith("{'loss': ")
+    assert "poprisk" not in line + last
+
+
+def test_an_ordinary_run_says_a_line_at_the_start_and_one_at_the_end(tmp_path, caplog, capsys):
+    """Trainer's defaults: clipping at 1.0, any progress bar; nothing to warn of."""
+    args = arguments(tmp_path, max_steps=24, max_grad_norm=1.0, report_to=[])
+    train(args, hf.PopRiskEarlyStoppingCallback(), hf.PopRiskMonitorCallback())
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("poprisk: ")]
+    assert len(said) == 2
+    assert "memorising can be noticed from step 16 of 24 on" in said[0]
+    assert "did not stop this run; " in said[1]
+    assert not caplog.records
