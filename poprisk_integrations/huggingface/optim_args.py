@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from poprisk_integrations.optim import PopRiskAdamW
@@ -28,15 +28,18 @@ def valid_keys() -> list[str]:
     return sorted([*own, "no_gate"])
 
 
-def parse_optim_args(text: str | None, **overrides: Any) -> dict[str, Any]:
-    """Typed options from "key=value,key=value".
+def parse_optim_args(
+    text: str | Mapping[str, Any] | Sequence[str] | None, **overrides: Any
+) -> dict[str, Any]:
+    """Typed options from "key=value,key=value", or from what a YAML file makes of such options.
 
     Types are those of PopRiskAdamW's signature; ranges are checked by the optimizer itself.
-    Spaces do not count. `no_gate` holds substrings of parameter names in any case, joined by
+    Spaces and line breaks do not count. `no_gate` holds substrings of parameter names, joined by
     "|".
 
     Args:
-        text: The value of `TrainingArguments.optim_args`.
+        text: The value of `TrainingArguments.optim_args`: text, a mapping of options, or a list of
+            texts.
         **overrides: Further options, as text or typed; they win over `text`.
 
     Returns:
@@ -48,9 +51,16 @@ def parse_optim_args(text: str | None, **overrides: Any) -> dict[str, Any]:
     Example:
         >>> parse_optim_args("gate=soft, alpha=0.2, no_gate=embed|norm")
         {'gate': 'soft', 'alpha': 0.2, 'no_gate': ('embed', 'norm')}
+        >>> parse_optim_args({"alpha": "finite", "dataset_size": 1000})
+        {'alpha': 'finite', 'dataset_size': 1000}
     """
     given: dict[str, Any] = {}
-    for item in (text or "").replace(" ", "").split(",") if text else []:
+    if isinstance(text, Mapping):
+        given, text = {str(key): value for key, value in text.items()}, None
+    elif text is not None and not isinstance(text, str):
+        text = ",".join(str(item) for item in text)
+    whole = "".join((text or "").split())
+    for item in whole.split(",") if whole else []:
         key, equals, value = item.partition("=")
         if not equals or not key or not value or "=" in value:
             raise _error(f"{item!r} is not of the form key=value")

@@ -26,6 +26,10 @@ from poprisk_integrations.optim import PopRiskAdamW
         ("lambda_pop=none,foreach=None", {"lambda_pop": None, "foreach": None}),
         ("foreach=False,preserve_norm=true", {"foreach": False, "preserve_norm": True}),
         ("gate_warmup=10,dataset_size=1000", {"gate_warmup": 10, "dataset_size": 1000}),
+        ("gate=hard,\n\talpha=0.2\n", {"gate": "hard", "alpha": 0.2}),  # folded in YAML
+        ({"gate": "hard", "rho": 0.9, "alpha": "2e-1"}, {"gate": "hard", "rho": 0.9, "alpha": 0.2}),
+        ({"no_gate": ["embed", "norm"]}, {"no_gate": ("embed", "norm")}),
+        (["gate=hard", "alpha=0.2"], {"gate": "hard", "alpha": 0.2}),
     ],
 )
 def test_types_follow_the_signature(text, expected):

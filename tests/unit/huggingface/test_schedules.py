@@ -1,4 +1,4 @@
-"""Under each schedule of Trainer, a cut learning rate is `factor` times the uncut one ever after."""
+"""A cut rate is `factor` times the uncut one ever after, under all of Trainer's schedules."""
 
 import pytest
 import torch
