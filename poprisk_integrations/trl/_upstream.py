@@ -23,7 +23,6 @@ __all__ = [
     "current_mode",
     "pair_term",
     "reference_model",
-    "run_directory",
 ]
 
 # Until then use_liger_kernel had a fused loss of its own, which returns no log-probabilities.
@@ -38,11 +37,6 @@ def current_mode(trainer: Any) -> str:
 def add_metric(trainer: Any, name: str, value: float) -> None:
     """Have the trainer's next `log` report a number (the mean, if called more than once)."""
     trainer._metrics[current_mode(trainer)][name].append(value)
-
-
-def run_directory(trainer: Any) -> str:
-    """Where the checkpoints of the present run go: in a hyper-parameter search, the trial's."""
-    return str(trainer._get_output_dir(getattr(trainer, "_trial", None)))
 
 
 def pair_term(trainer: Any) -> tuple[float, bool]:

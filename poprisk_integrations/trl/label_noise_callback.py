@@ -17,6 +17,11 @@ from poprisk_integrations.core.noise_rate import FEWEST_PAIRS
 from poprisk_integrations.huggingface.callbacks.epoch_length import steps_per_epoch
 from poprisk_integrations.huggingface.log_metrics import MetricsCallback
 from poprisk_integrations.huggingface.registration import checkpoint_directory
+from poprisk_integrations.huggingface.run_facts import (
+    batch_size_of,
+    checkpoint_path,
+    run_directory,
+)
 from poprisk_integrations.trl.label_noise import LabelNoise
 from poprisk_integrations.trl.only_warns import OnlyWarns
 from poprisk_integrations.trl.pair_records import PairRecords
@@ -42,7 +47,6 @@ class LabelNoiseCallback(MetricsCallback):
         records: Gathers the margins of all ranks.
         describe: One line on how the run ended.
         save_report: Writes the flip report to a directory, if there is anything to report.
-        directory: Where Trainer puts the checkpoints of the present run.
         only_warns: Of the trainer: nothing here may end a run.
     """
 
@@ -52,14 +56,12 @@ class LabelNoiseCallback(MetricsCallback):
         records: PairRecords,
         describe: Callable[[TrainerState], str],
         save_report: Callable[[str], None],
-        directory: Callable[[], str],
         only_warns: OnlyWarns,
     ) -> None:
         self.noise = noise
         self.records = records
         self._describe = describe
         self._save_report = save_report
-        self._directory = directory
         self._only_warns = only_warns
         self._estimate_at: set[int] = set()
 
@@ -109,7 +111,7 @@ class LabelNoiseCallback(MetricsCallback):
             f"{LABELS_FILE} is not in the checkpoint of step {state.global_step}",
             "the checkpoint is whole without it; resumed from there, no noise rate is estimated",
         ):
-            directory = os.path.join(self._directory(), f"checkpoint-{state.global_step}")
+            directory = checkpoint_path(args, state)
             if not (state.is_world_process_zero and os.path.isdir(directory)):
                 return
             tensors, text = self.noise.state_dict()
@@ -129,12 +131,12 @@ class LabelNoiseCallback(MetricsCallback):
             f"flip report and {NOISE_REPORT} of the run could not be written",
             "the model is not affected",
         ):
-            self._report(state)
+            self._report(run_directory(args, state), state)
 
-    def _report(self, state: TrainerState) -> None:
+    def _report(self, directory: str, state: TrainerState) -> None:
         line = self._describe(state)
         tqdm.write(f"poprisk: {line}", file=sys.stderr)  # leaves progress bars whole
-        self._save_report(self._directory())
+        self._save_report(directory)
         estimate = self.noise.estimate
         report = {
             **(
@@ -148,7 +150,7 @@ class LabelNoiseCallback(MetricsCallback):
             "loss": self.noise.loss.mode,
             "diagnosis": line,
         }
-        with write_whole(os.path.join(self._directory(), NOISE_REPORT)) as path:
+        with write_whole(os.path.join(directory, NOISE_REPORT)) as path:
             path.write_text(f"{json.dumps(report, indent=2, allow_nan=False)}\n", encoding="utf-8")
 
     def _say_what_is_missing(self, args: Any, state: TrainerState, epoch: int | None) -> None:
@@ -169,13 +171,12 @@ class LabelNoiseCallback(MetricsCallback):
                 )
         watches = args.stop or args.noise != "off"
         if watches and pairs and epoch is not None and epoch < _FEWEST_STEPS:
-            batch = state.train_batch_size or args.train_batch_size  # the first is what was found
             logger.warning(
                 "One epoch of %d pairs has fewer than %d optimizer steps (batches of %d): the "
                 "stop and the noise rate see too little. Use a smaller batch or more data.",
                 pairs,
                 _FEWEST_STEPS,
-                batch * args.gradient_accumulation_steps * args.world_size,
+                batch_size_of(args, state) * args.gradient_accumulation_steps * args.world_size,
             )
 
     def _update(self, step: int) -> None:

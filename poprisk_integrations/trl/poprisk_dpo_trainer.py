@@ -23,7 +23,6 @@ from poprisk_integrations.trl._upstream import (
     current_mode,
     pair_term,
     reference_model,
-    run_directory,
 )
 from poprisk_integrations.trl.early_stopping import add_stop
 from poprisk_integrations.trl.end_report import describe_end
@@ -137,7 +136,6 @@ class PopRiskDPOTrainer(DPOTrainer):
                 self._records,
                 self._describe_end,
                 self._save_flip_report,
-                directory=lambda: run_directory(self),
                 only_warns=self._only_warns,
             )
         )
