@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_any_text(stream: Any) -> None:
-    """A terminal that knows no such letter shows its code: no reason to fail after the work."""
+    """A terminal that knows no such letter shows "?": no reason to fail after the work."""
     if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="replace")
 
 
 def _complain(message: str) -> None:

@@ -108,8 +108,14 @@ def _load(script: ScriptArguments, name: str, split: str, numbers: Collection[st
     if files is not None:
         return _load_files({split: files}, numbers, streaming=streaming)
     config = script.dataset_config
-    if Path(name).expanduser().is_dir():
-        name = str(Path(name).expanduser())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+        if glob.has_magic(str(folder.absolute())):
+            raise UsageError(
+                f"{name!r}: `datasets` takes brackets, stars and question marks in a folder's name "
+                "for a pattern; rename it, or name the files"
+            )
         found = load_dataset_builder(name, name=config).config.data_files or {}
         files_of = {str(key): [Path(file) for file in files] for key, files in found.items()}
         if all(kind(file) in _TEXT_KINDS for files in files_of.values() for file in files):
@@ -126,8 +132,8 @@ def _load_files(splits: dict[str, list[Path]], numbers: Collection[str], *, stre
         return load_dataset("parquet", data_files=_strings(splits), streaming=streaming)
     if ".parquet" in kinds:
         raise UsageError(f"files of different kinds: {', '.join(sorted(kinds))}")
-    arrow = {split: as_arrow_file(files, numbers) for split, files in splits.items()}
-    return load_dataset("arrow", data_files=arrow, streaming=streaming)
+    arrow = {split: [Path(as_arrow_file(files, numbers))] for split, files in splits.items()}
+    return load_dataset("arrow", data_files=_strings(arrow), streaming=streaming)
 
 
 def _strings(splits: dict[str, list[Path]]) -> dict[str, list[str]]:
@@ -144,8 +150,8 @@ def _exact_mixture(mixture: DatasetMixtureConfig, numbers: Collection[str]) -> D
             splits = given if isinstance(given, dict) else {"train": given}
             files = {split: _local_only(names) for split, names in splits.items()}
             if all(files.values()):
-                arrow = {split: as_arrow_file(found, numbers) for split, found in files.items()}
-                source = dataclasses.replace(source, path="arrow", data_files=arrow)
+                arrow = {split: [Path(as_arrow_file(f, numbers))] for split, f in files.items()}
+                source = dataclasses.replace(source, path="arrow", data_files=_strings(arrow))
         sources.append(source)
     return dataclasses.replace(mixture, datasets=sources)
 

@@ -163,3 +163,12 @@ def test_a_long_run_stays_small_and_quick(tmp_path: Path) -> None:
     assert main(["report", str(run)]) == 0
     assert time.process_time() - start < 30
     assert (run / "poprisk_report.html").stat().st_size < 3_000_000
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_an_error_of_writing_names_the_file_that_was_wanted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["report", "--playground", "--out", "/proc/self/x.html"]) == 2
+    error = capsys.readouterr().err
+    assert error == "poprisk: cannot write '/proc/self/x.html' (No such file or directory)\n"

@@ -44,6 +44,7 @@ def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["run", "no_such_module"], "no module named 'no_such_module'"),
         (["run", "no.such.module"], "no module named 'no.such.module'"),
         (["run", "not a name"], "no module named 'not a name'"),
+        (["run", "tests"], "'tests' is a package, or a folder, without a __main__.py to run"),
     ],
 )
 def test_bad_usage(
