@@ -131,9 +131,7 @@ def check_config(path: Path) -> None:
             return
         found = "is the card of a recipe, which says what it is"
     settings = [str(file) for file in sorted(folder.glob("*.yaml")) if _is_settings(file)]
-    hint = (
-        f"its settings: --config {' or '.join(settings)}" if settings else "no settings beside it"
-    )
+    hint = f"its settings: --config {' or '.join(settings)}" if settings else "no settings there"
     raise UsageError(f"Invalid --config: {str(path)!r} {found}; {hint}.")
 
 
