@@ -11,6 +11,8 @@ from tests.helpers.optim_problem import feed, gradients, make_params
 from tests.unit.optim.torch_generic.optimizer_info import EAGER, EVERY, flags, inputs
 
 STEPS = 6
+# Inductor imports what torch itself has deprecated.
+_INDUCTOR = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 @pytest.fixture(autouse=True)
@@ -118,13 +120,11 @@ def test_a_compiled_training_step(impl):
         # the hooks that see the pieces are called by the compiled step's backward
         (lambda p: PopRiskAdamW(p, lr=1e-2, noise_source="microbatch"), {"passes": 2}),
         (lambda p: PopRiskAdamW(p, lr=1e-2, state_dtype="8bit"), {"width": 512}),
-        pytest.param(
-            lambda p: PopRiskAdamW(p, lr=1e-2), {"backend": "inductor"}, marks=pytest.mark.slow
-        ),
+        pytest.param(lambda p: PopRiskAdamW(p, lr=1e-2), {"backend": "inductor"}, marks=_INDUCTOR),
         pytest.param(
             lambda p: PopRiskAdamW(p, lr=1e-2, capturable=True, fused=True),
             {"backend": "inductor"},
-            marks=pytest.mark.slow,
+            marks=_INDUCTOR,
         ),
     ],
     ids=["paper", "microbatch", "8bit", "inductor", "inductor, fused"],
