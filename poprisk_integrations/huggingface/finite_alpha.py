@@ -12,7 +12,9 @@ from poprisk_integrations.optim import PopRiskAdamW
 
 __all__ = ["follow_batch_size"]
 
-_FOLLOWED = "poprisk_followed"  # (accumulation, batch size, run) that the groups were last given
+# No fields, so never saved: on the run's state the accumulation that was last looked at, on the
+# optimizer the batch size that its groups were last given.
+_FOLLOWED = "poprisk_followed"
 
 
 def follow_batch_size(args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
@@ -32,17 +34,15 @@ def follow_batch_size(args: TrainingArguments, state: TrainerState, optimizer: A
     if not isinstance(optimizer, PopRiskAdamW):
         return
     accumulation = args.gradient_accumulation_steps
-    followed = optimizer.__dict__.get(_FOLLOWED)
-    if followed is not None and followed[0] == accumulation and followed[2] is state:
-        return
     now = real_batch_size(args, state)
-    if now is None:
+    if now is None or state.__dict__.get(_FOLLOWED) == accumulation:
         return
     is_named = optimizer_name(args) in NAMES and "batch_size" not in parse_optim_args(
         args.optim_args
     )
-    before = global_batch_size(args) if followed is None else followed[1]
+    before = optimizer.__dict__.get(_FOLLOWED, global_batch_size(args))
     for group in optimizer.param_groups:
         if group["alpha"] == "finite" and (is_named or group["batch_size"] == before):
             group["batch_size"] = now
-    optimizer.__dict__[_FOLLOWED] = (accumulation, now, state)
+    state.__dict__[_FOLLOWED] = accumulation
+    optimizer.__dict__[_FOLLOWED] = now

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
-from poprisk_integrations.huggingface.global_batch import global_batch_size
+from poprisk_integrations.huggingface.global_batch import ranks_with_examples
 
 __all__ = [
     "batch_size_of",
@@ -23,7 +23,7 @@ _FACTS = "poprisk_run"  # no field of the dataclass TrainerState: never saved
 class _RunFacts:
     directory: str
     batch_size: int  # examples of a micro-batch in this process: Trainer may have lowered it
-    accelerator: Any
+    ranks: int  # that see different examples
 
 
 def remember_run(state: TrainerState, trainer: Any, trial: Any) -> None:
@@ -37,7 +37,7 @@ def remember_run(state: TrainerState, trainer: Any, trial: Any) -> None:
     state.__dict__[_FACTS] = _RunFacts(
         directory=str(trainer._get_output_dir(trial)),
         batch_size=int(trainer._train_batch_size),
-        accelerator=trainer.accelerator,
+        ranks=ranks_with_examples(trainer.args, trainer.accelerator),
     )
 
 
@@ -69,4 +69,4 @@ def real_batch_size(args: TrainingArguments, state: TrainerState) -> int | None:
     facts: _RunFacts | None = state.__dict__.get(_FACTS)
     if facts is None:
         return None
-    return global_batch_size(args, facts.accelerator, facts.batch_size)
+    return facts.batch_size * args.gradient_accumulation_steps * facts.ranks

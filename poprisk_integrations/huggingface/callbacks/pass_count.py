@@ -37,7 +37,8 @@ class PassCount:
     """
 
     def __init__(self, loader: Any, asked: int | None) -> None:
-        self._loader = loader
+        # Not the loader itself: callbacks are copied and pickled.
+        self._epoch_batches = steps_per_epoch(loader, 1)
         self._asked = asked
         self.found: DataPass = data_pass(loader)
 
@@ -49,10 +50,9 @@ class PassCount:
         """
         if self._asked is not None or self.found.batches is None:
             return self._asked
-        each = steps_per_epoch(self._loader, accumulation)
-        if each is None:
-            return max(1, -(-self.found.batches // accumulation))
-        return max(1, -(-self.found.batches * each // max(1, len(self._loader))))
+        batches = self._epoch_batches or self.found.batches
+        each = -(-batches // accumulation)  # the last step of an epoch may take fewer
+        return max(1, -(-self.found.batches * each // batches))
 
     def is_over(self, steps: int, batches: int) -> bool:
         """Whether a window that begins now holds examples that were trained on before.
