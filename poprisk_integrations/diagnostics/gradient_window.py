@@ -173,6 +173,13 @@ class GradientWindow:
                 self._work_off()
 
     @torch.no_grad()
+    def place(self, params: Iterable[Tensor]) -> None:
+        """Give a loaded window its tensors without a step, so that a full one can be closed."""
+        tensors, _ = _columns(params, None)
+        if tensors:
+            self._layout_of(tensors)
+
+    @torch.no_grad()
     def close(self) -> WindowRatio | None:
         """End the window: reduce over shards and ranks, return what was measured, start afresh.
 

@@ -1,12 +1,13 @@
 """Multiplies learning rates so that their schedulers do not undo it."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-__all__ = ["cut_factor", "largest_lr", "scale_learning_rates"]
+__all__ = ["cut_factor", "is_undone", "largest_lr", "scale_learning_rates"]
 
 _NAMED_OTHERWISE = ("eta_min", "eta_max")  # learning rates whose name does not say so
 _BOUNDS = ("min_lrs", "max_lrs", "default_min_lr")  # of schedulers that react to a metric
@@ -38,6 +39,23 @@ def cut_factor(optimizers: Iterable[Any], factor: float, min_lr: float) -> float
     """
     largest = max((largest_lr(optimizer) for optimizer in optimizers), default=0.0)
     return 1.0 if largest <= 0 else min(1.0, max(factor, min_lr / largest))
+
+
+def is_undone(before: float, after: float, now: float) -> bool:
+    """Whether a rate, when it first changed after a cut, lies nearer to what it was before.
+
+    A scheduler that computes rates from constants overwrites a cut, and nothing shows that before.
+
+    Args:
+        before: The cut.
+        after: It.
+        now: At the first change since.
+
+    Example:
+        >>> is_undone(0.1, 0.03, 0.099), is_undone(0.1, 0.03, 0.0297)
+        (True, False)
+    """
+    return now > math.sqrt(before * after)
 
 
 def scale_learning_rates(

@@ -83,6 +83,15 @@ class GradientReader:
         if count:
             self.window.add(self._params, scale=scale)
 
+    @property
+    def owed_lr(self) -> float | None:
+        """`lr` of a step that was applied and not taken; None if there is none."""
+        return self.lr if self._was_applied else None
+
+    def owe(self, lr: float) -> None:
+        """Continue from where such a step was owed."""
+        self.lr, self._was_applied = lr, True
+
     def take_lr(self) -> float:
         """`lr` of the step that has just ended; 0 if it was skipped."""
         applied, self._was_applied = self._was_applied, False
@@ -114,6 +123,8 @@ class GradientReader:
             return "the checkpoint's window does not fit the trained parameters"
         if state_dict is not None:
             self.window.load_state_dict(state_dict)
+            if self.window.is_full:  # saved after its last step, before it was closed
+                self.window.place(self._params)
         return None
 
     def release(self) -> dict[str, Any] | None:

@@ -5,12 +5,18 @@ from typing import Any, Literal
 
 from poprisk_integrations.core import LearningRateCutConfig, LearningRateCutRule, WindowRatio
 from poprisk_integrations.diagnostics.guard import guarded
-from poprisk_integrations.diagnostics.learning_rate_scaling import cut_factor, scale_learning_rates
+from poprisk_integrations.diagnostics.learning_rate_scaling import (
+    cut_factor,
+    is_undone,
+    largest_lr,
+    scale_learning_rates,
+)
 from poprisk_integrations.lightning._upstream import (
     LightningModule,
     Trainer,
     is_fast_dev_run,
     rank_zero_info,
+    rank_zero_warn,
 )
 from poprisk_integrations.lightning.callbacks.arguments import check_window
 from poprisk_integrations.lightning.callbacks.refusals import refuse_strategy
@@ -35,7 +41,7 @@ class PopRiskLRCut(WindowCallback):
     All parameter groups are cut alike, and every torch scheduler goes on from there with `factor`
     times what it would have given (`diagnostics.learning_rate_scaling`). A scheduler of your own
     does so if it keeps rates in attributes named as torch names them (`base_lrs`, `max_lr`); one
-    that computes them from constants undoes the cut.
+    that computes them from constants undoes the cut, which a warning tells.
 
     It is decided at the end of windows, from numbers that were reduced over ranks, so all ranks
     cut together. Logs `poprisk/lr_cuts`. The state is in the checkpoint, the learning rates are
@@ -79,6 +85,8 @@ class PopRiskLRCut(WindowCallback):
     def _reset(self) -> None:
         super()._reset()
         self._rule = LearningRateCutRule(self._config)
+        self._last_cut: tuple[float, float] | None = None  # rates, until they change again
+        self._has_warned = False
         self._log = StepLog()
 
     @property
@@ -124,6 +132,7 @@ class PopRiskLRCut(WindowCallback):
 
     def _after_step(self, trainer: Trainer, pl_module: LightningModule, feed: StepFeed) -> None:
         feed.take_lr()
+        self._look_back(feed.reader.lr)
         is_cut = False
         if feed.is_full:
             closed = feed.close()
@@ -131,7 +140,9 @@ class PopRiskLRCut(WindowCallback):
             is_cut = closed is not None and factor < 1.0 and self._is_due(feed.step, closed)
         if is_cut:
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            before = max(map(largest_lr, trainer.optimizers))
             scale_learning_rates(trainer.optimizers, schedulers, factor)
+            self._last_cut = before, factor * before
             rank_zero_info(f"{_NAME}: {self._rule.state.reason}")
         self._log.write(
             trainer, pl_module, feed.step, self.metrics, is_new=is_cut, is_decision=is_cut
@@ -153,6 +164,19 @@ class PopRiskLRCut(WindowCallback):
         """Restore; the window follows when training starts and devices are known."""
         self._rule.load_state_dict(state_dict["rule"])
         self._load_feed_state(state_dict)
+
+    def _look_back(self, lr: float) -> None:
+        """Warn once if the rate of a step shows that the schedule undid the cut before it."""
+        if self._last_cut is None or math.isclose(lr, self._last_cut[1]):
+            return
+        (before, after), self._last_cut = self._last_cut, None
+        if is_undone(before, after, lr) and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{_NAME}: the learning rate was cut from {before:.3g} to {after:.3g} and is "
+                f"{lr:.3g} again: the scheduler overwrites it. Let it start from base_lrs, or keep "
+                "its rates in attributes whose names end in _lr."
+            )
 
     def _is_due(self, step: int, closed: WindowRatio) -> bool:
         return self._rule.update(

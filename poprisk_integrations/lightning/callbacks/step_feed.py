@@ -29,7 +29,13 @@ from poprisk_integrations.lightning.callbacks.shard_group import plain_shard_gro
 __all__ = ["NO_FEED", "StepFeed", "over_ranks"]
 
 # A state of before the first step.
-NO_FEED: dict[str, Any] = {"window": None, "is_open": False, "reused": False, "passes": None}
+NO_FEED: dict[str, Any] = {
+    "window": None,
+    "is_open": False,
+    "reused": False,
+    "passes": None,
+    "owed_lr": None,
+}
 
 _RESTARTS = 3  # in a row, without a window that ended in between: it will not end by itself
 
@@ -141,8 +147,7 @@ class StepFeed:
 
     def has_stepped(self, trainer: Trainer) -> bool:
         """Account for a batch; whether the trainer has made an optimizer step with it."""
-        if self.plan.pass_batches is not None:
-            self.passes += 1 / self.plan.pass_batches
+        self._count_batch()
         before, self.step = self.step, trainer.global_step
         if before == self.step:
             return False
@@ -176,6 +181,9 @@ class StepFeed:
         if state["passes"] is None and self.plan.pass_batches is not None:
             batches = self.step * self.plan.accumulate_grad_batches
             self.passes = batches / self.plan.pass_batches
+        if state["owed_lr"] is not None:
+            self.reader.owe(state["owed_lr"])
+            self._count_batch()
         self._passes_before = self.passes
         if not keep_window:
             return None
@@ -194,7 +202,12 @@ class StepFeed:
             "is_open": self._is_open,
             "reused": self.reused,
             "passes": self.passes,
+            "owed_lr": self.reader.owed_lr,  # of a step after which another callback saved first
         }
+
+    def _count_batch(self) -> None:
+        if self.plan.pass_batches is not None:
+            self.passes += 1 / self.plan.pass_batches
 
     def _follow(self, trainer: Trainer) -> list[str]:
         """Make a new plan if the run is another; what changed for windows, as text."""

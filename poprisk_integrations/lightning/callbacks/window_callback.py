@@ -22,8 +22,8 @@ __all__ = ["WindowCallback"]
 class WindowCallback(Guarded, Callback):
     """Owns a `StepFeed` while a fit lasts, and its part of the checkpoint.
 
-    Subclasses make it in `on_train_start`, say at `_before_first_batch` what they can do, and do their work in
-    `_after_step`. An unexpected error in mid-run switches the callback off (`Guarded`).
+    Subclasses make it in `on_train_start`, say at `_before_first_batch` what they can do, and do
+    their work in `_after_step`. An unexpected error in mid-run switches the callback off (`Guarded`).
     """
 
     _name: str
@@ -55,6 +55,8 @@ class WindowCallback(Guarded, Callback):
             self._feed.settle(trainer)
             self._resume(trainer, self._feed)
             self._before_first_batch(trainer, self._feed)
+            if self._feed.reader.owed_lr is not None:
+                self._after_step(trainer, pl_module, self._feed)
 
     @guarded
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

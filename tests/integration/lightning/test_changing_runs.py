@@ -137,7 +137,7 @@ class Toggles(Callback):
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_window_that_can_never_end_says_so_once(tmp_path, order):
     stop, cut = watch(window=8), PopRiskLRCut(window=8)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="the trained parameters change") as caught:
         trainer = fit(tmp_path, [stop, cut, Toggles(5)][::order])
     assert trainer.global_step == 80
     assert stop.history == []

@@ -171,3 +171,23 @@ def test_other_batches_on_resume_are_named(tmp_path):
             ckpt_path=saver.path,
             accumulate_grad_batches=2,
         )
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_scheduler_that_undoes_it_is_told_once(tmp_path, interval):
+    class FromConstants(torch.optim.lr_scheduler.LRScheduler):
+        def get_lr(self):
+            return [LR * 0.999**self.last_epoch for _ in self.optimizer.param_groups]
+
+    class Scheduled(Regression):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=LR, momentum=0.9)
+            scheduler = {"scheduler": FromConstants(optimizer), "interval": interval}
+            return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    cut = PopRiskLRCut(window=WINDOW)
+    trainer = toy.trainer(tmp_path, [cut], max_epochs=3)
+    with pytest.warns(UserWarning, match="the scheduler overwrites it") as caught:
+        trainer.fit(Scheduled(), loader())
+    assert cut.cuts >= 1
+    assert len([w for w in caught if "overwrites" in str(w.message)]) == 1

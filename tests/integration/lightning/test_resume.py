@@ -186,3 +186,14 @@ def test_popriskoptimizer_resumes_bitwise(tmp_path):
     toy.assert_same(resumed[0].state_dict(), whole[0].state_dict())
     toy.assert_same(optimizer_state(resumed[1]), optimizer_state(whole[1]))
     toy.assert_same(stop.state_dict(), whole_stop.state_dict())
+
+
+@pytest.mark.parametrize("step", [16, 20])
+def test_a_checkpoint_of_a_callback_that_is_called_before_ours(tmp_path, step):
+    """The step that it follows was taken, but not yet counted by us."""
+    saver, whole, again = SaveAt(tmp_path, step), stopping(window=8), stopping(window=8)
+    for stop, callbacks, path in ((whole, [saver], None), (again, [], saver.path)):
+        trainer = toy.trainer(tmp_path, [*callbacks, stop], max_epochs=30)
+        trainer.fit(toy.Classifier(), data(), ckpt_path=path)
+    assert again.stopped_step == whole.stopped_step
+    toy.assert_same(again.state_dict(), whole.state_dict())

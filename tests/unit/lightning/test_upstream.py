@@ -5,10 +5,20 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
 
 from poprisk_integrations.lightning import _upstream
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*barebones"),
+]
 
 
 def test_can_stop_early_exists():
@@ -23,6 +33,23 @@ def test_modelcheckpoint_remembers_its_last_save():
     assert _upstream.checkpoint_saved_at(checkpoint, 7) == "a.ckpt"
     assert _upstream.checkpoint_saved_at(checkpoint, 8) == ""
     assert _upstream.checkpoint_saved_at(object(), 8) == ""
+
+
+def test_the_loaders_that_are_drawn_from_are_kept():
+    found = []
+
+    class Looks(BoringModel):
+        def on_train_start(self):
+            found.extend(_upstream.training_loaders(self.trainer))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[0], batch_idx)
+
+    trainer = Trainer(max_steps=1, accelerator="cpu", devices=1, barebones=True)
+    data = DataLoader(RandomDataset(32, 8), shuffle=True)
+    trainer.fit(Looks(), CombinedLoader([data, data]))
+    assert [type(one.sampler).__name__ for one in found] == ["RandomSampler"] * 2
+    assert _upstream.training_loaders(Trainer(max_steps=1, accelerator="cpu", barebones=True)) == []
 
 
 def test_optimizers_keep_their_hooks():
@@ -70,7 +97,7 @@ class Model(BoringModel):
         optimizer = torch.optim.AdamW(self.parameters())
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
-assert PopRiskMonitor.__mro__[1].__module__.startswith("pytorch_lightning")
+assert any(c.__module__.startswith("pytorch_lightning") for c in PopRiskMonitor.__mro__)
 stop = PopRiskEarlyStopping(window=4)
 Trainer(
     accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
