@@ -133,6 +133,7 @@ def test_a_compiled_training_step_of_other_kinds(make, kwargs):
     compare_loops(make, **kwargs)
 
 
+@_INDUCTOR[1]
 def test_inductor():
     """A region without a model: nothing but the step, so that no C++ is compiled."""
     params = make_params()
