@@ -67,7 +67,7 @@ def _limit(axis: Any, values: Sequence[float]) -> None:
     axis.set_ylim(0.5 * min(drawn), 1.5 * max(drawn))
 
 
-def _band(axis: Any, steps: Sequence[int], rows: Sequence[Any], name: str, color: str) -> None:
+def _band(axis: Any, steps: Sequence[float], rows: Sequence[Any], name: str, color: str) -> None:
     values, errors = _column(rows, name), _column(rows, f"{name}_se")
     low = [v - e for v, e in zip(values, errors, strict=True)]
     high = [v + e for v, e in zip(values, errors, strict=True)]
