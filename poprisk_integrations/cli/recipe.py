@@ -99,7 +99,7 @@ class _RecipeParser(TrlParser):
 
 
 def parse_recipe(argv: Sequence[str]) -> Recipe:
-    """Parse `--config recipe.yaml --key value ...`.
+    """Parse `--config config.yaml --key value ...`.
 
     Args:
         argv: Arguments; keys given here win over those of the YAML file.
@@ -110,7 +110,7 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     """
     argv = [part for item in argv for part in _split_config(item)]
     if not argv:
-        raise UsageError("a recipe is missing: poprisk dpo --config RECIPE.yaml")
+        raise UsageError("a recipe is missing: poprisk dpo --config CONFIG.yaml")
     if argv[-1] == "--config":
         raise UsageError("--config needs the path of a YAML file")
     for option, value in itertools.pairwise(argv):

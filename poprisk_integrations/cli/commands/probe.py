@@ -34,10 +34,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "probe",
         help="a few steps of your training tell what a gate or a stop would do",
         usage="poprisk probe MODULE:NAME [OPTION ...]\n"
-        "       poprisk probe --config RECIPE.yaml [OPTION ...] [--KEY VALUE ...]",
+        "       poprisk probe --config CONFIG.yaml [OPTION ...] [--KEY VALUE ...]",
         description="Runs some steps of a training as it is, reads its gradients and ends it. "
         "MODULE:NAME (or FILE.py:NAME) is a LightningModule class, or a function without "
-        "arguments that trains with any torch optimizer; RECIPE.yaml is one of `poprisk dpo`. "
+        "arguments that trains with any torch optimizer; CONFIG.yaml is one of `poprisk dpo`. "
         "Prints signal-to-noise ratios per layer, the noise scale, what each alpha of the gate "
         "would let pass, whether the stop can work, and two sentences of advice; draws "
         f"{_FIGURE}. The signal of a model's first steps is larger than later on: to see that, "
@@ -45,7 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", type=Path, metavar="RECIPE.yaml", help="probe what `poprisk dpo` would run")
+    add("--config", type=Path, metavar="CONFIG.yaml", help="probe what `poprisk dpo` would run")
     add("--steps", type=_steps, default=30, help="optimizer steps (default: %(default)s)")
     add("--batch-size", type=_size, help="examples per optimizer step over all accumulation")
     add("--dataset-size", type=_size, help="training examples")
@@ -114,7 +114,7 @@ def _target(args: argparse.Namespace) -> str | None:
     if unknown:
         raise UsageError(f"unrecognized arguments: {' '.join(args.rest)}")
     if len(targets) != 1:
-        raise UsageError("give one MODULE:NAME, or --config RECIPE.yaml (see `poprisk probe -h`)")
+        raise UsageError("give one MODULE:NAME, or --config CONFIG.yaml (see `poprisk probe -h`)")
     return targets[0]
 
 

@@ -28,7 +28,7 @@ def load_target(target: str) -> Any:
     if not (colon and place and name):
         raise UsageError(
             f"{target!r} is no target: give package.module:NAME or path/file.py:NAME, "
-            "or --config RECIPE.yaml"
+            "or --config CONFIG.yaml"
         )
     module = _import_file(place) if place.endswith(".py") else _import_module(place)
     found: Any = module
