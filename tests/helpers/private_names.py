@@ -195,11 +195,6 @@ TABLE = (
         for name in ("_compile", "_disable_dynamo")
     ),
     Private(
-        "_last_lr", "torch", ("lightning/callbacks/lr_scaling.py",),
-        "what a scheduler reports after its learning rate was cut",
-        lambda: hasattr(torch.optim.lr_scheduler.ConstantLR(_adamw()), "_last_lr"),
-    ),
-    Private(
         "_step_supports_amp_scaling", "torch",
         (
             "huggingface/callbacks/loss_scale.py", "lightning/_upstream.py",
@@ -272,6 +267,17 @@ TABLE = (
     Private(
         "_last_checkpoint_saved", "lightning", ("lightning/_upstream.py",), "and where",
         _lightning("callbacks", "ModelCheckpoint", "self._last_checkpoint_saved"),
+    ),
+    Private(
+        "_combined_loader", "lightning", ("lightning/_upstream.py",),
+        "the loaders of an epoch with the samplers that Lightning gave them",
+        _lightning("loops.fit_loop", "_FitLoop", "self._combined_loader"),
+    ),
+    Private(
+        "_sampler", "lightning", ("diagnostics/data_pass.py",),
+        "the user's sampler, which ranks share",
+        _in_class("lightning.fabric.utilities.distributed", "_DatasetSamplerWrapper",
+                  "self._sampler ="),
     ),
     # deepspeed
     Private(
