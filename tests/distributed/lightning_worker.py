@@ -9,7 +9,7 @@ import sys
 import warnings
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -218,6 +218,23 @@ def lr_cut(root, world_size):
     return {**result, "cuts": cut.cuts, "last_cut_step": cut.last_cut_step}
 
 
+def uneven_shards(root, world_size):
+    """Each rank has data of its own, 16 and 18 batches, and both take 4 of them an epoch."""
+    data = toy.noisy_data(256 + 32 * int(os.environ["RANK"]), toy.FLIPS)
+    stop = PopRiskEarlyStopping(action="monitor")
+    trainer = toy.trainer(
+        root,
+        [stop, GradientAccumulationScheduler({0: 1, 20: 2})],
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        devices=world_size,
+        use_distributed_sampler=False,
+        limit_train_batches=4,
+        max_epochs=40,
+    )
+    trainer.fit(toy.Classifier(), DataLoader(data, batch_size=16, shuffle=True))
+    return {"windows": [(row["step"], row["reused"]) for row in stop.history]}
+
+
 SCENARIOS = (
     adamw,
     gated,
@@ -232,6 +249,7 @@ SCENARIOS = (
     fsdp1_gated,
     fsdp1_sampled,
     lr_cut,
+    uneven_shards,
 )
 
 

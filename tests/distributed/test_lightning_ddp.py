@@ -130,3 +130,12 @@ def test_fsdp2_resumes_and_says_what_is_not_saved(ranks):
         toy.assert_same(rank["again"]["rule"], rank["whole"]["rule"])
         assert largest_difference(rank["again"]["weights"], rank["whole"]["weights"]) == 0.0
     assert [rank["warned"] for rank in ranks["fsdp2_resumed"]] == [True, False]
+
+
+def test_ranks_with_other_amounts_of_data_agree_on_windows(ranks):
+    """A window of another length on each rank would let them wait for each other for ever."""
+    first, second = ranks["uneven_shards"]
+    assert first == second
+    # A pass over the larger shard is 18 batches; from step 80 on 9 steps.
+    ends = [18, 36, 54, 72, *(80 + 9 * i for i in range(1, 5))]
+    assert first["windows"] == [(end, end > 18) for end in ends]

@@ -1,8 +1,11 @@
 """What a run looks like at the moment: numbers that a window depends on and that may change."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from poprisk_integrations.diagnostics.data_pass import DataPass, joint_data_pass
 from poprisk_integrations.lightning._upstream import Trainer, training_loaders
@@ -12,7 +15,9 @@ from poprisk_integrations.lightning.callbacks.run_length import (
     window_steps,
 )
 
-__all__ = ["RunPlan", "run_plan", "run_shape", "setup_changes"]
+__all__ = ["RunPlan", "largest_over_ranks", "run_plan", "run_shape", "setup_changes"]
+
+_LENGTHS = ("window", "epoch_steps", "pass_batches", "batch_size", "accumulate_grad_batches")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +55,7 @@ class RunPlan:
 
 
 def run_plan(trainer: Trainer, window: int | str, epoch_steps: int | None) -> RunPlan:
-    """The present plan.
+    """The present plan, the same on all ranks: their loaders may differ. Every rank must call.
 
     Args:
         trainer: Fitting, so that it knows its data.
@@ -63,7 +68,7 @@ def run_plan(trainer: Trainer, window: int | str, epoch_steps: int | None) -> Ru
     batches, found = trainer.num_training_batches, _data_pass(trainer)
     if epoch_steps is None:
         epoch_steps = pass_steps(found.batches, batches, trainer.accumulate_grad_batches)
-    return RunPlan(
+    plan = RunPlan(
         window=window_steps(trainer, window, epoch_steps),
         epoch_steps=epoch_steps,
         pass_batches=found.batches,
@@ -72,6 +77,20 @@ def run_plan(trainer: Trainer, window: int | str, epoch_steps: int | None) -> Ru
         batch_size=loader_batch_size(trainer),
         accumulate_grad_batches=trainer.accumulate_grad_batches,
     )
+    if trainer.world_size == 1:
+        return plan
+    own = [getattr(plan, name) for name in _LENGTHS]
+    largest = largest_over_ranks(trainer, [math.inf if n is None else n for n in own])
+    agreed = {n: None if math.isinf(v) else int(v) for n, v in zip(_LENGTHS, largest, strict=True)}
+    if agreed["pass_batches"] is None and not plan.unknown_because:
+        agreed["unknown_because"] = "another process does not know"  # type: ignore[assignment]
+    return replace(plan, **agreed)  # type: ignore[arg-type]
+
+
+def largest_over_ranks(trainer: Trainer, values: list[float]) -> list[float]:
+    """Elementwise; every rank must call."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
+    return trainer.strategy.reduce(tensor, reduce_op="max").tolist()  # type: ignore[union-attr]
 
 
 def run_shape(trainer: Trainer) -> tuple[Any, ...]:

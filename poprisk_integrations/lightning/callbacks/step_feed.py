@@ -20,6 +20,7 @@ from poprisk_integrations.lightning.callbacks.gradient_reader import GradientRea
 from poprisk_integrations.lightning.callbacks.refusals import only_optimizer
 from poprisk_integrations.lightning.callbacks.run_plan import (
     RunPlan,
+    largest_over_ranks,
     run_plan,
     run_shape,
     setup_changes,
@@ -115,7 +116,16 @@ class StepFeed:
 
     def settle(self, trainer: Trainer) -> None:
         """Look at the run once more before its first batch: callbacks may have changed it."""
-        self._follow(trainer)
+        self._plan_anew(trainer)
+
+    def follow(self, trainer: Trainer) -> None:
+        """Let windows follow a run that has changed, with a line that says so. Every rank."""
+        changes = self._plan_anew(trainer)
+        if changes:
+            rank_zero_info(
+                f"{self._owner}: {', '.join(changes)}; a window of {self.plan.window} steps "
+                "starts here."
+            )
 
     def count_micro_batch(self) -> None:
         """Account for a backward pass."""
@@ -124,12 +134,8 @@ class StepFeed:
     def read(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Take in the gradients of the coming step; without a backward pass they are stale."""
         micro_batches, self._micro_batches = self._micro_batches, 0
-        changes = self._follow(trainer) if micro_batches else []
-        if changes:
-            rank_zero_info(
-                f"{self._owner}: {', '.join(changes)}; a window of {self.plan.window} steps "
-                "starts here."
-            )
+        if micro_batches and trainer.world_size == 1:  # several agree once an epoch
+            self.follow(trainer)
         if micro_batches and not self._is_open:
             self._is_open = True
             self.reused = self._has_seen_all(trainer)
@@ -209,10 +215,13 @@ class StepFeed:
         if self.plan.pass_batches is not None:
             self.passes += 1 / self.plan.pass_batches
 
-    def _follow(self, trainer: Trainer) -> list[str]:
+    def _plan_anew(self, trainer: Trainer) -> list[str]:
         """Make a new plan if the run is another; what changed for windows, as text."""
         shape = run_shape(trainer)
-        if shape == self._shape:
+        is_other = shape != self._shape
+        if trainer.world_size > 1:
+            is_other = largest_over_ranks(trainer, [float(is_other)]) == [1.0]
+        if not is_other:
             return []
         self._shape, (window, epoch_steps) = shape, self._asked
         try:

@@ -23,7 +23,7 @@ class WindowCallback(Guarded, Callback):
     """Owns a `StepFeed` while a fit lasts, and its part of the checkpoint.
 
     Subclasses make it in `on_train_start`, say at `_before_first_batch` what they can do, and do
-    their work in `_after_step`. An unexpected error in mid-run switches the callback off (`Guarded`).
+    their work in `_after_step`. An unexpected error in mid-run switches the callback off.
     """
 
     _name: str
@@ -57,6 +57,8 @@ class WindowCallback(Guarded, Callback):
             self._before_first_batch(trainer, self._feed)
             if self._feed.reader.owed_lr is not None:
                 self._after_step(trainer, pl_module, self._feed)
+        elif self._feed is not None and batch_idx == 0 and trainer.world_size > 1:
+            self._feed.follow(trainer)
 
     @guarded
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
