@@ -94,7 +94,8 @@ def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert any("eval_poprisk/kl_data" in line for line in history)
     assert json.loads((out / "label_flips.json").read_text())["num_flipped"] == 29
     assert json.loads((out / "poprisk_stop.json").read_text())["history"]
-    assert json.loads((out / "poprisk_noise.json").read_text())["num_pairs"] == 96
+    # Of 96 pairs, without those that a model judged that had hardly learned.
+    assert 48 <= json.loads((out / "poprisk_noise.json").read_text())["num_pairs"] <= 96
     assert '"train-0"' in (out / "flip_report.csv").read_text()
     assert (out / "flip_report.parquet").exists()
     adapter = out / "adapter_config.json"
