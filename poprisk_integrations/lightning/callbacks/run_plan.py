@@ -84,7 +84,7 @@ def run_plan(trainer: Trainer, window: int | str, epoch_steps: int | None) -> Ru
     agreed = {n: None if math.isinf(v) else int(v) for n, v in zip(_LENGTHS, largest, strict=True)}
     if agreed["pass_batches"] is None and not plan.unknown_because:
         agreed["unknown_because"] = "another process does not know"  # type: ignore[assignment]
-    return replace(plan, **agreed)  # type: ignore[arg-type]
+    return replace(plan, **agreed)
 
 
 def largest_over_ranks(trainer: Trainer, values: list[float]) -> list[float]:

@@ -10,7 +10,9 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.utilities import CombinedLoader
+from lightning_utilities.core.rank_zero import WarningCache
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from poprisk_integrations.diagnostics import GradientWindow
@@ -171,7 +173,10 @@ def test_a_resumed_run_knows_what_was_drawn(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_batches_without_a_loss_count_as_drawn(tmp_path):
+def test_batches_without_a_loss_count_as_drawn(tmp_path, monkeypatch):
+    # Lightning warns of them once per process, for which another test waits.
+    monkeypatch.setattr(Closure, "warning_cache", WarningCache())
+
     class Skips(Combined):
         def training_step(self, batch, batch_idx):
             return None if self.trainer.global_step < 16 else super().training_step(batch, 0)
