@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 __all__ = ["EventSequence"]
 
@@ -28,7 +29,8 @@ class EventSequence:
     ) -> None:
         self.callback, self.optimizer = callback, optimizer
         self.args, self.kwargs = args, kwargs
-        self.state = TrainerState(max_steps=max_steps, stateful_callbacks=[callback])
+        stateful = [callback] if isinstance(callback, ExportableState) else []
+        self.state = TrainerState(max_steps=max_steps, stateful_callbacks=stateful)
         self.control = TrainerControl()
         self.event("on_train_begin")
 

@@ -1,10 +1,15 @@
 """How much of a pass over the data was drawn, and the windows that follow from its length."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from poprisk_integrations.diagnostics import auto_window_steps
 from poprisk_integrations.diagnostics.data_pass import DataPass, data_pass
+from poprisk_integrations.distributed import world_size
 from poprisk_integrations.huggingface.callbacks.epoch_length import steps_per_epoch
 
 __all__ = ["PassCount", "WindowPlan"]
@@ -31,16 +36,29 @@ class PassCount:
     Args:
         loader: This process's data loader, as Trainer hands it to callbacks.
         asked: Optimizer steps of one pass by the user's word; None to look at the loader.
+        device: Of the ranks' communication: with several, all must make this object together.
 
     Attributes:
-        found: What the loader shows; `batches` are micro-batches of this process.
+        found: What the loader shows; `batches` are micro-batches of this process, of the rank that
+            has most.
     """
 
-    def __init__(self, loader: Any, asked: int | None) -> None:
+    def __init__(self, loader: Any, asked: int | None, device: Any = None) -> None:
         # Not the loader itself: callbacks are copied and pickled.
         self._epoch_batches = steps_per_epoch(loader, 1)
         self._asked = asked
         self.found: DataPass = data_pass(loader)
+        if world_size() > 1 and device is not None:
+            # Loaders of the user's own may differ: windows must close on all ranks together.
+            lengths = (self.found.batches, self._epoch_batches)
+            known = [math.inf if length is None else length for length in lengths]
+            tensor = torch.tensor(known, dtype=torch.float64, device=device)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            largest = [None if math.isinf(n) else int(n) for n in tensor.tolist()]
+            reason = self.found.reason or "another rank's loader does not show it"
+            is_known = largest[0] is not None
+            self.found = DataPass(batches=largest[0], reason="" if is_known else reason)
+            self._epoch_batches = largest[1]
 
     def epoch_steps(self, accumulation: int) -> int | None:
         """Optimizer steps of one pass; None if unknown.

@@ -114,7 +114,7 @@ class WindowCallback(Guarded, MetricsCallback, ExportableState):
         self.progress = RunProgress()
         saved = self._saved(state) if state.global_step > 0 else None
         add_exported_state(state, self)
-        self._passes = PassCount(kwargs.get("train_dataloader"), self.epoch_steps)
+        self._passes = PassCount(kwargs.get("train_dataloader"), self.epoch_steps, args.device)
         plan = self._passes.plan(self.window, state.max_steps, args.gradient_accumulation_steps)
         try:
             self._reader = GradientReader(
@@ -152,7 +152,7 @@ class WindowCallback(Guarded, MetricsCallback, ExportableState):
         """Look at the data again, which a callback may have changed."""
         if self._begin_late(args, state, control, kwargs) or self._reader is None:
             return
-        self._passes = PassCount(kwargs.get("train_dataloader"), self.epoch_steps)
+        self._passes = PassCount(kwargs.get("train_dataloader"), self.epoch_steps, args.device)
         self._follow(args, state)
 
     @guarded

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +225,24 @@ def test_all_is_frozen_when_training_begins(tmp_path):
         run.step()
     (row,) = callback.progress.history
     assert row["noise"] == pytest.approx(8 / 3)  # A = 8, Q = 20: S = 2 * (20 - 64 / 4) / 3
+
+
+def test_a_monitor_refuses_nothing(tmp_path, caplog):
+    """It does no harm where it cannot see; the stop says so before any work."""
+    args = arguments(tmp_path)
+    args.deepspeed_plugin = SimpleNamespace()
+    model = torch.nn.Linear(2, 1)
+    options = {"window": 4, "accumulator": "exact"}
+    with pytest.raises(ValueError, match="Invalid accumulator: 'exact'"):
+        EventSequence(PopRiskEarlyStoppingCallback(**options), _sgd(0.1), args, model=model)
+    monitor = PopRiskEarlyStoppingCallback(**options, action="monitor")
+    run = EventSequence(monitor, _sgd(0.1), args, model=model)
+    assert "watches nothing in this run. Invalid accumulator: 'exact'" in caplog.text
+    for _ in range(8):
+        run.step()
+    run.event("on_train_end")
+    report = json.loads((tmp_path / "poprisk_stop.json").read_text())
+    assert (report["stopped"], report["history"]) == (False, [])
 
 
 def test_the_gate_is_sampled_at_the_last_step_of_a_window(tmp_path):

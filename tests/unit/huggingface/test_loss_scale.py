@@ -5,8 +5,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
+from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback, PopRiskMonitorCallback
 from poprisk_integrations.huggingface.callbacks.loss_scale import inverse_loss_scale
+from poprisk_integrations.optim import PopRiskAdamW
 from tests.helpers.tiny_trainer import arguments
 from tests.helpers.trainer_events import EventSequence
 
@@ -46,6 +47,28 @@ def test_windows_hold_unscaled_gradients(tmp_path, unscaled_by_trainer, fused):
     assert row["noise"] == pytest.approx(2 * (63 - 13**2 / 4) / 3)
     assert scaler.get_scale() == 512.0
     assert callback.stopping_state["lr_sum"] == pytest.approx(0.4)  # the skipped step took no time
+
+
+@pytest.mark.parametrize("unscaled_by_trainer", [False, True])
+def test_the_monitor_looks_at_unscaled_gradients_only(tmp_path, unscaled_by_trainer):
+    args = arguments(tmp_path)
+    Accelerator(cpu=True)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = AcceleratedOptimizer(PopRiskAdamW([parameter], gate="none"), scaler=scaler)
+    monitor = PopRiskMonitorCallback(every_n_steps=1)
+    run = EventSequence(monitor, optimizer, args, model=torch.nn.ParameterList([parameter]))
+    for _ in range(3):
+        scaler.scale(parameter.sum()).backward()
+        if unscaled_by_trainer:
+            scaler.unscale_(optimizer.optimizer)
+        run.event("on_pre_optimizer_step")
+        optimizer.step()
+        run.event("on_optimizer_step")
+        parameter.grad = None
+    decrease = monitor.metrics().get("poprisk/predicted_decrease")
+    # Two coordinates with a gradient of 1, and a step of lr in each.
+    assert decrease == (pytest.approx(2e-3, rel=1e-4) if unscaled_by_trainer else None)
 
 
 def test_no_scaler_no_scale():
