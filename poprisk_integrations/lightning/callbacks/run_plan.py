@@ -81,16 +81,18 @@ def run_plan(trainer: Trainer, window: int | str, epoch_steps: int | None) -> Ru
         return plan
     own = [getattr(plan, name) for name in _LENGTHS]
     largest = largest_over_ranks(trainer, [math.inf if n is None else n for n in own])
-    agreed = {n: None if math.isinf(v) else int(v) for n, v in zip(_LENGTHS, largest, strict=True)}
+    agreed: dict[str, Any] = {
+        n: None if math.isinf(v) else int(v) for n, v in zip(_LENGTHS, largest, strict=True)
+    }
     if agreed["pass_batches"] is None and not plan.unknown_because:
-        agreed["unknown_because"] = "another process does not know"  # type: ignore[assignment]
+        agreed["unknown_because"] = "another process does not know"
     return replace(plan, **agreed)
 
 
 def largest_over_ranks(trainer: Trainer, values: list[float]) -> list[float]:
     """Elementwise; every rank must call."""
     tensor = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
-    return trainer.strategy.reduce(tensor, reduce_op="max").tolist()  # type: ignore[union-attr]
+    return trainer.strategy.reduce(tensor, reduce_op="max").tolist()
 
 
 def run_shape(trainer: Trainer) -> tuple[Any, ...]:
