@@ -2,18 +2,25 @@
 
 import csv
 import json
-import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Value
 
+from poprisk_integrations._files import write_whole
 from poprisk_integrations.cli.errors import UsageError, one_line
 from poprisk_integrations.trl.flip_report import FlipReport
+from poprisk_integrations.trl.pair_texts import excerpts
 
 __all__ = ["columns_of_one_side", "match_rows", "plan_cleaning", "swap_labels", "write_data"]
 
+_TEXT = "chosen"  # a column of reports that have the first words of some pairs
+_SAME_DATA = (
+    "it must be the data that the trainer got, same split, order and number of rows. Pairs of data "
+    "that have changed since are told by an id only: train with pair_id_column=NAME, and give "
+    "--id-column NAME here."
+)
 # Whatever else TRL's trainer reads of each completion goes with it.
 _EXCHANGED = (
     ("chosen", "rejected"),
@@ -47,14 +54,33 @@ def match_rows(report: FlipReport, dataset: Dataset, id_column: str | None = Non
     if ids != rows:
         raise UsageError(
             f"The pairs of the report have ids of their own (such as {ids[0]!r}): name their "
-            f"column of the data set with --id-column; it has {columns}."
+            f"column of the data set with --id-column (pair_id_column of the run); it has "
+            f"{columns}."
         )
-    if len(dataset) != len(report) or max(rows, default=-1) >= len(dataset):
+    # Rows that were dropped before training leave gaps; the texts then show whose rows these are.
+    whole = len(dataset) == len(report) and max(rows, default=-1) < len(dataset)
+    gaps = len(report) < len(dataset) and len(report) <= max(rows, default=-1) < len(dataset)
+    if not (whole or (gaps and _TEXT in table)):
         raise UsageError(
-            f"The flip report is of {len(report)} pairs, --dataset has {len(dataset)}: it must be "
-            "the data that the trainer got, same split, order and number of rows."
+            f"The flip report is of {len(report)} pairs, --dataset has {len(dataset)}: {_SAME_DATA}"
         )
+    if _TEXT in table:
+        _check_texts(table, dataset)
     return rows
+
+
+def _check_texts(table: Any, dataset: Dataset) -> None:
+    """Refuse data whose texts are not those of which the report has the first words."""
+    names = [name for name in ("prompt", "chosen", "rejected") if name in dataset.column_names]
+    texts = dataset.with_format(None).select_columns(names)
+    for pair in table[table[_TEXT].ne("")].to_dict("records"):
+        prompt, *answers = excerpts(texts[pair["row"]])
+        # In any order: labels may have been swapped on purpose.
+        if (prompt, *sorted(answers)) != (pair["prompt"], *sorted((pair[_TEXT], pair["rejected"]))):
+            raise UsageError(
+                f"Row {pair['row']} of --dataset has other texts than the flip report "
+                f"({pair[_TEXT][:40]!r}): {_SAME_DATA}"
+            )
 
 
 def _match_ids(ids: list[Any], dataset: Dataset, id_column: str) -> list[int]:
@@ -65,6 +91,8 @@ def _match_ids(ids: list[Any], dataset: Dataset, id_column: str) -> list[int]:
     # As text: CSV files do not tell 7 from "7".
     position: dict[str, int] = {}
     for row, value in enumerate(dataset.with_format(None)[id_column]):
+        if value is None:  # not the text "None", which may be an id
+            continue
         if position.setdefault(str(value), row) != row:
             raise UsageError(f"Invalid --id-column: {value!r} occurs twice in {id_column!r}.")
     missing = [value for value in ids if str(value) not in position]
@@ -163,7 +191,7 @@ def _kind(feature: Any) -> Any:
 
 
 def write_data(dataset: Dataset, out: Path) -> None:
-    """Write a data set by the suffix of the file, under another name first.
+    """Write a data set by the suffix of the file, whole or not at all.
 
     Args:
         dataset: What to write.
@@ -172,12 +200,8 @@ def write_data(dataset: Dataset, out: Path) -> None:
     Raises:
         UsageError: If the format cannot hold the data.
     """
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
+    with write_whole(out) as temporary:
         _WRITERS[out.suffix](dataset.with_format(None), temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_json_lines(dataset: Dataset, path: Path) -> None:
@@ -196,6 +220,11 @@ def _write_csv(dataset: Dataset, path: Path) -> None:
     for name, feature in dataset.features.items():
         if not isinstance(feature, Value) or "binary" in feature.dtype:
             raise UsageError(f"column {name!r} does not fit into CSV; use .jsonl or .parquet.")
+        if feature.dtype in ("string", "large_string") and "" in (values := dataset[name][:]):
+            raise UsageError(
+                f"column {name!r} has an empty text in row {values.index('')}, which in CSV is no "
+                "text; use .jsonl or .parquet."
+            )
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, dataset.column_names)
         writer.writeheader()

@@ -48,7 +48,8 @@ def draw_flips(
     else:
         groups = {"swapped on purpose": swapped, "not swapped": ~swapped}
     _histogram(top, table["margin"].to_numpy(), groups)
-    _curve(bottom, table["probability_wrong"].to_numpy(), swapped)
+    expected = "expected wrong labels" if report.calibrated else "sum of P(wrong), not calibrated"
+    _curve(bottom, table["probability_wrong"].to_numpy(), swapped, expected)
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
@@ -80,9 +81,9 @@ def _histogram(axis: Any, margin: Any, groups: dict[str, Any]) -> None:
     axis.legend(fontsize=8, frameon=False, loc="upper right")
 
 
-def _curve(axis: Any, p: Any, swapped: Any) -> None:
+def _curve(axis: Any, p: Any, swapped: Any, expected: str) -> None:
     count = np.arange(len(p) + 1)
-    axis.plot(count, np.r_[0, np.cumsum(p)], color=_BLUE, label="expected wrong labels")
+    axis.plot(count, np.r_[0, np.cumsum(p)], color=_BLUE, label=expected)
     if swapped is not None:
         true = np.r_[0, np.cumsum(swapped)]
         axis.plot(count, true, color=_PURPLE, ls="--", label="swapped on purpose")

@@ -27,8 +27,8 @@ class FlipsFound:
         swapped_scored: How many of them were swapped.
         flagged: Pairs with a probability of at least 0.5.
         auc: Probability that a swapped pair is ranked above another one, ties counted half. The
-            ranking is the report's: by probability, and by margin among equal ones, as where the
-            noise rate could not be told and all probabilities are 0.
+            ranking is the report's: by probability, and by margin among equal ones, as where a
+            noise rate of 0 was given.
         precision: Share of the flagged pairs that were swapped.
         recall: Share of the swapped pairs that are flagged.
     """

@@ -1,7 +1,7 @@
 """How many labels are wrong, estimated from margins that never saw them."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,17 +9,19 @@ from torch import Tensor
 
 from poprisk_integrations.core.untrained_margins import UntrainedMargins
 
-__all__ = ["NoiseRateEstimate", "double_annotation_rate", "estimate_noise_rate"]
+__all__ = ["NoiseRateEstimate", "double_annotation_rate", "estimate_noise_rate", "fitted_slope"]
 
 LARGEST_RATE = 0.49
-MOST_CONFIDENT = 0.1  # the anchor's share of the pairs
 FEWEST_PAIRS = 50
-# Prior of the slope in units of 1 / rms(h): log-normal. If margins of right labels are N(mu, v) and
-# of wrong ones N(-mu, v), the slope is 2 mu / v, which is 1.6 in these units where the model ranks
-# three quarters of the pairs rightly, 0.8 at two thirds, 4 at nine tenths.
-SLOPE_MEDIAN = 1.5
-SLOPE_FACTOR = 2.0
-_BINS = 400
+WIDEST = 0.25  # an interval wider than this names no rate
+# The upper end: shares of the surest pairs that are looked at, and one-sided errors (2.5 % over 4).
+SURE_SHARES = (0.1, 0.2, 0.4, 1.0)
+SURE_ERRORS = 2.5
+# The lower end: what is allowed for. Both are from recipes/benchmarks/noise_rate_coverage.
+MODEL_ERROR = 0.03  # the model's own mistakes about the pairs it is surest of
+HEAVY_TAILS = 3.5  # kurtosis from which the size of a margin may say nothing of its certainty
+LIKELIHOOD_DROP = 2.7  # of the log-likelihood, at the end of the interval
+_RATES, _SLOPES, _BINS = 50, 31, 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,114 +29,140 @@ class NoiseRateEstimate:
     """A noise rate with its interval, and what it was made from.
 
     Attributes:
-        rate: Posterior mean, in [0, 0.49].
-        low: Lower end of the 95 % credible interval (2.5 % of the posterior below).
-        high: Upper end of it.
-        slope: k > 0: a pair of margin h has log-odds k |h| that the model ranks it as a clean label
-            would. 0 where all margins are zero.
-        maximum_likelihood: The rate of largest likelihood: the fixed point of EM, with k free. Of
-            large spread where the model is weak, since k and the rate can make up for each other.
+        rate: In [low, high]; None where the margins do not tell.
+        low: Lower end of the 95 % interval; 0 where the margins do not tell.
+        high: Upper end of it, at most 0.49.
+        reference_rate: What probabilities of single labels are made with: the rate, or the middle
+            of the interval where there is none. They are then no probabilities, but still a
+            ranking.
+        slope: k >= 0: a pair of margin h has log-odds k |h| that the model ranks it as a clean
+            label would, if the rate is `reference_rate`. 0 where all margins are zero.
         upper_bound: Share of the labels that the margins contradict. The true rate is below it but
             for sampling error, if the model is right more often than not.
         anchor: The same among the tenth of the pairs with the largest absolute margin. Above the
             true rate by the model's errors there.
-        num_pairs: Pairs with a margin.
+        num_pairs: Pairs that were judged.
+        num_not_judged: Pairs whose margin is from before the model had moved; they do not count.
     """
 
-    rate: float
+    rate: float | None
     low: float
     high: float
+    reference_rate: float
     slope: float
-    maximum_likelihood: float
     upper_bound: float
     anchor: float
     num_pairs: int
+    num_not_judged: int
 
     @property
     def informative(self) -> bool:
-        """Whether the margins agree with the labels more often than guesses, by two errors.
-
-        If they do not, half of the labels may be wrong or the model may have learned nothing: the
-        interval then starts at zero.
-        """
-        return 0.5 - self.upper_bound > 1 / math.sqrt(self.num_pairs)
+        """Whether the margins tell the rate: the interval is at most 0.25 wide."""
+        return self.rate is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Plain numbers, and None for a rate that is not told."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def __str__(self) -> str:
         """One line for people."""
         interval = f"{100 * self.low:.0f} to {100 * self.high:.0f} %, {self.num_pairs} pairs"
-        if not self.informative:
+        if self.rate is None:
             return f"the margins do not tell how many labels are wrong ({interval})"
         return f"{100 * self.rate:.0f} % of the labels look wrong (95 % interval {interval})"
 
 
 def estimate_noise_rate(margins: UntrainedMargins) -> NoiseRateEstimate:
-    """Posterior of the share of wrong labels in a mixture of right and wrong ones.
+    """Interval for the share of wrong labels, and the rate where it is narrow enough to name one.
 
-        P(margin agrees with the label | |h|) = (1 - e) s(k |h|) + e s(-k |h|)
+        P(margin agrees with the label) = (1 - e) c + e (1 - c)
 
-    with s the logistic function; prior flat for e in [0, 0.49], log-normal for k (median 1.5 /
-    rms(h), a factor of 2 for one standard deviation). The curve starts at 1/2 for margins that
-    carry no information and saturates at 1 - e: pairs the model is sure about decide e, the others
-    decide k. Without the prior of k the estimate is that of RE-PO's EM (arXiv:2509.24159, with a
-    free scale), and a weak model then passes for one that is always sure, with every
-    contradiction a wrong label. Labels that are wrong for a reason the margins share (length, an
-    annotator's habit) count as right.
+    with e the rate and c the probability that the model ranks a clean label rightly. Two ends:
+
+    - Upper: since c <= 1, no group of pairs has fewer contradicted labels than e, whatever c is.
+      The smallest upper confidence limit among the 10, 20, 40 and 100 % surest pairs bounds e.
+    - Lower: nothing bounds e from below but a statement on c. Here it is c = s(k |h|), s the
+      logistic function, with another k for each of up to four stretches of the epoch, since the
+      model learns meanwhile: the curve starts at 1/2 and saturates at 1 - e. That is exact where
+      margins of right labels are N(mu, v), so it counts only while the tails of the margins are no
+      heavier than those of N (kurtosis at most 3.5, less its error). With heavier ones a large
+      margin need not be a sure one, and the end is 0. And the model may be wrong about 3 % of the
+      pairs it is surest of.
+
+    Labels that are wrong for a reason the margins share (length, an annotator's habit) count as
+    right. Coverage over families of margins, signals and sizes, also where c is no logistic curve:
+    `recipes/benchmarks/noise_rate_coverage`.
 
     Args:
-        margins: Taken before the pairs were trained on.
+        margins: Taken before the pairs were trained on. Only those that `judged` counts are used.
 
     Raises:
         ValueError: If fewer than 50 pairs have a margin.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
-        >>> h = 2 * torch.randn(4000, generator=generator).abs()
-        >>> clean = torch.rand(4000, generator=generator) < torch.sigmoid(2 * h)
+        >>> clean = 2 + torch.randn(4000, generator=generator)
         >>> flipped = torch.rand(4000, generator=generator) < 0.3
         >>> record = UntrainedMargins(4000)
-        >>> record.record(torch.arange(4000), torch.where(clean ^ flipped, h, -h), step=0)
+        >>> record.record(torch.arange(4000), torch.where(flipped, -clean, clean), step=9)
         >>> estimate = estimate_noise_rate(record)
         >>> estimate.low < 0.3 < estimate.high
         True
     """
-    h = margins.margin[margins.margin.isfinite()]
-    if len(h) < FEWEST_PAIRS:
+    found = int(margins.margin.isfinite().sum())
+    if found < FEWEST_PAIRS:
         raise ValueError(
-            f"{len(h)} pairs have a margin from before they were trained on; an estimate of the "
+            f"{found} pairs have a margin from before they were trained on; an estimate of the "
             f"noise rate needs at least {FEWEST_PAIRS}."
         )
-    size, agree = h.abs(), (h > 0).double() + 0.5 * (h == 0).double()
-    order = size.argsort(stable=True)
-    top = order[-max(round(MOST_CONFIDENT * len(h)), 1) :]
-    rms = float(size.square().mean().sqrt())
-    # Neighbours in |h| share a bin: the likelihood then costs the same for any number of pairs.
-    parts = torch.tensor_split(order, min(_BINS, len(h)))
-    centre = torch.stack([size[part].mean() for part in parts]) / (rms or 1.0)
-    agreeing = torch.stack([agree[part].sum() for part in parts])
-    contradicting = torch.tensor([float(len(part)) for part in parts]).double() - agreeing
-
-    rates = torch.linspace(0, LARGEST_RATE, 99, dtype=torch.float64)
-    slopes = torch.logspace(-2, 2, 81, dtype=torch.float64)
-    table = _log_likelihood(rates, slopes, centre, agreeing, contradicting)
-    prior = -0.5 * ((slopes / SLOPE_MEDIAN).log() / math.log(SLOPE_FACTOR)) ** 2
-    posterior = (table + prior).flatten().softmax(0).reshape(table.shape)
-    of_rate = posterior.sum(1)
-    slope = float((posterior.sum(0) @ slopes.log()).exp())
-    estimate = NoiseRateEstimate(
-        rate=float(of_rate @ rates),
-        low=_quantile(rates, of_rate, 0.025),
-        high=_quantile(rates, of_rate, 0.975),
-        slope=slope / rms if rms > 0 else 0.0,
-        maximum_likelihood=float(rates[int(table.amax(1).argmax())]),
-        upper_bound=1 - float(agree.mean()),
-        anchor=1 - float(agree[top].mean()),
+    judged = margins.judged
+    raw = margins.margin[judged][margins.step[judged].argsort(stable=True)]
+    # In units of their size at that time: early margins are small, which says nothing of them.
+    parts = raw.tensor_split(_between(1, len(raw) // 100, 10))
+    h = torch.cat([part / part.square().mean().sqrt() for part in parts if len(part)] or [raw])
+    order = h.abs().argsort(descending=True)
+    wrong = (h[order] < 0).double()
+    low, high, rate = _ends(h, wrong) if len(h) >= FEWEST_PAIRS else (0.0, LARGEST_RATE, 0.0)
+    agreeing = 0.5 - float(wrong.mean()) if len(h) else 0.0
+    told = high - low <= WIDEST and agreeing > 1 / math.sqrt(len(h))
+    low = low if told else 0.0
+    reference = rate if told else (low + high) / 2
+    return NoiseRateEstimate(
+        rate=rate if told else None,
+        low=low,
+        high=high,
+        reference_rate=reference,
+        slope=fitted_slope(margins, reference),
+        upper_bound=0.5 - agreeing,
+        anchor=float(wrong[: max(round(0.1 * len(h)), 1)].mean()) if len(h) else 0.5,
         num_pairs=len(h),
+        num_not_judged=found - len(h),
     )
-    return estimate if estimate.informative else replace(estimate, low=0.0)
+
+
+def fitted_slope(margins: UntrainedMargins, rate: float) -> float:
+    """The k of `estimate_noise_rate` that fits best if the rate is known; the same for all pairs.
+
+    Args:
+        margins: As there.
+        rate: Share of wrong labels, in [0, 0.5).
+
+    Returns:
+        k > 0 per unit of the margins; 0 if none was judged.
+
+    Example:
+        >>> record = UntrainedMargins(200)
+        >>> record.record(torch.arange(200), torch.linspace(-1, 3, 200), step=1)
+        >>> fitted_slope(record, 0.0) > fitted_slope(record, 0.2) > 0
+        True
+    """
+    h = margins.margin[margins.judged]
+    if not len(h):
+        return 0.0
+    rms = float(h.square().mean().sqrt())
+    rates = torch.tensor([rate], dtype=torch.float64)
+    slopes = torch.logspace(-2, 2, 201, dtype=torch.float64)
+    return float(slopes[_log_likelihood(rates, slopes, h / rms)[0].argmax()]) / rms
 
 
 def double_annotation_rate(num_pairs: int, num_disagreements: int) -> tuple[float, float]:
@@ -175,17 +203,48 @@ def double_annotation_rate(num_pairs: int, num_disagreements: int) -> tuple[floa
     return (1 - root) / 2, math.sqrt(share * (1 - share) / num_pairs) / (2 * root)
 
 
-def _log_likelihood(
-    rates: Tensor, slopes: Tensor, centre: Tensor, agreeing: Tensor, contradicting: Tensor
-) -> Tensor:
-    """Shape (rates, slopes)."""
+def _ends(h: Tensor, wrong: Tensor) -> tuple[float, float, float]:
+    """Both ends and the rate; `wrong` are the contradicted labels, those of the surest first."""
+    high = LARGEST_RATE
+    for share in SURE_SHARES:
+        high = min(high, _upper_limit(wrong[: round(share * len(h))]))
+    rates = torch.linspace(0, LARGEST_RATE, _RATES, dtype=torch.float64)
+    slopes = torch.logspace(-1.5, 1.5, _SLOPES, dtype=torch.float64)
+    profile = torch.zeros_like(rates)
+    for stretch in h.tensor_split(_between(1, len(h) // 250, 4)):
+        profile += _log_likelihood(rates, slopes, stretch).amax(1)
+    low = float(rates[profile >= profile.max() - LIKELIHOOD_DROP][0])
+    low = max(low - MODEL_ERROR, 0.0) / (1 - 2 * MODEL_ERROR)
+    kurtosis = float(h.pow(4).mean())  # the mean square is 1
+    if kurtosis > HEAVY_TAILS - math.sqrt(24 / len(h)):
+        low = 0.0
+    low = min(low, high)
+    inside = (rates >= low) & (rates <= high)
+    if not inside.any():
+        return low, high, (low + high) / 2
+    return low, high, float(profile.masked_fill(~inside, -math.inf).softmax(0) @ rates)
+
+
+def _upper_limit(wrong: Tensor) -> float:
+    """Wilson's, of the probability whose draws these are."""
+    n, z = len(wrong), SURE_ERRORS
+    share = float(wrong.mean())
+    spread = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return (share + z**2 / (2 * n) + spread) / (1 + z**2 / n)
+
+
+def _log_likelihood(rates: Tensor, slopes: Tensor, h: Tensor) -> Tensor:
+    """Shape (rates, slopes). Neighbours in |h| share a bin: the cost is that of the bins."""
+    size = h.abs()
+    parts = size.argsort().tensor_split(min(_BINS, len(h)))
+    centre = torch.stack([size[part].mean() for part in parts])
+    agreeing = torch.stack([(h[part] > 0).double().sum() for part in parts])
+    contradicting = torch.tensor([float(len(part)) for part in parts]).double() - agreeing
     right = torch.sigmoid(slopes[:, None] * centre)  # (slopes, bins)
     p = (1 - rates)[:, None, None] * right + rates[:, None, None] * (1 - right)
     tiny = torch.finfo(p.dtype).tiny
     return p.clamp(min=tiny).log() @ agreeing + (1 - p).clamp(min=tiny).log() @ contradicting
 
 
-def _quantile(values: Tensor, weights: Tensor, share: float) -> float:
-    """Smallest value with at least `share` of the weight up to it."""
-    place = int(torch.searchsorted(weights.cumsum(0), share))
-    return float(values[min(place, len(values) - 1)])
+def _between(low: int, value: int, high: int) -> int:
+    return max(low, min(value, high))

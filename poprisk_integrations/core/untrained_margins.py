@@ -5,6 +5,8 @@ from torch import Tensor
 
 __all__ = ["UntrainedMargins"]
 
+SMALLEST_SHARE = 0.05  # of the usual size, below which margins are those of an unmoved model
+
 
 class UntrainedMargins:
     """A record that keeps the first margin of every pair, and no later one.
@@ -42,6 +44,23 @@ class UntrainedMargins:
     def seen(self) -> Tensor:
         """Boolean, shape (num_pairs,): rows that have a margin."""
         return self.step >= 0
+
+    @property
+    def judged(self) -> Tensor:
+        """Boolean, shape (num_pairs,): rows whose margin says something about their label.
+
+        Not those of the first steps, up to the first whose margins have at least a twentieth of the
+        usual size: the model, a copy of the reference at first, had seen nothing. Nor a margin of
+        exactly zero.
+        """
+        judged = self.margin.isfinite() & (self.margin != 0)
+        if not judged.any():
+            return judged
+        size = self.margin[judged].abs()
+        steps, place = self.step[judged].unique(return_inverse=True)
+        largest = torch.zeros(len(steps), dtype=size.dtype).scatter_reduce(0, place, size, "amax")
+        moved = steps[largest >= SMALLEST_SHARE * size.median()][0]
+        return judged & (self.step >= moved)
 
     def record(self, rows: Tensor, margins: Tensor, step: int | Tensor) -> None:
         """Take the margins of rows that have none; of a row that occurs twice, the first.

@@ -74,7 +74,7 @@ def cross_fit_flip_report(
     noise.update_estimate(step=0)
     assert noise.estimate is not None
     dropped = set(rows) - set(torch.nonzero(noise.margins.seen).squeeze(1).tolist())
-    return flip_report(noise, ids, dropped), noise.estimate
+    return flip_report(noise, ids, dropped, dataset=dataset), noise.estimate
 
 
 def _judge(trainer: Any) -> tuple[torch.Tensor, torch.Tensor]:

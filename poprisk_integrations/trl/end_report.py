@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from poprisk_integrations.trl.label_noise import LabelNoise
+from poprisk_integrations.trl.label_noise import LARGEST_USED_RATE, LabelNoise
 
 __all__ = ["describe_end"]
 
@@ -34,8 +34,14 @@ def describe_end(
         if suspects:
             fitted = "" if flips_fitted is None else f", {100 * flips_fitted:.0f} % of them fitted"
             parts.append(f"{suspects} suspect pairs{fitted}")
+    lacking = noise.lacks_rate
+    if lacking is not None:
+        without = "labels are taken as right" if lacking == "weights" else "the loss is DPO's"
+        parts.append(f"no noise rate for noise={lacking!r}: {without}")
     if noise.loss.mode != "off":
         rate = "" if noise.loss.mode == "holder" else f" at noise rate {noise.loss.noise_rate:.2f}"
+        if noise.rate == LARGEST_USED_RATE and noise.estimate is not None:
+            rate += ", the largest that is used"
         parts.append(f"loss {noise.loss.mode}{rate}")
     onset = None if stopping_state is None else stopping_state.get("onset_step")
     if onset is not None:

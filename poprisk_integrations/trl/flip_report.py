@@ -4,13 +4,14 @@ import csv
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from poprisk_integrations._files import write_whole
 
 __all__ = [
     "ACTIONS",
@@ -28,22 +29,26 @@ FLIP_REPORT = "flip_report"  # name of the files, without their suffix
 SWAP_AT = 0.9  # exchanged, a label is right nine times in ten
 DROP_AT = 0.5  # more probably wrong than right
 REVIEW_AT = 0.3  # worth a look by a person; below, the pair is kept
-ACTIONS = ("swap", "drop", "review", "keep", "unseen", "too_long")
+ACTIONS = ("swap", "drop", "review", "keep", "not_judged", "unseen", "too_long")
 
 # What a damaged file makes of csv, pandas and pyarrow.
 _UNREADABLE = (ValueError, csv.Error, OSError, TypeError, LookupError, NotImplementedError)
 
 _COLUMNS = ("pair_id", "row", "probability_wrong", "margin", "step", "action")
+_TEXTS = ("prompt", "chosen", "rejected")
+_CALIBRATED = "calibrated"  # a column of the files, where it is false
 
 
-def suggested_actions(probability_wrong: Sequence[float]) -> list[str]:
+def suggested_actions(probability_wrong: Sequence[float], calibrated: bool = True) -> list[str]:
     """What to do with pairs, by the probability that their label is wrong.
 
     Args:
         probability_wrong: Each in [0, 1], or NaN where no margin was taken.
+        calibrated: Whether they are probabilities. A mere ranking changes no data.
 
     Returns:
-        "swap" from 0.9 on, "drop" from 0.5, "review" from 0.3, "keep" below; "unseen" for NaN.
+        "swap" from 0.9 on, "drop" from 0.5, "review" from 0.3, "keep" below; "unseen" for NaN. If
+        they are not calibrated "review" stands for the first two as well.
 
     Example:
         >>> suggested_actions([0.95, 0.9, 0.5, 0.3, 0.1, math.nan])
@@ -51,7 +56,8 @@ def suggested_actions(probability_wrong: Sequence[float]) -> list[str]:
     """
     p = np.asarray(probability_wrong, dtype=np.float64)
     conditions = [np.isnan(p), p >= SWAP_AT, p >= DROP_AT, p >= REVIEW_AT]
-    chosen: list[str] = np.select(conditions, ["unseen", "swap", "drop", "review"], "keep").tolist()
+    actions = ["unseen", "swap", "drop", "review"] if calibrated else ["unseen", *3 * ["review"]]
+    chosen: list[str] = np.select(conditions, actions, "keep").tolist()
     return chosen
 
 
@@ -64,12 +70,17 @@ class FlipReport:
         pair_id: The user's ids, all text or all integers, or the row numbers; unique.
         row: Row numbers in the training data as they were passed to the trainer, before any pair
             was dropped; >= 0, unique.
-        probability_wrong: In [0, 1]; NaN where no margin was taken.
+        probability_wrong: In [0, 1]; NaN where no margin was taken, or one that says nothing.
         margin: From before the pair was trained on, reward units; NaN where none was taken, or
             where it was not finite.
         step: Optimizer steps done when it was taken; -1 where none was.
         action: One of `ACTIONS` for each pair; `suggested_actions` by default. "too_long" is for
-            pairs that TRL dropped since their prompt fills `max_length`.
+            pairs that TRL dropped since their prompt fills `max_length`, "not_judged" for those
+            whose margin is from before the model had learned anything.
+        calibrated: False where the noise rate could not be told: the column `probability_wrong`
+            then ranks the pairs and is no probability.
+        texts: Prompt, chosen and rejected of some rows, in short; they become columns, empty in
+            the other rows.
 
     Raises:
         ValueError: If the columns do not fit together or hold what they cannot.
@@ -97,9 +108,11 @@ class FlipReport:
         margin: Sequence[float],
         step: Sequence[int],
         action: Sequence[str] | None = None,
+        calibrated: bool = True,
+        texts: Mapping[int, tuple[str, str, str]] | None = None,
     ) -> None:
         if action is None:
-            action = suggested_actions(probability_wrong)
+            action = suggested_actions(probability_wrong, calibrated)
         given = (pair_id, row, probability_wrong, margin, step, action)
         lengths = {name: len(values) for name, values in zip(_COLUMNS, given, strict=True)}
         if len(set(lengths.values())) > 1:
@@ -115,6 +128,11 @@ class FlipReport:
             }
         )
         _check(frame)
+        if texts:
+            cells = [texts.get(number, ("", "", "")) for number in frame["row"].tolist()]
+            for name, column in zip(_TEXTS, zip(*cells, strict=True), strict=True):
+                frame[name] = pd.Series(list(column), dtype=str)
+        self.calibrated = calibrated
         self._frame = frame.sort_values(
             ["probability_wrong", "margin", "row"],
             ascending=[False, True, True],
@@ -130,10 +148,10 @@ class FlipReport:
         summary = self.summary()
         always = ("swap", "drop", "review", "keep")
         counts = [f"{n} {name}" for name, n in summary["actions"].items() if n or name in always]
-        return (
-            f"{len(self)} pairs, {summary['expected_wrong']:.1f} wrong labels expected: "
-            f"{', '.join(counts)}"
-        )
+        expected = "ranked by their margins alone, since these do not tell the noise rate"
+        if self.calibrated:
+            expected = f"{summary['expected_wrong']:.1f} wrong labels expected"
+        return f"{len(self)} pairs, {expected}: {', '.join(counts)}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self}\n{self._frame!r}"
@@ -159,20 +177,23 @@ class FlipReport:
         """Counts, and the expected number of wrong labels.
 
         Returns:
-            `num_pairs`; `num_scored`, those with a probability; `expected_wrong`, the sum of the
-            probabilities; `actions`, a count for each of `ACTIONS`.
+            `num_pairs`; `num_scored`, those with a probability; `num_not_judged`, those whose
+            margin says nothing; `calibrated`; `expected_wrong`, the sum of the probabilities, or
+            None if they are not calibrated; `actions`, a count for each of `ACTIONS`.
         """
         counts = self._frame["action"].value_counts()
         p = self._frame["probability_wrong"]
         return {
             "num_pairs": len(self),
             "num_scored": int(p.notna().sum()),
-            "expected_wrong": float(p.sum()),
+            "num_not_judged": int(counts.get("not_judged", 0)),
+            "calibrated": self.calibrated,
+            "expected_wrong": float(p.sum()) if self.calibrated else None,
             "actions": {name: int(counts.get(name, 0)) for name in ACTIONS},
         }
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Write `flip_report.csv` and `flip_report.parquet`, each under another name first.
+        """Write `flip_report.csv` and `flip_report.parquet`, each whole or not at all.
 
         In the CSV text is quoted and numbers are not, which is how `load` tells the id "7" from 7.
 
@@ -182,18 +203,14 @@ class FlipReport:
         Returns:
             The two paths.
         """
-        Path(directory).mkdir(parents=True, exist_ok=True)
         frame, base = self._frame, Path(directory) / FLIP_REPORT
-
-        def write_csv(path: Path) -> None:
+        if not self.calibrated:
+            frame = frame.assign(**{_CALIBRATED: False})
+        with write_whole(base.with_suffix(".csv")) as path:
             frame.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC, encoding="utf-8")
-
-        return [
-            _written(base.with_suffix(".csv"), write_csv),
-            _written(
-                base.with_suffix(".parquet"), lambda path: frame.to_parquet(path, index=False)
-            ),
-        ]
+        with write_whole(base.with_suffix(".parquet")) as path:
+            frame.to_parquet(path, index=False)
+        return [base.with_suffix(".csv"), base.with_suffix(".parquet")]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FlipReport":
@@ -201,7 +218,7 @@ class FlipReport:
 
         Args:
             path: A `.parquet` or `.csv` file, or a directory with `flip_report.parquet` or, failing
-                that, `flip_report.csv`. Further columns are not read.
+                that, `flip_report.csv`. Columns of yours are not read.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -264,16 +281,6 @@ def _refuse(name: str, wrong: pd.Series, rule: str) -> None:
         raise ValueError(f"Invalid {name}: {wrong.tolist()[0]!r}. {rule}")
 
 
-def _written(path: Path, write: Callable[[Path], None]) -> Path:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def _find(path: Path) -> Path:
     if path.is_dir():
         for suffix in (".parquet", ".csv"):
@@ -290,7 +297,8 @@ def _find(path: Path) -> Path:
 def _read_parquet(path: Path) -> dict[str, Any]:
     frame = pd.read_parquet(path)
     _require_columns(list(frame.columns))
-    return {name: frame[name].tolist() for name in _COLUMNS}
+    columns = {name: frame[name].tolist() for name in frame.columns}
+    return _with_extras(columns, {name: columns[name] for name in _COLUMNS})
 
 
 def _read_csv(path: Path) -> dict[str, Any]:
@@ -303,9 +311,8 @@ def _read_csv(path: Path) -> dict[str, Any]:
     for number, record in enumerate(records, start=1):
         if len(record) != len(header):
             raise ValueError(f"record {number} has {len(record)} of {len(header)} values.")
-    columns: dict[str, list[Any]] = {
-        name: [record[header.index(name)] for record in records] for name in _COLUMNS
-    }
+    found = {name: [record[place] for record in records] for place, name in enumerate(header)}
+    columns: dict[str, list[Any]] = {name: found[name] for name in _COLUMNS}
     numbers: dict[str, type] = {
         "row": int,
         "step": int,
@@ -316,8 +323,28 @@ def _read_csv(path: Path) -> dict[str, Any]:
         columns[name] = _parsed(name, columns[name], kind)
     quoted = header[0] == "pair_id" and text.partition("\n")[2].startswith('"')
     if not quoted:  # integers of ours, or anything that a spreadsheet has saved again
-        with suppress(ValueError):
-            columns["pair_id"] = [int(value) for value in columns["pair_id"]]
+        columns["pair_id"] = _integer_ids(columns["pair_id"])
+    return _with_extras(found, columns)
+
+
+def _integer_ids(ids: list[str]) -> list[int] | list[str]:
+    """As numbers only if that is what the text is: not 007, 1_000, or what 64 bits do not hold."""
+    try:
+        numbers = [int(value) for value in ids]
+    except ValueError:
+        return ids
+    plain = all(str(n) == value for n, value in zip(numbers, ids, strict=True))
+    return numbers if plain and all(-(2**63) <= n < 2**64 for n in numbers) else ids
+
+
+def _with_extras(found: dict[str, list[Any]], columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns with what the file has beyond them."""
+    flags = found.get(_CALIBRATED, [])
+    columns["calibrated"] = all(str(flag).lower() not in ("false", "0") for flag in flags)
+    if all(name in found for name in _TEXTS):
+        cells = zip(*(found[name] for name in _TEXTS), strict=True)
+        rows = zip(columns["row"], cells, strict=True)
+        columns["texts"] = {row: texts for row, texts in rows if any(texts)}
     return columns
 
 

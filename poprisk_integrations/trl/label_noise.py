@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from poprisk_integrations.core.flip_probability import flip_probability
-from poprisk_integrations.core.noise_rate import NoiseRateEstimate, estimate_noise_rate
+from poprisk_integrations.core.noise_rate import (
+    NoiseRateEstimate,
+    estimate_noise_rate,
+    fitted_slope,
+)
 from poprisk_integrations.core.untrained_margins import UntrainedMargins
 from poprisk_integrations.trl.pair_loss import AUTO_MODE, PairLoss
 
@@ -58,16 +62,24 @@ class LabelNoise:
         """
         if self._given is not None:
             return self._given
-        if self.estimate is None or not self.estimate.informative:
+        if self.estimate is None or self.estimate.rate is None:
             return None
         return min(self.estimate.rate, LARGEST_USED_RATE)
 
     @property
     def rate_of_report(self) -> float | None:
-        """The rate behind the probabilities: the user's, else the estimate as it is."""
+        """The rate behind the probabilities: the user's, else the estimate as it is.
+
+        Where the margins do not tell, the middle of the interval: see `calibrated`.
+        """
         if self._given is not None:
             return self._given
-        return None if self.estimate is None else self.estimate.rate
+        return None if self.estimate is None else self.estimate.reference_rate
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether probabilities of wrong labels are such, or a ranking alone."""
+        return self.rate is not None
 
     @property
     def loss(self) -> PairLoss:
@@ -82,14 +94,19 @@ class LabelNoise:
         return replace(self._asked, mode=mode, noise_rate=rate)
 
     @property
-    def slope(self) -> float:
-        """Log-odds per unit of margin: the estimate's, 1 (Bradley-Terry's own) before it.
+    def lacks_rate(self) -> str | None:
+        """The mode that was asked for, if it needs a rate and there is none; else None."""
+        needs = self._asked.mode in ("cdpo", "rdpo", "weights")
+        return self._asked.mode if needs and self.rate is None else None
 
-        0 where the margins tell nothing: no pair is then more suspect than another.
-        """
+    @property
+    def slope(self) -> float:
+        """Log-odds per unit of margin: the best fit, 1 (Bradley-Terry's own) before an estimate."""
         if self.estimate is None:
             return 1.0
-        return self.estimate.slope if self.estimate.informative else 0.0
+        if self._given is not None:
+            return fitted_slope(self.margins, self._given)
+        return self.estimate.slope
 
     def p_correct(self, rows: Tensor, margins: Tensor) -> Tensor | None:
         """Probability that the labels of a batch are right, from margins before training.
@@ -124,10 +141,12 @@ class LabelNoise:
         """
         self.estimate = estimate_noise_rate(self.margins)
         self.estimate_step = step
-        self._p_correct = (1 - self.probability_wrong()).to(torch.float32)
+        self._keep_p_correct()
 
     def probability_wrong(self) -> Tensor:
-        """Shape (num_pairs,), fp64: posterior of a wrong label; NaN where there is no margin.
+        """Shape (num_pairs,), fp64: posterior of a wrong label; NaN where no margin tells.
+
+        That is where there is none, and where it is from before the model had moved.
 
         Raises:
             ValueError: If no rate is known.
@@ -135,11 +154,23 @@ class LabelNoise:
         rate = self.rate_of_report
         if rate is None:
             raise ValueError("The noise rate is not known yet.")
-        return flip_probability(self.margins.margin, rate, self.slope)
+        wrong = flip_probability(self.margins.margin, rate, self.slope)
+        return wrong.masked_fill(~self.margins.judged, torch.nan)
 
     def suspects(self) -> Tensor:
-        """Boolean, shape (num_pairs,): labels that are more probably wrong than right."""
-        return self.probability_wrong() >= SUSPECT
+        """Boolean, shape (num_pairs,): labels that are more probably wrong than right.
+
+        None where the probabilities are not calibrated.
+        """
+        suspect = self.probability_wrong() >= SUSPECT
+        return suspect if self.calibrated else torch.zeros_like(suspect)
+
+    def _keep_p_correct(self) -> None:
+        """For `p_correct`. A pair that was seen but not judged has been trained on: prior."""
+        correct = 1 - self.probability_wrong()
+        if self.rate_of_report is not None:
+            correct[self.margins.seen & correct.isnan()] = 1 - self.rate_of_report
+        self._p_correct = correct.to(torch.float32)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors, and text for the metadata of the file that holds them."""
@@ -155,8 +186,14 @@ class LabelNoise:
         """
         self.margins.load_state_dict(tensors)
         saved = json.loads(text["estimate"])
-        self.estimate = None if saved is None else NoiseRateEstimate(**saved)
+        self.estimate = None
+        if saved is not None:
+            same = saved.keys() == set(NoiseRateEstimate.__slots__)
+            # An older version's estimate had other numbers: it is made anew, of the same margins.
+            self.estimate = (
+                NoiseRateEstimate(**saved) if same else estimate_noise_rate(self.margins)
+            )
         self.estimate_step = json.loads(text["step"])
         self._p_correct = None
         if self.estimate is not None:
-            self._p_correct = (1 - self.probability_wrong()).to(torch.float32)
+            self._keep_p_correct()

@@ -10,6 +10,7 @@ from poprisk_integrations.trl.flip_report import FlipReport, suggested_actions
 from poprisk_integrations.trl.label_noise import LabelNoise
 from poprisk_integrations.trl.pair_checks import check_weights, pair_ids
 from poprisk_integrations.trl.pair_columns import ROW_COLUMN, add_pair_columns, source_rows
+from poprisk_integrations.trl.pair_texts import excerpts
 
 if TYPE_CHECKING:
     from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["LabelledPairs", "flip_report"]
 
 logger = logging.getLogger(__name__)
+
+SHOWN = 20  # pairs of a report that have a few words of their texts
 
 
 class LabelledPairs:
@@ -42,8 +45,9 @@ class LabelledPairs:
             if dataset is not None:
                 _refuse_streamed(args)
             return
-        self._ids = pair_ids(dataset, args.pair_id_column)
         self._rows = source_rows(dataset)
+        column = args.pair_id_column
+        self._ids = self._rows if column is None else pair_ids(dataset, column)
         column = args.pair_weight_column
         weights = None if column is None else check_weights(dataset, column)
         self.dataset = add_pair_columns(dataset, weights)
@@ -79,7 +83,7 @@ class LabelledPairs:
         """
         if not len(self):
             raise ValueError("A flip report needs map-style training data, not streamed ones.")
-        return flip_report(noise, self._ids, self._dropped, self._rows)
+        return flip_report(noise, self._ids, self._dropped, self._rows, self.dataset)
 
 
 def flip_report(
@@ -87,6 +91,7 @@ def flip_report(
     ids: list[int] | list[str],
     dropped: set[int],
     rows: list[int] | None = None,
+    dataset: Dataset | None = None,
 ) -> FlipReport:
     """Put the report together.
 
@@ -95,6 +100,7 @@ def flip_report(
         ids: One per row.
         dropped: Rows that TRL left out.
         rows: The user's row number of each; None for the position.
+        dataset: The pairs, for the beginning of the texts of the most suspect ones.
 
     Raises:
         ValueError: If no pair was trained on, or the rate is neither estimated nor given.
@@ -104,19 +110,38 @@ def flip_report(
             "No flip report yet: it needs margins of at least 50 pairs from before they were "
             "trained on, and is made in the first epoch of training."
         )
-    probability = noise.probability_wrong().tolist()
-    actions = suggested_actions(probability)
-    for row in dropped:
-        probability[row] = math.nan
-        actions[row] = "too_long"
+    probability = noise.probability_wrong()
+    actions = suggested_actions(probability.tolist(), noise.calibrated)
+    not_judged = noise.margins.margin.isfinite() & ~noise.margins.judged
+    for place in not_judged.nonzero().flatten().tolist():
+        actions[place] = "not_judged"
+    for place in dropped:
+        probability[place] = math.nan
+        actions[place] = "too_long"
+    rows = list(range(len(ids))) if rows is None else rows
+    suspects = probability.nan_to_num(nan=-1.0).argsort(descending=True)[:SHOWN].tolist()
     return FlipReport(
         pair_id=ids,
-        row=list(range(len(ids))) if rows is None else rows,
-        probability_wrong=probability,
+        row=rows,
+        probability_wrong=probability.tolist(),
         margin=noise.margins.margin.tolist(),
         step=noise.margins.step.tolist(),
         action=actions,
+        calibrated=noise.calibrated,
+        texts=_texts(dataset, suspects, rows),
     )
+
+
+def _texts(
+    dataset: Dataset | None, places: list[int], rows: list[int]
+) -> dict[int, tuple[str, str, str]]:
+    """A few words of the texts of these pairs; none of data that hold tokens alone."""
+    names = [name for name in ("prompt", "chosen", "rejected")
+             if dataset is not None and name in dataset.column_names]  # fmt: skip
+    if dataset is None or not {"chosen", "rejected"} <= set(names):
+        return {}
+    pairs = dataset.with_format(None).select_columns(names)
+    return {rows[place]: excerpts(pairs[place]) for place in places}
 
 
 def _refuse_streamed(args: "PopRiskDPOConfig") -> None:

@@ -50,13 +50,3 @@ def flip_posterior(h, e, k):
 def log_likelihood(h, e, k):
     p = np.clip((1 - e) * s(k * np.abs(h)) + e * s(-k * np.abs(h)), 1e-300, 1 - 1e-16)
     return float(np.sum(np.where(h > 0, np.log(p), np.log(1 - p))))
-
-
-def rate_posterior(h, rates, slopes):
-    """Posterior mean of e and its distribution function, by plain sums over a grid."""
-    rms = np.sqrt(np.mean(np.square(h)))
-    logs = np.array([[log_likelihood(h, e, k / rms) for k in slopes] for e in rates])
-    logs = logs - 0.5 * (np.log(slopes / 1.5) / np.log(2)) ** 2
-    weights = np.exp(logs - logs.max()).sum(1)
-    weights = weights / weights.sum()
-    return float(weights @ rates), np.cumsum(weights)

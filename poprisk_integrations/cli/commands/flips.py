@@ -5,11 +5,11 @@
 
 import argparse
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from poprisk_integrations._files import write_whole
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError
 
@@ -22,6 +22,7 @@ __all__ = ["add_parser", "run"]
 
 _NOISE = "poprisk_noise.json"
 _FIGURE = "flip_report.png"
+_TEXTS = ("prompt", "chosen", "rejected")
 _SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         examples = _examples(dataset, rows[: len(pairs)])  # the report's order is that of `rows`
         if args.write is not None:
             written = _write(args, report, dataset, rows)
+    elif pairs and all(pair.get("chosen") for pair in pairs):
+        examples = [{name: pair[name] for name in _TEXTS} for pair in pairs]  # the report's own
     figure = args.figure or directory / _FIGURE
     drawn = _draw(report, figure, str(directory), swapped_rows)
     if args.json:
@@ -127,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
         if pairs:
             swapped = None if swapped_rows is None else [p["row"] in swapped_rows for p in pairs]
             print_pairs(console, pairs, examples, swapped)
-        _say(console, [_written_line(written), str(figure) if drawn else _no_figure(report)])
+        last = str(figure) if drawn else _no_figure(report)
+        _say(console, [_next_line(report, args), _written_line(written), last])
     return 0
 
 
@@ -205,7 +209,7 @@ def _load_data(
 
 
 def _examples(dataset: "Dataset", rows: list[int]) -> list[dict[str, Any]]:
-    names = [name for name in ("prompt", "chosen", "rejected") if name in dataset.column_names]
+    names = [name for name in _TEXTS if name in dataset.column_names]
     texts = dataset.select_columns(names)
     return [texts[row] for row in rows]
 
@@ -223,6 +227,11 @@ def _write(
     from poprisk_integrations.trl.flip_report import DROP_AT
 
     mode = args.mode or "drop"
+    if not report.calibrated and mode != "suggested" and args.min_probability is None:
+        raise UsageError(
+            "The report ranks the pairs; how many labels are wrong is not known, so there is no "
+            "place to cut: say where with --min-probability."
+        )
     threshold = DROP_AT if args.min_probability is None else args.min_probability
     drop, swap = plan_cleaning(report, rows, mode=mode, min_probability=threshold)
     cleaned = swap_labels(dataset, swap)
@@ -247,9 +256,8 @@ def _draw(report: "FlipReport", path: Path, title: str, swapped_rows: set[int] |
     from poprisk_integrations.cli.flips_figure import draw_flips
 
     figure = draw_flips(report, title, swapped_rows)
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, format="png")
     return True
 
 
@@ -260,17 +268,46 @@ def _no_figure(report: "FlipReport") -> str:
 
 
 def _noise_line(noise: dict[str, Any] | None) -> str | None:
-    from poprisk_integrations.core.noise_rate import NoiseRateEstimate
-
     if noise is None:
         return None
-    values = {name: noise.get(name) for name in NoiseRateEstimate.__slots__}
-    if all(isinstance(value, (int, float)) for value in values.values()):
-        return str(NoiseRateEstimate(**cast("dict[str, Any]", values)))
-    rate = values["rate"]  # given by the user, or of another method
-    if isinstance(rate, (int, float)):
-        return f"{100 * rate:.0f} % of the labels look wrong"
-    return "noise rate not estimated"
+    rate, low, high, pairs = (_number(noise, n) for n in ("rate", "low", "high", "num_pairs"))
+    if low is None or high is None or pairs is None:  # given by the user, or of another method
+        return "noise rate not estimated" if rate is None else f"{_percent(rate)} look wrong"
+    from poprisk_integrations.core.noise_rate import WIDEST, NoiseRateEstimate
+
+    estimate = NoiseRateEstimate(
+        rate=rate if high - low <= WIDEST else None,  # earlier versions named one in any case
+        low=low,
+        high=high,
+        num_pairs=int(pairs),
+        **dict.fromkeys(("reference_rate", "slope", "upper_bound", "anchor"), 0.0),
+        num_not_judged=0,
+    )
+    return str(estimate)
+
+
+def _number(noise: dict[str, Any], name: str) -> float | None:
+    value = noise.get(name)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.0f} % of the labels"
+
+
+def _next_line(report: "FlipReport", args: argparse.Namespace) -> str | None:
+    """What to do about the pairs that were shown."""
+    if args.write is not None or not report.summary()["num_scored"]:
+        return None
+    data = args.dataset or "DATA"
+    write = f"--dataset {data} --write clean.jsonl --min-probability"
+    if not report.calibrated:
+        return (
+            "P(wrong) ranks the pairs and is no probability here, since the noise rate is not "
+            "known. Next: look at the pairs above before you change anything; margins out of fold "
+            f"(cross_fit_flip_report) judge better. To leave out the top all the same: {write} P"
+        )
+    return f"Next: look at the pairs above; to leave out the surest: {write} 0.9"
 
 
 def _written_line(written: dict[str, Any] | None) -> str | None:

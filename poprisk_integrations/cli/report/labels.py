@@ -15,6 +15,7 @@ __all__ = ["Pair", "Suspects", "read_noise", "read_suspects"]
 
 # Read as text: the package's own reader needs pandas, and its package the extra [trl].
 _COLUMNS = ("pair_id", "row", "probability_wrong", "margin", "action")
+_TEXTS = ("prompt", "chosen", "rejected")
 _LIKELY = 0.5  # more probably wrong than right
 
 
@@ -28,6 +29,7 @@ class Pair:
         margin: Before it was trained on; None if unknown.
         action: That the report suggests.
         swapped: Whether its label was swapped on purpose; None if the run was no such study.
+        texts: Prompt, chosen and rejected in short; empty where the report has none.
     """
 
     pair_id: str
@@ -35,6 +37,7 @@ class Pair:
     margin: float | None
     action: str
     swapped: bool | None
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,22 +47,28 @@ class Suspects:
     Attributes:
         num_pairs: All pairs.
         num_scored: Those with a probability.
-        num_likely: Those with a probability of at least 0.5.
+        num_likely: Those with a probability of at least 0.5; 0 where there are none, see
+            `calibrated`.
+        calibrated: Whether the probabilities are such, or a ranking alone.
         expected_wrong: Sum of the probabilities.
         actions: How often each is suggested.
         top: The most suspect pairs, the most probable first.
         num_swapped: Labels that were swapped on purpose; None if the run was no such study.
         likely_swapped: How many of `num_likely` were swapped; None likewise.
+        margins: Of all pairs with a probability, the most suspect first: those of `num_likely` come
+            before the others.
     """
 
     num_pairs: int
     num_scored: int
     num_likely: int
+    calibrated: bool
     expected_wrong: float
     actions: dict[str, int]
     top: list[Pair]
     num_swapped: int | None
     likely_swapped: int | None
+    margins: list[float]
 
 
 def read_noise(path: Path) -> dict[str, Any]:
@@ -107,19 +116,23 @@ def read_suspects(path: Path, flips: Path | None, most: int = 20) -> Suspects:
                 margin=_number(path, row["margin"]),
                 action=action,
                 swapped=None if swapped is None else row["row"] in swapped,
+                texts=tuple(plain(row.get(name, "")) for name in _TEXTS),
             )
         )
     scored.sort(key=lambda p: (-p.probability, math.inf if p.margin is None else p.margin))
-    likely = [pair for pair in scored if pair.probability >= _LIKELY]
+    calibrated = all(row.get("calibrated", "").lower() not in ("false", "0") for row in rows)
+    likely = [pair for pair in scored if calibrated and pair.probability >= _LIKELY]
     return Suspects(
         num_pairs=len(rows),
         num_scored=len(scored),
         num_likely=len(likely),
+        calibrated=calibrated,
         expected_wrong=sum(pair.probability for pair in scored),
         actions=actions,
         top=scored[:most],
         num_swapped=None if swapped is None else len(swapped),
         likely_swapped=None if swapped is None else sum(bool(pair.swapped) for pair in likely),
+        margins=[pair.margin for pair in scored if pair.margin is not None],
     )
 
 

@@ -32,6 +32,11 @@ def noisy(count: int = 320, rate: float = 0.25) -> tuple[Dataset, list[int]]:
     return data.add_column("id", [f"pair-{row}" for row in range(count)]), rows
 
 
+def noise_file(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "poprisk_noise.json").read_text())
+    return found
+
+
 def build(
     tmp_path: Path, data: Dataset, eval_dataset: Any = None, callbacks: Any = None, **options: Any
 ) -> PopRiskDPOTrainer:
@@ -119,14 +124,25 @@ def test_report_estimate_and_last_line(tmp_path: Path, capsys: pytest.CaptureFix
     report = trainer.flip_report()
     assert len(report) == 320
     table = report.to_pandas()
-    wrong = torch.tensor(table["row"].isin(flipped).to_numpy())
-    assert ranking_auc(torch.tensor(table["probability_wrong"].to_numpy()), wrong) > 0.75
+    judged = table[table["probability_wrong"].notna()]
+    wrong = torch.tensor(judged["row"].isin(flipped).to_numpy())
+    assert ranking_auc(torch.tensor(judged["probability_wrong"].to_numpy()), wrong) > 0.75
     assert table["pair_id"].tolist() == [f"pair-{row}" for row in table["row"]]
-    noise = json.loads((tmp_path / "poprisk_noise.json").read_text())
+    # The first batch was seen by the reference itself: its margins of zero judge nothing.
+    first = table[table["step"] == 0]
+    assert len(first) == 8
+    assert set(first["action"]) == {"not_judged"}
+    assert set(table["row"][-8:]) == set(first["row"])
+    assert report.summary()["num_not_judged"] == noise_file(tmp_path)["num_not_judged"] == 8
+    # The first words of the most suspect pairs, as they were trained on.
+    assert (table["chosen"] != "").sum() == 20
+    top = table.iloc[0]
+    assert top["chosen"] == data[int(top["row"])]["chosen"].strip()
+    noise = noise_file(tmp_path)
     assert noise["low"] <= 0.25 <= noise["high"]
     assert noise["rate"] == pytest.approx(0.25, abs=0.12)
     assert noise["estimated_at_step"] == 40
-    assert noise["num_pairs"] == 320
+    assert noise["num_pairs"] == 312
     # Both files, with ids as they were.
     pd.testing.assert_frame_equal(FlipReport.load(tmp_path).to_pandas(), table)
     assert (tmp_path / "flip_report.csv").exists()
@@ -146,14 +162,36 @@ def test_report_estimate_and_last_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_loss_changes_after_half_an_epoch(tmp_path: Path) -> None:
-    data, _ = noisy(rate=0.3)
-    trainer = build(tmp_path, data, noise="rdpo", max_steps=21, logging_steps=1)  # of 40
+    data, _ = noisy(count=400, rate=0.25)
+    trainer = build(tmp_path, data, noise="rdpo", max_steps=26, logging_steps=1)  # of 50
     trainer.train()
-    noise = json.loads((tmp_path / "poprisk_noise.json").read_text())
-    assert (noise["loss"], noise["estimated_at_step"]) == ("rdpo", 20)
+    noise = noise_file(tmp_path)
+    assert (noise["loss"], noise["estimated_at_step"]) == ("rdpo", 25)
     assert noise["rate_in_use"] == pytest.approx(min(noise["rate"], 0.35))
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < losses[-2] - 0.05  # the push: minus e / (1 - 2e) times the mean margin
+
+
+def test_a_model_that_has_hardly_learned_ranks_and_names_no_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = build(tmp_path, pairs(128), noise="rdpo", max_steps=16, learning_rate=1e-3)
+    trainer.train()
+    noise = noise_file(tmp_path)
+    assert (noise["rate"], noise["low"], noise["loss"]) == (None, 0.0, "off")
+    assert noise["high"] > 0.3
+    logged = [line for line in trainer.state.log_history if "poprisk/noise_rate_high" in line][-1]
+    assert "poprisk/noise_rate" not in logged
+    assert logged["poprisk/noise_rate_low"] == logged["poprisk/flips_suspected"] == 0.0
+    report = FlipReport.load(tmp_path)
+    assert not report.calibrated
+    judged = report.to_pandas().dropna(subset="probability_wrong")
+    assert judged["margin"].is_monotonic_increasing
+    assert judged["probability_wrong"].nunique() > 50
+    assert {"swap", "drop"}.isdisjoint(judged["action"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("poprisk: the margins do not tell how many labels are wrong (0 to ")
+    assert "no noise rate for noise='rdpo': the loss is DPO's" in line
 
 
 def test_report_goes_beside_a_saved_model(tmp_path: Path) -> None:
@@ -173,7 +211,7 @@ def test_a_given_rate_needs_no_estimate(tmp_path: Path) -> None:
     trainer.train()
     table = trainer.flip_report().to_pandas()
     margins = table["margin"].to_numpy()
-    expected = 0.3 / (0.3 + 0.7 * np.exp(margins))
+    expected = np.where(table["step"] > 0, 0.3 / (0.3 + 0.7 * np.exp(margins)), np.nan)
     np.testing.assert_allclose(table["probability_wrong"], expected, rtol=1e-9)
     assert np.ptp(margins) > 0
     assert json.loads((tmp_path / "poprisk_noise.json").read_text())["rate_in_use"] == 0.3

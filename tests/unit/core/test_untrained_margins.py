@@ -58,3 +58,18 @@ def test_state_goes_round() -> None:
     assert other.margin[1] == record.margin[1]
     with pytest.raises(ValueError, match="of 3 pairs, the data have 4"):
         UntrainedMargins(4).load_state_dict(record.state_dict())
+
+
+def test_judged_from_the_step_on_at_which_the_model_has_moved() -> None:
+    record = UntrainedMargins(10)
+    margins = torch.tensor([0.0, 0.0, 1e-3, -2e-3, 0.4, -0.3, 1.0, 0.0, torch.inf, -0.8])
+    record.record(torch.arange(10), margins, step=torch.arange(10) // 2)
+    # Step 2 is the first with a margin of the usual size; a small one beside it counts, zero never.
+    assert record.judged.tolist() == [*[False] * 4, True, True, True, False, False, True]
+    assert not UntrainedMargins(3).judged.any()
+
+
+def test_margins_of_one_moment_are_all_judged() -> None:
+    record = UntrainedMargins(3)
+    record.record(torch.arange(3), torch.tensor([1e-5, -2.0, 3.0]), step=0)
+    assert record.judged.all()

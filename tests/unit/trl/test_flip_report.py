@@ -79,8 +79,11 @@ def test_summary_and_line() -> None:
     assert report().summary() == {
         "num_pairs": 5,
         "num_scored": 4,
+        "num_not_judged": 0,
+        "calibrated": True,
         "expected_wrong": pytest.approx(0.2 + 0.7 + 0.2 + 0.95),
-        "actions": {"swap": 1, "drop": 1, "review": 0, "keep": 2, "unseen": 1, "too_long": 0},
+        "actions": {"swap": 1, "drop": 1, "review": 0, "keep": 2, "not_judged": 0, "unseen": 1}
+        | {"too_long": 0},
     }
     expected = "5 pairs, 2.0 wrong labels expected: 1 swap, 1 drop, 0 review, 2 keep, 1 unseen"
     assert re.sub(r"2\.\d", "2.0", str(report())) == expected
@@ -275,3 +278,71 @@ def test_csv_is_plain(tmp_path: Path) -> None:
     assert list(rows[0]) == ["pair_id", "row", "probability_wrong", "margin", "step", "action"]
     assert rows[0]["probability_wrong"] == "0.95"
     assert rows[-1]["probability_wrong"] == rows[-1]["margin"] == ""
+
+
+def test_a_ranking_suggests_no_change_and_says_that_it_is_one() -> None:
+    ranked = report(calibrated=False)
+    assert set(ranked.to_pandas()["action"]) == {"review", "keep", "unseen"}
+    assert suggested_actions([0.95, 0.6, 0.1], calibrated=False) == ["review", "review", "keep"]
+    assert ranked.summary()["expected_wrong"] is None
+    assert "ranked by their margins alone" in str(ranked)
+    assert "expected" not in str(ranked)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_the_files_say_whether_there_are_probabilities(
+    tmp_path: Path, suffix: str, calibrated: bool
+) -> None:
+    saved = report(calibrated=calibrated)
+    saved.save(tmp_path)
+    loaded = FlipReport.load(tmp_path / f"flip_report{suffix}")
+    assert loaded.calibrated is calibrated
+    assert str(loaded) == str(saved)
+    assert "calibrated" not in loaded.to_pandas()
+
+
+def test_pairs_that_were_not_judged_are_counted_and_never_on_top() -> None:
+    made = FlipReport(
+        pair_id=["a", "b", "c"],
+        row=[0, 1, 2],
+        probability_wrong=[NAN, 0.1, 0.8],
+        margin=[0.0, 1.0, -1.0],
+        step=[0, 1, 1],
+        action=["not_judged", "keep", "drop"],
+    )
+    assert made.top(3)["pair_id"].tolist() == ["c", "b"]
+    assert made.to_pandas()["pair_id"].tolist()[-1] == "a"
+    assert made.summary()["num_not_judged"] == 1
+    assert str(made).endswith("1 not_judged")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_texts_of_some_pairs_go_round(tmp_path: Path, suffix: str) -> None:
+    texts = {0: ('say "x",', "NA", "1e5"), 3: ("None", " a ", "007")}
+    saved = report(texts=texts)
+    saved.save(tmp_path)
+    loaded = FlipReport.load(tmp_path / f"flip_report{suffix}").to_pandas()
+    pd.testing.assert_frame_equal(loaded, saved.to_pandas(), check_exact=True)
+    found = {row["row"]: (row["prompt"], row["chosen"], row["rejected"])
+             for row in loaded.to_dict("records") if row["chosen"]}  # fmt: skip
+    assert found == texts
+
+
+@pytest.mark.parametrize("text", ["007", "1_000", "\u0663", "+5", str(2**64), " 7"])
+def test_ids_that_only_look_like_integers_stay_text(tmp_path: Path, text: str) -> None:
+    """Saved again by a spreadsheet, which quotes nothing."""
+    path = tmp_path / "edited.csv"
+    header = "pair_id,row,probability_wrong,margin,step,action"
+    path.write_text(f"{header}\n{text},0,0.5,-1,0,keep\n8,1,0.2,1,0,keep\n", encoding="utf-8")
+    assert FlipReport.load(path).to_pandas()["pair_id"].tolist() == [text, "8"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_ids_that_readers_like_to_change_survive(tmp_path: Path, suffix: str) -> None:
+    ids = ["NA", "None", "null", "nan", "", "007", "1e5", "true", "2020-01-01", " x ", "a\r\nb"]
+    ids += ["\u00e9", "e\u0301", "\u2028", str(2**53 + 1), "-0", "inf"]
+    saved = with_ids(ids)
+    saved.save(tmp_path)
+    loaded = FlipReport.load(tmp_path / f"flip_report{suffix}")
+    assert loaded.to_pandas()["pair_id"].tolist() == saved.to_pandas()["pair_id"].tolist()
