@@ -278,8 +278,8 @@ def _after_window(
         return replace(
             state,
             armed=True,
-            reason=f"no reason to stop: at step {step} batches agreed on a direction "
-            f"(F = {ratio:.3g}, above {config.arm_threshold:.3g})",
+            reason=f"at step {step} batches agreed on a direction (F = {ratio:.3g}, above "
+            f"{config.arm_threshold:.3g})",
         )
     onset = _onset(config, before, state, ratio + config.confidence * ratio_se)
     if onset is not None and onset[0] > 0 and reused:
@@ -298,8 +298,7 @@ def _after_window(
     if not state.armed and windows == 1:
         return replace(
             state,
-            reason=f"no reason to stop: batches have not agreed on a direction yet (F = "
-            f"{ratio:.3g} at step {step})",
+            reason=f"batches have not agreed on a direction yet (F = {ratio:.3g} at step {step})",
         )
     return state
 
@@ -319,8 +318,8 @@ def _after_onset(
         onset_ratio=None,
         onset_kappa=None,
         windows_above=0,
-        reason=f"no reason to stop any more: by step {step} batches agreed again (F = {ratio:.3g}, "
-        f"{above} windows above {config.rearm_threshold:g})",
+        reason=f"by step {step} batches agreed again (F = {ratio:.3g}, {above} windows above "
+        f"{config.rearm_threshold:g}), so no stop is due any more",
     )
 
 

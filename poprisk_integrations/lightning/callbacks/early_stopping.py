@@ -81,8 +81,9 @@ class PopRiskEarlyStopping(WindowCallback):
     Args:
         kappa: Stop at this multiple of the training time of the onset, >= 1.
         window: Optimizer steps per window, >= 4, or "auto": one epoch, a third of an epoch for
-            runs of under eight, a twentieth of the run if the length of an epoch is unknown; at
-            least 8 (`diagnostics.auto_window_steps`). An epoch is one pass over the data.
+            runs of under eight, a twentieth of the run if the length of an epoch is unknown (50
+            steps if that of the run is too); at least 8 (`diagnostics.auto_window_steps`). An
+            epoch is one pass over the data.
         threshold: F below this is the onset, > 0. An onset counts once F has exceeded 1.05 times
             this; two windows in a row above 1.3 times this take it back.
         min_steps: No stop before this many optimizer steps.

@@ -13,6 +13,7 @@ __all__ = [
     "window_steps",
 ]
 
+WINDOW_WITHOUT_END = 50  # where neither the data nor the run have a length
 SHORTEST_WINDOW = 4  # F compares a sum with the noise of its terms: fewer do not tell the noise
 
 
@@ -89,9 +90,6 @@ def window_steps(trainer: Trainer, window: int | str, pass_steps: int | None) ->
         trainer: Fitting, so that it knows its data.
         window: A length, or "auto" for `diagnostics.auto_window_steps`.
         pass_steps: Optimizer steps of one pass over the data; None if unknown.
-
-    Raises:
-        ValueError: If `window` is "auto" and nothing is known about the length of the run.
     """
     if isinstance(window, int):
         return window
@@ -99,8 +97,5 @@ def window_steps(trainer: Trainer, window: int | str, pass_steps: int | None) ->
     if pass_steps is None and total is None:
         pass_steps = steps_per_epoch(trainer)
     if pass_steps is None and total is None:
-        raise ValueError(
-            "Invalid window: 'auto'. The data has no length and the run no max_steps; set the "
-            f"window to an integer >= {SHORTEST_WINDOW}, or epoch_steps."
-        )
+        return WINDOW_WITHOUT_END
     return auto_window_steps(total, pass_steps)

@@ -61,9 +61,6 @@ def run_plan(trainer: Trainer, window: int | str, epoch_steps: int | None) -> Ru
         trainer: Fitting, so that it knows its data.
         window: Steps, or "auto".
         epoch_steps: The user's optimizer steps of one pass; None to ask the loaders.
-
-    Raises:
-        ValueError: If `window` is "auto" and nothing is known about the length of the run.
     """
     batches, found = trainer.num_training_batches, _data_pass(trainer)
     if epoch_steps is None:
