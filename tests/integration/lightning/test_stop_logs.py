@@ -93,7 +93,7 @@ def test_a_verdict_at_the_end_of_an_epoch_reaches_loggers(tmp_path):
 def test_an_onset_that_is_forgotten_reaches_loggers(tmp_path):
     stop = PopRiskEarlyStopping(window=8, min_steps=70)
     rows, _, _ = logged(tmp_path, stop, SignalReturns(), max_epochs=9, min_epochs=9)
-    assert "no reason to stop any more" in stop.stopping_reason
+    assert "no stop is due any more" in stop.stopping_reason
     values = [float(row["poprisk/onset_step"]) for _, row in sorted(rows.items())]
     assert values[0] > 0
     assert math.isnan(values[-1])

@@ -55,7 +55,7 @@ def test_a_verdict_that_had_to_wait_is_taken_back_when_signal_returns(tmp_path):
     trainer.fit(SignalReturns(), toy.loader())
     assert trainer.global_step == 14 * 8  # due at 45, but not at 104, when it became allowed
     assert stop.stopped_step is None
-    assert "no reason to stop any more" in stop.stopping_reason
+    assert "no stop is due any more" in stop.stopping_reason
 
 
 def test_own_min_steps_does_not_imply_an_epoch(tmp_path):
