@@ -29,12 +29,13 @@ class NoiseRateEstimate:
     """A noise rate with its interval, and what it was made from.
 
     Attributes:
-        rate: In [low, high]; None where the margins do not tell.
+        rate: In [low, high], the middle of it where nothing but its upper end is known; None
+            where the margins do not tell.
         low: Lower end of the 95 % interval; 0 where the margins do not tell.
         high: Upper end of it, at most 0.49.
-        reference_rate: What probabilities of single labels are made with: the rate, or the middle
-            of the interval where there is none. They are then no probabilities, but still a
-            ranking.
+        reference_rate: What probabilities of single labels are made with: the rate, or, where it
+            is not told, the value that a logistic curve fits best. They are then no
+            probabilities, but still a ranking.
         slope: k >= 0: a pair of margin h has log-odds k |h| that the model ranks it as a clean
             label would, if the rate is `reference_rate`. 0 where all margins are zero.
         upper_bound: Share of the labels that the margins contradict. The true rate is below it but
@@ -122,14 +123,15 @@ def estimate_noise_rate(margins: UntrainedMargins) -> NoiseRateEstimate:
     h = torch.cat([part / part.square().mean().sqrt() for part in parts if len(part)] or [raw])
     order = h.abs().argsort(descending=True)
     wrong = (h[order] < 0).double()
-    low, high, rate = _ends(h, wrong) if len(h) >= FEWEST_PAIRS else (0.0, LARGEST_RATE, 0.0)
+    ends = (0.0, LARGEST_RATE, LARGEST_RATE / 2, False)
+    low, high, fitted, is_logistic = _ends(h, wrong) if len(h) >= FEWEST_PAIRS else ends
     agreeing = 0.5 - float(wrong.mean()) if len(h) else 0.0
     told = high - low <= WIDEST and agreeing > 1 / math.sqrt(len(h))
-    low = low if told else 0.0
-    reference = rate if told else (low + high) / 2
+    rate = fitted if is_logistic else (low + high) / 2
+    reference = rate if told else fitted
     return NoiseRateEstimate(
         rate=rate if told else None,
-        low=low,
+        low=low if told else 0.0,
         high=high,
         reference_rate=reference,
         slope=fitted_slope(margins, reference),
@@ -153,7 +155,7 @@ def fitted_slope(margins: UntrainedMargins, rate: float) -> float:
     Example:
         >>> record = UntrainedMargins(200)
         >>> record.record(torch.arange(200), torch.linspace(-1, 3, 200), step=1)
-        >>> fitted_slope(record, 0.0) > fitted_slope(record, 0.2) > 0
+        >>> fitted_slope(record, 0.2) > fitted_slope(record, 0.0) > 0
         True
     """
     h = margins.margin[margins.judged]
@@ -203,8 +205,11 @@ def double_annotation_rate(num_pairs: int, num_disagreements: int) -> tuple[floa
     return (1 - root) / 2, math.sqrt(share * (1 - share) / num_pairs) / (2 * root)
 
 
-def _ends(h: Tensor, wrong: Tensor) -> tuple[float, float, float]:
-    """Both ends and the rate; `wrong` are the contradicted labels, those of the surest first."""
+def _ends(h: Tensor, wrong: Tensor) -> tuple[float, float, float, bool]:
+    """Both ends, the rate that a logistic curve fits best, and whether it is one.
+
+    `wrong` are the contradicted labels, those of the surest pairs first.
+    """
     high = LARGEST_RATE
     for share in SURE_SHARES:
         high = min(high, _upper_limit(wrong[: round(share * len(h))]))
@@ -216,13 +221,13 @@ def _ends(h: Tensor, wrong: Tensor) -> tuple[float, float, float]:
     low = float(rates[profile >= profile.max() - LIKELIHOOD_DROP][0])
     low = max(low - MODEL_ERROR, 0.0) / (1 - 2 * MODEL_ERROR)
     kurtosis = float(h.pow(4).mean())  # the mean square is 1
-    if kurtosis > HEAVY_TAILS - math.sqrt(24 / len(h)):
-        low = 0.0
-    low = min(low, high)
+    is_logistic = kurtosis <= HEAVY_TAILS - math.sqrt(24 / len(h))
+    low = min(low, high) if is_logistic else 0.0
     inside = (rates >= low) & (rates <= high)
     if not inside.any():
-        return low, high, (low + high) / 2
-    return low, high, float(profile.masked_fill(~inside, -math.inf).softmax(0) @ rates)
+        return low, high, (low + high) / 2, is_logistic
+    fitted = float(profile.masked_fill(~inside, -math.inf).softmax(0) @ rates)
+    return low, high, fitted, is_logistic
 
 
 def _upper_limit(wrong: Tensor) -> float:

@@ -70,7 +70,7 @@ class LabelNoise:
     def rate_of_report(self) -> float | None:
         """The rate behind the probabilities: the user's, else the estimate as it is.
 
-        Where the margins do not tell, the middle of the interval: see `calibrated`.
+        Where the margins do not tell, its `reference_rate`: see `calibrated`.
         """
         if self._given is not None:
             return self._given

@@ -75,7 +75,7 @@ def _judged(task, epoch: int, margins: torch.Tensor, lr: float) -> list[dict]:
                 "epoch": epoch,
                 "noise_rate": round(float(task.noise_rate[place]), 4),
                 "auc": round(detection_auc(found.numpy(), flipped), 4),
-                "e_hat": round(estimate.rate, 4),
+                "e_hat": round(estimate.reference_rate, 4),
                 "e_low": round(estimate.low, 3),
                 "e_high": round(estimate.high, 3),
                 "agreement": round(1 - estimate.upper_bound, 4),

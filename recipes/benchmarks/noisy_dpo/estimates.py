@@ -30,7 +30,7 @@ class Estimate:
 
     def cpu(self) -> Tensor:
         """The reported rates, (M,)."""
-        return torch.tensor([estimate.rate for estimate in self.found])
+        return torch.tensor([estimate.reference_rate for estimate in self.found])
 
 
 def estimate_of(margins: Tensor) -> NoiseRateEstimate:
@@ -44,7 +44,10 @@ def estimate_of(margins: Tensor) -> NoiseRateEstimate:
 def estimate_from_ledger(ledger: Tensor) -> Estimate:
     """As `PopRiskDPOTrainer` does with `noise="auto"`."""
     found = [estimate_of(margins) for margins in ledger]
-    used = [min(e.rate, LARGEST_USED_RATE) if e.low >= SURE_FROM else 0.0 for e in found]
+    used = [
+        0.0 if e.rate is None or e.low < SURE_FROM else min(e.rate, LARGEST_USED_RATE)
+        for e in found
+    ]
     p_wrong = torch.stack(
         [
             flip_probability(margins, rate, estimate.slope)

@@ -96,7 +96,7 @@ def _of_ledger(trace: Trace, member: int) -> dict[str, str]:
     late = second_half(int(trace["seed"][member]), np.isfinite(margins).sum())
     return {
         "noise_rate": _text(trace["noise_rate"][member], 3),
-        "e_hat": _text(found.rate, 3),
+        "e_hat": _text(found.reference_rate, 3),
         "e_low": _text(found.low, 2),
         "e_high": _text(found.high, 2),
         "auc": _text(detection_auc(margins, flipped), 3),

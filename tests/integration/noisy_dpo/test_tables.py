@@ -58,7 +58,7 @@ def test_a_shard_becomes_rows_and_runs(recipe, trace, tmp_path):
     ledger = trace["ledger"][place]
     auc = recipe.rows.detection_auc(ledger, trace["flipped"][place])
     assert noisy.single["auc"][100] == pytest.approx(auc, abs=1e-3)
-    rate = recipe.estimates.estimate_of(torch.from_numpy(ledger)).rate
+    rate = recipe.estimates.estimate_of(torch.from_numpy(ledger)).reference_rate
     assert noisy.single["e_hat"][100] == pytest.approx(rate, abs=1e-3)
     assert noisy.single["noise_rate"][100] == pytest.approx(115 / 384, abs=1e-3)
 

@@ -148,6 +148,52 @@ def test_noise_rate(
     assert capsys.readouterr().out.splitlines()[1] == line
 
 
+def test_a_rate_that_is_not_told(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = {"rate": None, "low": 0.0, "high": 0.4, "num_pairs": 37, "reference_rate": 0.2}
+    (run_dir / "poprisk_noise.json").write_text(json.dumps(noise))
+    assert flips(run_dir, "--top", 0) == 0
+    line = "the margins do not tell how many labels are wrong (0 to 40 %, 37 pairs)"
+    assert capsys.readouterr().out.splitlines()[1] == line
+
+
+def test_a_ranking_is_not_cut_by_itself(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(run_dir, calibrated=False)
+    out, data = run_dir.parent / "out.jsonl", run_dir.parent / "data.jsonl"
+    assert flips(run_dir, "--top", 2) == 0
+    assert "P(wrong) ranks the pairs and is no probability here" in capsys.readouterr().out
+    message = refused(capsys, run_dir, "--dataset", data, "--write", out)
+    assert "no place to cut: say where with --min-probability" in message
+    assert not out.exists()
+    options = ("--dataset", data, "--write", out, "--min-probability", 0.8)
+    found = as_json(capsys, run_dir, *options)
+    assert found["summary"]["calibrated"] is False
+    assert found["written"]["dropped"] == len(suspects(0.8))
+
+
+def test_what_to_do_next_is_a_command_that_works(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = run_dir.parent / "data.jsonl"
+    assert flips(run_dir, "--dataset", data) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: ")]
+    monkeypatch.chdir(run_dir)
+    assert flips(run_dir, *line[line.index("--dataset") :].split(), "--quiet") == 0
+    assert len((run_dir / "clean.jsonl").read_text().splitlines()) == COUNT - len(suspects(0.9))
+
+
+def test_the_report_s_own_texts_are_shown(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(run_dir, texts={i: (f"ask {i}", f"left {i}", f"right {i}") for i in RANKED[:3]})
+    assert flips(run_dir, "--top", 3) == 0
+    out = capsys.readouterr().out
+    names = (("prompt", "ask"), ("chosen", "left"), ("rejected", "right"))
+    at = [out.index(f"{name:<8}  {text} {i}\n") for i in RANKED[:3] for name, text in names]
+    assert at == sorted(at)
+    found = as_json(capsys, run_dir, "--top", 1)
+    assert found["top"][0]["prompt"] == f"ask {RANKED[0]}"
+
+
 def test_min_probability_hides_pairs(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, run_dir, "--min-probability", 0.8, "--top", 1000)
     assert [pair["row"] for pair in found["top"]] == [i for i in RANKED if P[i] >= 0.8]

@@ -1,12 +1,14 @@
 """Which row is which pair, what is changed, and what the files hold afterwards."""
 
 import datetime
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, Features, Value, load_dataset
+from trl import DatasetMixtureConfig, ScriptArguments
 
 from poprisk_integrations.cli.errors import UsageError
 from poprisk_integrations.cli.flips_data import (
@@ -15,7 +17,9 @@ from poprisk_integrations.cli.flips_data import (
     swap_labels,
     write_data,
 )
+from poprisk_integrations.cli.preference_data import load_preferences
 from poprisk_integrations.trl.flip_report import FlipReport
+from poprisk_integrations.trl.pair_texts import excerpts
 
 P = [0.2, 0.95, math.nan, 0.5, 0.35, 0.9]
 ALL = range(len(P))
@@ -80,6 +84,87 @@ def test_a_report_of_other_data_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         match_rows(report(ids), dataset, column)
+
+
+def with_texts(rows: list[int], dataset: Dataset) -> FlipReport:
+    """A report of some rows of the data, with the first words of two of them."""
+    return FlipReport(
+        pair_id=rows,
+        row=rows,
+        probability_wrong=[1 - 0.1 * place for place in range(len(rows))],
+        margin=[-1.0] * len(rows),
+        step=[3] * len(rows),
+        texts={row: excerpts(dataset[row]) for row in rows[:2]},
+    )
+
+
+def test_rows_dropped_before_training_are_known_by_their_texts() -> None:
+    """Rows 0 and 3 were left out, and the others kept their numbers."""
+    assert match_rows(with_texts([1, 2, 4, 5], data()), data()) == [1, 2, 4, 5]
+    turned = swap_labels(data(), {1, 2})  # swapped on purpose after the report's texts were taken
+    assert match_rows(with_texts([1, 2, 4, 5], turned), data()) == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "order"), [([1, 2, 4, 5], [5, 4, 3, 2, 1, 0]), ([*ALL], [1, 0, 2, 3, 4, 5])]
+)
+def test_data_in_another_order_are_refused_by_name(rows: list[int], order: list[int]) -> None:
+    message = "has other texts than the flip report .* train with pair_id_column=NAME"
+    with pytest.raises(UsageError, match=message):
+        match_rows(with_texts(rows, data()), data(order))
+
+
+def test_dropped_rows_without_texts_are_refused_and_the_way_out_is_named() -> None:
+    gaps = FlipReport(
+        pair_id=[1, 4], row=[1, 4], probability_wrong=P[:2], margin=[1, 1], step=[0, 0]
+    )
+    with pytest.raises(UsageError, match=r"report is of 2 pairs, --dataset has 6.*pair_id_column"):
+        match_rows(gaps, data())
+
+
+def test_a_missing_id_is_not_the_text_none() -> None:
+    rows = [{**row, "key": key} for row, key in zip(ROWS, [None, *"abcde"], strict=True)]
+    with pytest.raises(
+        UsageError, match=r"1 of the report's 6 pairs \(such as 'None'\) are not in"
+    ):
+        match_rows(report(["None", *"abcde"]), Dataset.from_list(rows), "key")
+
+
+def test_empty_texts_do_not_become_missing_ones(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": "c", "rejected": "r"}, {**ROWS[0], "prompt": ""}]
+    names = ["prompt", "chosen", "rejected"]
+    dataset = Dataset.from_list(rows).select_columns(names)
+    with pytest.raises(
+        UsageError, match="column 'prompt' has an empty text in row 1, which in CSV"
+    ):
+        write_data(dataset, tmp_path / "out.csv")
+    write_data(dataset, tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])["prompt"] == ""
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_awkward_texts_and_ids_are_read_back_byte_by_byte(tmp_path: Path, suffix: str) -> None:
+    """By `poprisk dpo` and `poprisk flips`, which guess no types."""
+    awkward = ["None", "NA", "null", "nan", "007", "1e5", "true", "2020-01-01", " x ", "a\r\nb"]
+    awkward += ["\u00e9", "e\u0301", "a\u2028b", str(2**53 + 1), "a\rb", '"', "x,y", "\ufeffz"]
+    rows = [{"id": f"{text}", "prompt": text, "chosen": f"{text}+", "rejected": text}
+            for text in awkward]  # fmt: skip
+    out = tmp_path / f"out{suffix}"
+    write_data(Dataset.from_list(rows), out)
+    script = ScriptArguments(dataset_name=str(out))
+    loaded, _ = load_preferences(script, DatasetMixtureConfig(), evaluate=False)
+    assert loaded.to_list() == rows
+    of_these = FlipReport(
+        pair_id=awkward,
+        row=range(len(rows)),
+        probability_wrong=[0.5] * len(rows),
+        margin=[-1.0] * len(rows),
+        step=[0] * len(rows),
+    )
+    of_these.save(tmp_path)
+    found = FlipReport.load(tmp_path / "flip_report.csv")
+    places = match_rows(found, loaded, "id")
+    assert [rows[place]["id"] for place in places] == found.to_pandas()["pair_id"].tolist()
 
 
 def test_as_many_pairs_of_other_rows_are_refused() -> None:

@@ -157,7 +157,7 @@ def test_margins_without_information_say_so() -> None:
     estimate = estimate_noise_rate(record_of(rng.normal(size=1000)))
     assert not estimate.informative
     assert (estimate.rate, estimate.low) == (None, 0.0)
-    assert estimate.reference_rate == pytest.approx(estimate.high / 2)
+    assert 0 < estimate.reference_rate < estimate.high
     assert str(estimate).startswith("the margins do not tell how many labels are wrong (0 to 49 %")
     nothing = estimate_noise_rate(record_of(np.zeros(100)))
     assert (nothing.low, nothing.slope, nothing.informative) == (0.0, 0.0, False)
