@@ -30,6 +30,12 @@ ADVICE: Mapping[Kind, str] = {
     "memorising": "if labels may be wrong, keep the weights of the stop; if they are right, a "
     "schedule that decays to zero does as well or better",
 }
+_NAMES: Mapping[Kind, str] = {
+    "unclear": "cannot tell whether it memorises",
+    "learning": "still learning",
+    "overshooting": "overshooting",
+    "memorising": "memorising",
+}
 _SURE, _LIKELY = 2.0, 1.0  # standard errors from the threshold
 _LAST = 3  # windows that count where nothing has happened yet
 
@@ -49,6 +55,12 @@ class Diagnosis:
     certainty: str
     phrase: str
     numbers: str
+
+    @property
+    def short(self) -> str:
+        """The finding in a few words, for a line that says other things too."""
+        name = _NAMES[self.kind]
+        return f"{self.certainty} {name}" if self.certainty else name
 
     @property
     def advice(self) -> str:

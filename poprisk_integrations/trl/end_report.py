@@ -1,7 +1,6 @@
 """One line about how a DPO run on noisy labels ended."""
 
-from typing import Any
-
+from poprisk_integrations.core import Diagnosis
 from poprisk_integrations.trl.label_noise import LARGEST_USED_RATE, LabelNoise
 
 __all__ = ["describe_end"]
@@ -11,22 +10,23 @@ def describe_end(
     noise: LabelNoise,
     *,
     flips_fitted: float | None = None,
-    stopping_state: dict[str, Any] | None = None,
+    diagnosis: Diagnosis | None = None,
     kept_step: int | None = None,
 ) -> str:
-    """What happened, for people: noise rate, suspects fitted, memorising since when, what was kept.
+    """What happened, for people: noise rate, suspects fitted, whether it memorises, what was kept.
 
     Args:
         noise: After training.
         flips_fitted: Share of the suspect pairs that are ranked as labelled; None if unknown.
-        stopping_state: Of the stop, see `core.StoppingState`; None without one.
+        diagnosis: What the stop's windows say, in the words of `core.diagnose`; None without one.
         kept_step: Step of the checkpoint that was kept as the best; None if none was.
 
     Example:
+        >>> from poprisk_integrations.core import diagnose
         >>> from poprisk_integrations.trl.pair_loss import PairLoss
         >>> noise = LabelNoise(10, loss=PairLoss())
-        >>> describe_end(noise, stopping_state={"onset_step": 310}, kept_step=290)
-        'noise rate not estimated; memorising since step 310; kept step 290'
+        >>> describe_end(noise, diagnosis=diagnose([]), kept_step=290)
+        'noise rate not estimated; cannot tell whether it memorises; kept step 290'
     """
     parts = ["noise rate not estimated" if noise.estimate is None else str(noise.estimate)]
     if noise.rate is not None:
@@ -43,11 +43,8 @@ def describe_end(
         if noise.rate == LARGEST_USED_RATE and noise.estimate is not None:
             rate += ", the largest that is used"
         parts.append(f"loss {noise.loss.mode}{rate}")
-    onset = None if stopping_state is None else stopping_state.get("onset_step")
-    if onset is not None:
-        parts.append(f"memorising since step {onset}")
-    elif stopping_state is not None:
-        parts.append("no sign of memorising")
+    if diagnosis is not None:
+        parts.append(diagnosis.short)
     if kept_step is not None:
         parts.append(f"kept step {kept_step}")
     return "; ".join(parts)

@@ -349,7 +349,7 @@ class PopRiskDPOTrainer(DPOTrainer):
     def _describe_end(self, state: TrainerState) -> str:
         self._margin_metrics("train")
         stops = [
-            callback.stopping_state
+            callback.diagnosis
             for callback in self.callback_handler.callbacks
             if isinstance(callback, PopRiskEarlyStoppingCallback)
         ]
@@ -357,6 +357,6 @@ class PopRiskDPOTrainer(DPOTrainer):
         return describe_end(
             self._noise,
             flips_fitted=self._flips_fitted,
-            stopping_state=stops[0] if stops else None,
+            diagnosis=stops[0] if stops else None,
             kept_step=None if kept is None else int(kept.group(1)),
         )

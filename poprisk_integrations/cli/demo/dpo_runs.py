@@ -15,7 +15,6 @@ from poprisk_integrations.cli.demo.pair_scores import PairScorer
 from poprisk_integrations.cli.demo.preference_pairs import PreferencePair, to_rows
 from poprisk_integrations.cli.demo.progress import StepProgress
 from poprisk_integrations.cli.demo.settings import DemoSettings
-from poprisk_integrations.core import diagnose
 from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
 from poprisk_integrations.trl.early_stopping import auto_window
@@ -242,8 +241,7 @@ class _Recorder(TrainerCallback):
         stops_now = stopping["stop_step"] == state.global_step
         if stops_now:
             self.result.stop_step = state.global_step
-            onset, rows = stopping["onset_step"], self.stopper.progress.history
-            self.result.stop_finding = str(diagnose(rows, since=onset))
+            self.result.stop_finding = str(self.stopper.diagnosis)
         if stops_now or state.global_step in self.wanted:
             scores = self._measure(kwargs["model"], state.global_step)
             if stops_now or state.global_step == state.max_steps:

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from poprisk_integrations.core import StoppingConfig, StoppingDecision, StoppingRule
-from poprisk_integrations.core.diagnosis import diagnose
+from poprisk_integrations.core.diagnosis import Diagnosis, diagnose
 from poprisk_integrations.core.window import WindowRatio
 from poprisk_integrations.diagnostics.guard import guarded
 from poprisk_integrations.diagnostics.stop_outlook import outlook_line, stop_outlook
@@ -137,6 +137,12 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
         """What the rule remembers, see `core.StoppingState`."""
         return self.rule_state
 
+    @property
+    def diagnosis(self) -> Diagnosis:
+        """What the windows so far say, and how surely."""
+        since, rows = self._rule.state.onset_step, self.progress.history
+        return diagnose(rows, since=since, threshold=self.threshold)
+
     def state(self) -> dict[str, Any]:
         """Arguments and numbers for `trainer_state.json`."""
         names = ("kappa", "window", "threshold", "min_steps", "action", "restore")
@@ -248,7 +254,7 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
             "stopped": self._rule.state.stop_step is not None and self.action == "stop",
             "global_step": state.global_step,
             **self.stopping_state,
-            "diagnosis": self._explanation(),
+            "diagnosis": str(self.diagnosis),
             "switched_off": self.switched_off,
             "window_steps": self._plan.window,
             "best_model_checkpoint": state.best_model_checkpoint,
@@ -323,11 +329,7 @@ class PopRiskEarlyStoppingCallback(WindowCallback):
             control.should_training_stop = True
 
     def _verdict(self) -> str:
-        return f"{self._rule.state.reason}; {self._explanation()}"
-
-    def _explanation(self) -> str:
-        since, rows = self._rule.state.onset_step, self.progress.history
-        return str(diagnose(rows, since=since, threshold=self.threshold))
+        return f"{self._rule.state.reason}; {self.diagnosis}"
 
 
 def _measures(window: WindowRatio) -> dict[str, float]:
