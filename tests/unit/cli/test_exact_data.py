@@ -86,8 +86,8 @@ def test_messages_with_and_without_a_key(load: Load) -> None:
         ("a.csv", "\ufeffchosen,rejected\ncafé,b\n".encode()),
         ("a.csv", "chosen,rejected\r\n\r\ncafé,b\r\n".encode()),
         ("a.jsonl", '\ufeff{"chosen": "café", "rejected": "b"}\r\n\r\n'.encode()),
-        ("a.JSONL.gz", gzip.compress('{"chosen": "café", "rejected": "b"}'.encode())),
-        ("a.csv.gz", gzip.compress("chosen,rejected\ncafé,b".encode())),
+        ("a.JSONL.gz", gzip.compress('{"chosen": "café", "rejected": "b"}'.encode(), mtime=0)),
+        ("a.csv.gz", gzip.compress("chosen,rejected\ncafé,b".encode(), mtime=0)),
     ],
 )
 def test_ways_to_write_the_same(load: Load, name: str, content: bytes) -> None:
