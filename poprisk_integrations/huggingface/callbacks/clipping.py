@@ -123,11 +123,13 @@ class Clipping:
 
     def _look(self, params: Sequence[Tensor]) -> None:
         tensors = [p for p in params if p.requires_grad]
+        if not tensors:
+            return
+        if [id(p) for p in tensors] != [id(p) for p in self._tensors]:
+            self._norms_sq = []  # the trained parameters have changed, and the window starts afresh
         grads = [None if p.grad is None else p.grad for p in tensors]
         local = [g._local_tensor if g is not None and is_dtensor(g) else g for g in grads]  # type: ignore[attr-defined]
         present = [g for g in local if g is not None]
-        if not tensors:
-            return
         found = iter(torch._foreach_norm(present, 2, torch.float32) if present else ())
         zero = torch.zeros((), device=tensors[0].device)
         self._norms_sq.append(

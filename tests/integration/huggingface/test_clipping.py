@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import poprisk_integrations.huggingface as hf
 from tests.helpers.tiny_trainer import arguments, train
@@ -62,6 +62,22 @@ def test_where_the_norm_is_not_known_it_is_counted_and_told_if_it_matters(
     assert trainer.state.log_history[-1]["poprisk/clipped_fraction"] == pytest.approx(share)
     assert "so F is of clipped gradients" in report["clipping"]
     assert caplog.text.count("were clipped to") == warnings
+
+
+class _Freezes(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            model.embed.requires_grad_(False)
+
+
+def test_steps_are_counted_across_a_change_of_the_trained_parameters(tmp_path):
+    stop = hf.PopRiskEarlyStoppingCallback(window=8)
+    args = arguments(tmp_path, max_steps=12, max_grad_norm=1e-3)
+    train(args, _Freezes(), stop, cls=_ClipsItself)
+    assert stop.switched_off is None
+    assert [row["step"] for row in stop.progress.history] == [11]
+    report = json.loads((tmp_path / "poprisk_stop.json").read_text())
+    assert report["clipped_fraction"] == 1.0
 
 
 class _TokenModel(nn.Module):

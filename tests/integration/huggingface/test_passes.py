@@ -1,11 +1,18 @@
 """When examples were seen before: by the data and their sampler, whatever Trainer's epoch is."""
 
+import pytest
 import torch
+import transformers
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback
 
 import poprisk_integrations.huggingface as hf
 from tests.helpers.tiny_trainer import arguments, dataset, train
+
+needs_v5 = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5,
+    reason="Trainer itself draws other batches after a resume within an epoch",
+)
 
 
 def _args(path, **changes):
@@ -63,10 +70,10 @@ def test_a_sampler_of_the_users_own_is_asked_about_not_guessed(tmp_path, caplog)
     data, last = dataset(64, noise=3.0), {}
     for epoch_steps in (None, 8):
         stop = hf.PopRiskEarlyStoppingCallback(window=8, kappa=1.0, epoch_steps=epoch_steps)
-        args = _args(tmp_path, optim="adamw_torch", learning_rate=3e-2, max_steps=160)
+        args = _args(tmp_path, optim="adamw_torch", learning_rate=3e-2, max_steps=64)
         trainer = train(args, stop, cls=_trainer_with(_Curriculum()), train_dataset=data)
         last[epoch_steps] = trainer.state.global_step
-    assert last[8] < last[None] == 160
+    assert last[8] < last[None] == 64
     assert caplog.text.count("the sampler is a _Curriculum") == 1
     assert caplog.text.count("set epoch_steps to the optimizer steps of one pass") == 1
 
@@ -117,6 +124,7 @@ def test_accumulation_that_changes_changes_the_window_too(tmp_path):
     assert rows == [(21, False), (42, False), (63, False), (72, True), (80, True)]
 
 
+@needs_v5
 def test_micro_batches_are_counted_and_resumed(tmp_path):
     """Two micro-batches a step, and 7 in an epoch, whose last step takes a single one."""
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -130,7 +138,8 @@ def test_micro_batches_are_counted_and_resumed(tmp_path):
     assert resumed.progress == stop.progress
 
 
-def test_other_batches_on_resume_keep_the_share_of_the_pass(tmp_path, caplog):
+@needs_v5
+def test_other_batches_on_resume_keep_the_share_of_the_pass(tmp_path):
     """Half a pass in batches of 8, the rest in batches of 4."""
     saving = {"save_strategy": "steps", "save_steps": 4}
     stop = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
