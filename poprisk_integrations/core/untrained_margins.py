@@ -57,9 +57,9 @@ class UntrainedMargins:
         if not judged.any():
             return judged
         size = self.margin[judged].abs()
-        steps, place = self.step[judged].unique(return_inverse=True)
+        steps, place = torch.unique(self.step[judged], return_inverse=True)
         largest = torch.zeros(len(steps), dtype=size.dtype).scatter_reduce(0, place, size, "amax")
-        moved = steps[largest >= SMALLEST_SHARE * size.median()][0]
+        moved = int(steps[largest >= SMALLEST_SHARE * size.median()][0])
         return judged & (self.step >= moved)
 
     def record(self, rows: Tensor, margins: Tensor, step: int | Tensor) -> None:

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -299,7 +300,10 @@ def _next_line(report: "FlipReport", args: argparse.Namespace) -> str | None:
     """What to do about the pairs that were shown."""
     if args.write is not None or not report.summary()["num_scored"]:
         return None
-    data = args.dataset or "DATA"
+    table = report.to_pandas()
+    data = shlex.quote(args.dataset or "DATA")
+    if args.id_column or table["pair_id"].tolist() != table["row"].tolist():
+        data += f" --id-column {shlex.quote(args.id_column or 'NAME')}"
     write = f"--dataset {data} --write clean.jsonl --min-probability"
     if not report.calibrated:
         return (

@@ -1,5 +1,6 @@
 """Noise rate and suspect pairs, as paragraphs and a table."""
 
+import shlex
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
@@ -68,7 +69,7 @@ def _noise_lines(run: Run) -> list[str]:
 def _suspect_lines(run: Run, suspects: Suspects) -> list[str]:
     counts = ", ".join(f"{count} {action}" for action, count in suspects.actions.items())
     found = f"{suspects.num_pairs} pairs, {suspects.num_scored} of them judged"
-    clean = f"poprisk flips {run.directory} --dataset DATA --write clean.jsonl"
+    clean = f"poprisk flips {shlex.quote(str(run.directory))} --dataset DATA --write clean.jsonl"
     if suspects.calibrated:
         lines = [
             f"{found}; {suspects.expected_wrong:.0f} wrong labels expected, {suspects.num_likely} "

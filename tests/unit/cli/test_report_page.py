@@ -1,5 +1,6 @@
 """The page by a checker that knows HTML and nothing of ours: complete, safe, named, in order."""
 
+import csv
 import itertools
 import json
 import re
@@ -262,3 +263,55 @@ def test_characters_that_break_pages(tmp_path: Path) -> None:
 def test_the_same_logs_make_the_same_page(tmp_path: Path) -> None:
     write_lightning_run(tmp_path)
     assert page(tmp_path) == page(tmp_path)
+
+
+def labels_page(tmp_path: Path, rows: list[list[object]], noise: dict[str, object]) -> str:
+    header = ["pair_id", "row", "probability_wrong", "margin", "step", "action", "prompt"]
+    header += ["chosen", "rejected", "calibrated"]
+    with (tmp_path / "flip_report.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    (tmp_path / "poprisk_noise.json").write_text(json.dumps(noise))
+    return page(tmp_path)
+
+
+def test_suspects_have_texts_a_histogram_and_a_next_step(tmp_path: Path) -> None:
+    rows = [
+        ["a", 0, 0.97, -2.0, 3, "swap", "Is it?", "<b>Yes", "No", "True"],
+        ["b", 1, 0.2, 1.0, 3, "keep", "", "", "", "True"],
+        ["c", 2, "", 0.0, 0, "not_judged", "", "", "", "True"],
+    ]
+    noise = {"rate": 0.44, "low": 0.38, "high": 0.49, "num_pairs": 2, "loss": "off"}
+    html = labels_page(tmp_path, rows, noise | {"rate_in_use": 0.35})
+    text = Outline(html).text("main")
+    for part in (
+        "Is it?",
+        "<b>Yes",
+        "1 not_judged",
+        "2 of them judged",
+        "1 of them with a negative",
+    ):
+        assert part in text, part
+    assert "<b>Yes" not in html
+    assert "leave out the surest: poprisk flips" in text
+    assert 'id="margins0-title"' in html
+    # One number: the cap of losses that are not in use is not said.
+    assert "44.0 %" in text
+    assert "noise rate 0.35" not in text
+
+
+def test_a_ranking_is_not_called_a_probability(tmp_path: Path) -> None:
+    rows = [["a", 0, 0.6, -2.0, 3, "review", "", "", "", "False"],
+            ["b", 1, 0.2, 1.0, 3, "keep", "", "", "", "False"]]  # fmt: skip
+    noise = {"rate": None, "low": 0.0, "high": 0.41, "num_pairs": 2, "loss": "off"}
+    text = Outline(labels_page(tmp_path, rows, noise)).text("main")
+    assert "The margins do not tell how many labels are wrong: 0.0 to 41.0 %" in text
+    assert "is a ranking and no probability" in text
+    assert "wrong labels expected" not in text
+    assert "double_annotation_rate" in text
+
+
+def test_a_capped_rate_in_use_is_explained(tmp_path: Path) -> None:
+    rows = [["a", 0, 0.6, -2.0, 3, "drop", "", "", "", "True"]]
+    noise = {"rate": 0.44, "low": 0.38, "high": 0.49, "num_pairs": 1, "loss": "rdpo"}
+    text = Outline(labels_page(tmp_path, rows, noise | {"rate_in_use": 0.35})).text("main")
+    assert "Loss mode: rdpo, with noise rate 0.35 (no larger one is used" in text
