@@ -182,10 +182,13 @@ def test_optimizer_states_that_do_not_fit() -> None:
     sgd.step()
     without = _state()
     del without["state"][0]["exp_avg"]
+    foreign = _state(exp_inf=torch.zeros(3, 2))  # of Adam's kind, not ours
+    for name in ("dev_step", "exp_dev_sq"):
+        del foreign["state"][0][name]
     bad = {
         "exp_avg of parameter 0 has the shape": _state(exp_avg=torch.zeros(2, 2)),
         "without ['exp_avg']": without,
-        "unknown state keys ['exp_inf']": _state(exp_inf=torch.zeros(3, 2)),
+        "unknown state keys ['exp_inf']": foreign,
         "without ['step', 'exp_avg', 'exp_avg_sq']": sgd.state_dict(),
         "step of parameter 0": _state(step="many"),
     }
