@@ -51,7 +51,8 @@ class PopRiskDPOConfig(DPOConfig):
                favours beside gate and stop, which is TRL's own |
 
     Where `noise_rate` is None, e is estimated after half of the first epoch and at its end, from
-    margins of pairs that had not been trained on; until then the loss is TRL's own.
+    margins of pairs that had not been trained on; until then, and where the margins do not tell the
+    rate, the loss is TRL's own.
 
     Args:
         optim: Any name that transformers knows; `poprisk_adamw` by default, with `optim_args` as
