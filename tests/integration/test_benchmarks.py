@@ -25,6 +25,7 @@ def test_all_were_found():
         "grokking",
         "inr",
         "monitor_cost",
+        "noise_rate_coverage",
         "noisy_dpo",
         "noisy_dpo_demo",
         "noisy_labels",
