@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from poprisk_integrations.core.noise_rate import WIDEST
+
 __all__ = ["MetricsCallback", "add_metrics", "for_the_console", "log_now"]
 
 # The most telling first: a console line shows three.
@@ -72,7 +74,10 @@ def for_the_console(logs: dict[str, Any] | None) -> dict[str, Any] | None:
     """
     if logs is None or not any(str(key).startswith("poprisk/") for key in logs):
         return logs
-    shown = [f"poprisk/{name}" for name in _ON_THE_CONSOLE if f"poprisk/{name}" in logs][:3]
+    low, high = (logs.get(f"poprisk/noise_rate_{end}", 0.0) for end in ("low", "high"))
+    hidden = "noise_rate" if high - low > WIDEST else ""  # a rate that the margins do not tell
+    names = [name for name in _ON_THE_CONSOLE if name != hidden and f"poprisk/{name}" in logs]
+    shown = [f"poprisk/{name}" for name in names[:3]]
     return {k: v for k, v in logs.items() if k in shown or not str(k).startswith("poprisk/")}
 
 

@@ -66,18 +66,22 @@ class LabelNoiseCallback(MetricsCallback):
         self._estimate_at: set[int] = set()
 
     def metrics(self) -> dict[str, float]:
-        """`poprisk/noise_rate` where it can be told, its interval, and how many are suspect."""
+        """`poprisk/noise_rate`, its interval, and how many are suspect.
+
+        Trackers get the rate that fits best also where the margins do not tell one: the interval
+        beside it says so.
+        """
         estimate = self.noise.estimate
         if estimate is None:
             return {}
         with self._only_warns("poprisk/noise_rate is not logged"):
             values = {
-                "noise_rate": estimate.rate,
+                "noise_rate": estimate.reference_rate,
                 "noise_rate_low": estimate.low,
                 "noise_rate_high": estimate.high,
                 "flips_suspected": float(self.noise.suspects().sum()),
             }
-            return {f"poprisk/{name}": v for name, v in values.items() if v is not None}
+            return {f"poprisk/{name}": value for name, value in values.items()}
         return {}
 
     def on_train_begin(

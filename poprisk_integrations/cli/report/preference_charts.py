@@ -89,8 +89,9 @@ def preference_charts(runs: Sequence[Run]) -> list[Chart]:
             band=("poprisk/noise_rate_low", "poprisk/noise_rate_high"),
             bounds=(0.0, 0.5),
             steps_hold=True,
-            note="Share of wrong labels; the band is the 95 % interval. Estimated in the middle "
-            "and at the end of the first epoch, and held.",
+            note="Share of wrong labels; the band is the 95 % interval. Where that is wider than "
+            "0.25 the margins do not tell a rate, and the line is only what fits best. Estimated "
+            "in the middle and at the end of the first epoch, and held.",
         ),
         *quantity_chart(
             runs,

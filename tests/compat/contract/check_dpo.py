@@ -38,7 +38,7 @@ def test_defaults(tmp_path: Path, lora: bool) -> None:
     for key in ("poprisk/margin_p50", "poprisk/kl_data", "rewards/accuracies"):
         assert all(key in line for line in lines), key
     assert any("poprisk/signal_ratio" in line for line in lines)
-    assert any("poprisk/noise_rate_high" in line for line in run.state.log_history)
+    assert any("poprisk/noise_rate" in line for line in run.state.log_history)
     assert len(run.flip_report().top(5)) == 5
 
 
