@@ -11,9 +11,14 @@ from poprisk_integrations._files import write_whole
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     target = tmp_path / "report.json"
     target.write_text("old")
-    with pytest.raises(type(error)), write_whole(target) as temporary:
-        temporary.write_text("ne")
-        raise error
+
+    def write():
+        with write_whole(target) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["report.json"]
 
