@@ -21,7 +21,8 @@ def arguments(world_size, folder):
     return SimpleNamespace(
         device="cpu",
         world_size=world_size,
-        per_device_train_batch_size=BATCH // world_size,
+        train_batch_size=BATCH // world_size,
+        n_gpu=0,
         gradient_accumulation_steps=1,
         max_grad_norm=LIMIT,
         fsdp="full_shard",

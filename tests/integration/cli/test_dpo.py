@@ -73,7 +73,7 @@ def test_from_recipe_to_model(
     assert "6 of 20 training labels swapped" in printed
     assert "4 of 4 steps" in printed
     assert "\nstop: " in printed
-    assert not list(out.glob("*.tmp"))
+    assert not list(out.glob("*.tmp*"))
 
 
 def test_swapped_labels_reach_the_training(recipe: Any, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
         assert main(["probe", *arguments, *options]) == 0
         report = json.loads(capsys.readouterr().out)
         assert figure.read_bytes().startswith(b"\x89PNG")
-        assert not list(tmp_path.glob("*.tmp"))
+        assert not list(tmp_path.glob("*.tmp*"))
         return report
 
     return run

@@ -15,7 +15,8 @@ from tests.browser.made_up_run import write_dpo_run, write_lightning_run, write_
 
 
 def names(directory: Path, *suffixes: str) -> list[str]:
-    return sorted(p.name for p in directory.rglob("*") if p.suffix in suffixes)
+    """Files with one of these endings, one of which may stand before the last."""
+    return sorted(p.name for p in directory.rglob("*") if set(p.suffixes) & set(suffixes))
 
 
 def test_line_picture_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def test_the_run_stops_and_shows_why(name, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("stopped at step")
     assert (tmp_path / "run" / "poprisk_stop.png").stat().st_size > 20_000
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp*"))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def _args(tmp_path, **changes):
 
 
 def _report(tmp_path):
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.tmp*"))
     return json.loads((tmp_path / "poprisk_stop.json").read_text())
 
 

@@ -213,19 +213,6 @@ def test_a_monitor_that_sees_nothing_says_so_and_lets_train(tmp_path, model, rea
         toy.trainer(tmp_path, [PopRiskEarlyStopping(window=8)]).fit(model(), toy.loader())
 
 
-def test_a_monitor_of_an_endless_run_says_that_it_needs_a_window(tmp_path):
-    class Endless(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            for _ in range(20):
-                yield toy.noisy_data(32)[:]
-
-    watch = PopRiskEarlyStopping(action="monitor")
-    trainer = toy.trainer(tmp_path, [watch], max_epochs=1)
-    with pytest.warns(UserWarning, match="measures nothing in this run: Invalid window: 'auto'"):
-        trainer.fit(toy.Classifier(), torch.utils.data.DataLoader(Endless(), batch_size=None))
-    assert trainer.global_step == 20
-
-
 def test_a_checkpoint_that_picks_by_f_ignores_epochs_without_one(tmp_path):
     """Logged as -1 before the first window, that epoch was the best one for ever."""
     watch = PopRiskEarlyStopping(window=16, action="monitor")

@@ -148,15 +148,18 @@ def test_is_picklable_before_fit(tmp_path):
     assert stop.stopped_step == 45
 
 
-def test_auto_needs_a_length(tmp_path):
-    class Endless(torch.utils.data.IterableDataset):
+@pytest.mark.parametrize("action", ["stop", "monitor"])
+def test_a_stream_in_a_run_without_end_is_watched(tmp_path, action):
+    class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
-            yield toy.noisy_data(32)[:]
+            for _ in range(101):
+                yield toy.noisy_data(32)[:]
 
-    trainer = toy.trainer(tmp_path, [PopRiskEarlyStopping()])
-    with pytest.raises(ValueError, match="Invalid window: 'auto'"):
-        trainer.fit(toy.Classifier(), DataLoader(Endless(), batch_size=None))
-    assert trainer.global_step == 0
+    stop = PopRiskEarlyStopping(action=action)
+    trainer = toy.trainer(tmp_path, [stop], max_epochs=1)
+    trainer.fit(toy.Classifier(), DataLoader(Stream(), batch_size=None))
+    assert [row["step"] for row in stop.history] == [50, 100]
+    assert stop.stopped_step is None
 
 
 @pytest.mark.parametrize(

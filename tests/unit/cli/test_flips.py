@@ -99,7 +99,7 @@ def test_top_pairs_and_picture(run_dir: Path, capsys: pytest.CaptureFixture[str]
     assert [row[:3] for row in table] == expected
     assert lines[-1] == str(run_dir / "flip_report.png")
     assert (run_dir / "flip_report.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(run_dir.glob("*.tmp"))
+    assert not list(run_dir.glob("*.tmp*"))
 
 
 def test_texts_of_the_data(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
