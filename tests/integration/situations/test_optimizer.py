@@ -346,6 +346,8 @@ def test_accelerate_accumulates_and_skips():
     from accelerate.state import AcceleratorState, GradientState
 
     def run(make):
+        AcceleratorState._reset_state(True)  # a Trainer of another test has set both
+        GradientState._reset_state()
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model, optimizer = accelerator.prepare(*fresh(make))
         for step in range(8):
