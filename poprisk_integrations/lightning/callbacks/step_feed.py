@@ -224,10 +224,7 @@ class StepFeed:
         if not is_other:
             return []
         self._shape, (window, epoch_steps) = shape, self._asked
-        try:
-            plan = run_plan(trainer, window, epoch_steps)
-        except ValueError:  # a run without an end by now: its windows stay as they are
-            plan = run_plan(trainer, self.plan.window, epoch_steps)
+        plan = run_plan(trainer, window, epoch_steps)
         changes = setup_changes(self.plan.setup, plan.setup)
         self.plan = plan
         if changes:
