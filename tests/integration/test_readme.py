@@ -49,7 +49,7 @@ def test_links_and_cited_files_exist():
 def test_commands_are_the_ones_that_are_checked():
     """.ci/run takes its command from the README by these markers."""
     text = (ROOT / "README.md").read_text()
-    for marker, last in (("demo", "poprisk demo"), ("tests", "pytest")):
+    for marker, last in (("demo", "poprisk demo"), ("tests", "pytest -n 2 --dist loadfile")):
         (command,) = re.findall(rf"<!-- {marker} -->\n```bash\n(.*)\n```", text)
         assert command.startswith("python3 -m venv .venv && ")
         assert command.endswith(last)
