@@ -4,6 +4,7 @@ import pytest
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 import poprisk_integrations.huggingface as hf
+from poprisk_integrations.huggingface.log_metrics import for_the_console
 from tests.helpers.tiny_trainer import arguments, train
 
 
@@ -57,3 +58,15 @@ def test_an_ordinary_run_says_a_line_at_the_start_and_one_at_the_end(tmp_path, c
     assert "memorising can be noticed from step 16 of 24 on" in said[0]
     assert "did not stop this run; " in said[1]
     assert not caplog.records
+
+
+def test_the_most_telling_three_are_shown_and_no_rate_that_cannot_be_told():
+    names = ("lr_cuts", "open_fraction", "reward_accuracy", "noise_rate", "predicted_stop_step")
+    logs = {"loss": 0.5, **{f"poprisk/{name}": 0.25 for name in (*names, "signal_ratio")}}
+    told = {**logs, "poprisk/noise_rate_low": 0.2, "poprisk/noise_rate_high": 0.3}
+    kept = {"loss", "poprisk/signal_ratio", "poprisk/predicted_stop_step", "poprisk/noise_rate"}
+    assert set(for_the_console(told)) == kept
+    untold = {**logs, "poprisk/noise_rate_low": 0.0, "poprisk/noise_rate_high": 0.4}
+    kept = kept - {"poprisk/noise_rate"} | {"poprisk/reward_accuracy"}
+    assert set(for_the_console(untold)) == kept
+    assert len(untold) == 9  # trackers get the dict itself
