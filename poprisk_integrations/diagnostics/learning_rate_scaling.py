@@ -14,8 +14,12 @@ _BOUNDS = ("min_lrs", "max_lrs", "default_min_lr")  # of schedulers that react t
 
 
 def largest_lr(optimizer: Any) -> float:
-    """Of the groups that hold parameters."""
-    return max((float(g["lr"]) for g in optimizer.param_groups if g["params"]), default=0.0)
+    """Of groups with different learning rates the largest; empty groups do not count.
+
+    ZeRO-3 shows all groups empty, and then all count.
+    """
+    groups = [group for group in optimizer.param_groups if len(group["params"])]
+    return max((float(group["lr"]) for group in groups or optimizer.param_groups), default=0.0)
 
 
 def cut_factor(optimizers: Iterable[Any], factor: float, min_lr: float) -> float:

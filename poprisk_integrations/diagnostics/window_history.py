@@ -3,11 +3,9 @@
 import math
 from typing import Any
 
-import torch
-
 from poprisk_integrations.core.window import WindowRatio
 
-__all__ = ["MEASURES", "history_row", "window_of"]
+__all__ = ["MEASURES", "history_row"]
 
 MEASURES = ("risk_decrease", "risk_decrease_se", "agreement", "agreement_se")
 
@@ -31,16 +29,3 @@ def history_row(step: int, lr_sum: float, window: WindowRatio, *, reused: bool) 
     }
     finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
     return {**finite, "steps": window.steps, "reused": reused}
-
-
-def window_of(row: dict[str, Any]) -> WindowRatio:
-    """The totals of a row as a window; its tensors are lost."""
-    measured = {k: math.nan if v is None else v for k, v in row.items()}
-    return WindowRatio(
-        ratio=measured["signal_ratio"],
-        ratio_se=measured["signal_ratio_se"],
-        per_tensor=torch.empty(0),
-        noise=torch.tensor([measured["noise"]]),
-        steps=row["steps"],
-        **{name: measured[name] for name in MEASURES},
-    )

@@ -1,6 +1,5 @@
 """What a run under Trainer shows of its steps: gradients, learning rate, clipping."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from transformers import TrainingArguments
 
 from poprisk_integrations.core.window import WindowRatio
 from poprisk_integrations.diagnostics import GradientWindow
+from poprisk_integrations.diagnostics.learning_rate_scaling import largest_lr
 from poprisk_integrations.distributed import is_dtensor
 from poprisk_integrations.huggingface.callbacks.clipping import Clipping
 from poprisk_integrations.huggingface.callbacks.deepspeed_gradients import DeepSpeedGradients
@@ -129,16 +129,6 @@ class GradientReader:
             shard_group=self._shard_group,
             epoch_steps=epoch_steps,
         )
-
-
-def largest_lr(optimizer: Any) -> float:
-    """Of groups with different learning rates the largest; empty groups do not count.
-
-    ZeRO-3 shows all groups empty, and then all count.
-    """
-    groups: Sequence[dict[str, Any]] = optimizer.param_groups
-    filled = [group for group in groups if len(group["params"])] or groups
-    return max((float(group["lr"]) for group in filled), default=0.0)
 
 
 def _fsdp1_group(model: nn.Module | None) -> Any:

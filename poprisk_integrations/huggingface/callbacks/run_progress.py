@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from poprisk_integrations.core.window import WindowRatio
-from poprisk_integrations.diagnostics.window_history import MEASURES, history_row, window_of
+from poprisk_integrations.diagnostics.window_history import MEASURES, history_row
 
 __all__ = ["RunProgress"]
 
@@ -70,10 +70,6 @@ class RunProgress:
             self.batches = drawn
         elif before and pass_batches and before != pass_batches:
             self.batches = self.batches * pass_batches // before
-
-    def last_window(self) -> WindowRatio | None:
-        """The totals of the last window."""
-        return window_of(self.history[-1]) if self.history else None
 
     def changes(self, shape: dict[str, int]) -> str:
         """What differs from the shape of the run so far, "" if nothing does.

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from poprisk_integrations.diagnostics import SHORTEST_WINDOW
+
 __all__ = ["check_window_arguments"]
 
-SHORTEST_WINDOW = 4  # of fewer steps the standard errors say nothing
 ACCUMULATORS = ("auto", "exact", "sample")
 
 

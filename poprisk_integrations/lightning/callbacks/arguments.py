@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from poprisk_integrations.lightning.callbacks.run_length import SHORTEST_WINDOW
+from poprisk_integrations.diagnostics import SHORTEST_WINDOW
 
 __all__ = ["check_choice", "check_epoch_steps", "check_window"]
 

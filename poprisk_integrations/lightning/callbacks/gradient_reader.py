@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from poprisk_integrations.core import WindowRatio
 from poprisk_integrations.diagnostics import GradientWindow, window_fits
+from poprisk_integrations.diagnostics.learning_rate_scaling import largest_lr
 from poprisk_integrations.distributed import is_dtensor
 
 __all__ = ["GradientReader"]
@@ -74,8 +75,7 @@ class GradientReader:
             scale: Makes the gradients those of the mean loss of the step's examples.
             count: Whether there are new gradients.
         """
-        groups = optimizer.param_groups
-        self.lr = max((float(g["lr"]) for g in groups if g["params"]), default=0.0)
+        self.lr = largest_lr(optimizer)
         if optimizer is not self._optimizer:
             self._handle.remove()
             self._listen_to(optimizer)

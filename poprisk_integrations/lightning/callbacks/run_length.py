@@ -4,7 +4,6 @@ from poprisk_integrations.diagnostics import auto_window_steps
 from poprisk_integrations.lightning._upstream import Trainer
 
 __all__ = [
-    "SHORTEST_WINDOW",
     "loader_batch_size",
     "pass_steps",
     "run_steps",
@@ -14,7 +13,6 @@ __all__ = [
 ]
 
 WINDOW_WITHOUT_END = 50  # where neither the data nor the run have a length
-SHORTEST_WINDOW = 4  # F compares a sum with the noise of its terms: fewer do not tell the noise
 
 
 def steps_per_epoch(trainer: Trainer) -> int | None:

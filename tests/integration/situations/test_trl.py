@@ -69,7 +69,7 @@ def build(
     )
 
 
-def same_as_trl(
+def assert_same_as_trl(
     tmp_path: Path,
     train: Any,
     evaluation: Any = None,
@@ -156,7 +156,7 @@ def test_a_stream_says_what_it_cannot_have(
 @pytest.mark.parametrize("case", TRAINS_IN_TRL)
 def test_off_refuses_nothing_that_trl_trains_on(tmp_path: Path, case: str) -> None:
     make, options = TRAINS_IN_TRL[case]
-    same_as_trl(tmp_path, make(), **options)
+    assert_same_as_trl(tmp_path, make(), **options)
 
 
 def test_a_reference_with_padded_embeddings(tmp_path: Path) -> None:
@@ -166,13 +166,13 @@ def test_a_reference_with_padded_embeddings(tmp_path: Path) -> None:
         model.resize_token_embeddings(32)
         return model
 
-    same_as_trl(tmp_path, pairs(), make_reference=padded)
+    assert_same_as_trl(tmp_path, pairs(), make_reference=padded)
 
 
 def test_an_evaluation_set_of_a_dict_with_precomputed_references(tmp_path: Path) -> None:
     # huggingface/trl#6370, #1107
     sets = DatasetDict({"a": pairs(4, seed=1), "b": pairs(4, seed=2)})
-    same_as_trl(tmp_path, pairs(), sets, precompute_ref_log_probs=True)
+    assert_same_as_trl(tmp_path, pairs(), sets, precompute_ref_log_probs=True)
 
 
 def test_a_trained_adapter_is_its_own_reference(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_trained_adapter_is_its_own_reference(tmp_path: Path) -> None:
                 torch.nn.init.normal_(parameter, std=0.3)
         return model
 
-    ours = same_as_trl(tmp_path, pairs(), make_model=adapted, ref_seed=None, beta=0.5)
+    ours = assert_same_as_trl(tmp_path, pairs(), make_model=adapted, ref_seed=None, beta=0.5)
     first, second = [line for line in ours.state.log_history if "loss" in line]
     assert first["poprisk/margin_p50"] == pytest.approx(0, abs=1e-6)
     for line in (first, second):  # TRL's own rewards, over beta
@@ -197,7 +197,7 @@ def test_a_trained_adapter_is_its_own_reference(tmp_path: Path) -> None:
 def test_modules_to_save_beside_the_adapter(tmp_path: Path) -> None:
     # huggingface/peft#1689: with trained embeddings the reference is still the model before.
     lora = LoraConfig(r=4, target_modules=["v_proj"], modules_to_save=["embed_tokens"])
-    ours = same_as_trl(tmp_path, pairs(), peft_config=lora, ref_seed=None, learning_rate=0.1)
+    ours = assert_same_as_trl(tmp_path, pairs(), peft_config=lora, ref_seed=None, learning_rate=0.1)
     line = [line for line in ours.state.log_history if "loss" in line][1]
     rewards = (line["rewards/chosen"] + line["rewards/rejected"]) / 2
     assert line["poprisk/kl_data"] == pytest.approx(rewards / 0.1, abs=1e-4)
@@ -206,7 +206,7 @@ def test_modules_to_save_beside_the_adapter(tmp_path: Path) -> None:
 
 def test_an_adapter_with_a_reference_of_its_own(tmp_path: Path) -> None:
     # huggingface/trl#1365
-    ours = same_as_trl(tmp_path, pairs(), peft_config=LORA, ref_seed=1)
+    ours = assert_same_as_trl(tmp_path, pairs(), peft_config=LORA, ref_seed=1)
     line = next(line for line in ours.state.log_history if "loss" in line)
     rewards = (line["rewards/chosen"] + line["rewards/rejected"]) / 2
     assert line["poprisk/kl_data"] == pytest.approx(rewards / 0.1, abs=1e-4)

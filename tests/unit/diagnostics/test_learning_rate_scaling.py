@@ -1,5 +1,7 @@
 """After a cut, every scheduler of torch gives `factor` times what it would have given."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -120,6 +122,12 @@ def test_rates_in_tensors_are_cut_in_place():
     assert optimizer.param_groups[1]["lr"] is kept
     assert float(kept) == pytest.approx(FACTOR)
     assert largest_lr(optimizer) == pytest.approx(FACTOR)
+
+
+def test_zero_3_shows_all_groups_empty_and_is_cut_all_the_same():
+    sharded = SimpleNamespace(param_groups=[{"params": [], "lr": 0.1}, {"params": [], "lr": 0.2}])
+    assert largest_lr(sharded) == 0.2
+    assert cut_factor([sharded], 0.3, 0.0) == 0.3
 
 
 def test_without_a_scheduler_the_groups_are_cut():

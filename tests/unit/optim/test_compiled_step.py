@@ -101,7 +101,7 @@ class Loop:
         return [p.detach() for p in self.net.parameters()], self.optimizer
 
 
-def compare_loops(make, **kwargs):
+def assert_loops_agree(make, **kwargs):
     compiled, plain = (Loop(make, is_compiled, **kwargs).run() for is_compiled in (True, False))
     assert_same(compiled, plain)
 
@@ -110,7 +110,7 @@ def compare_loops(make, **kwargs):
 def test_a_compiled_training_step(impl):
     """`fused` compiles its own pass within the compiled region."""
     chosen = flags(impl, lr=1e-2)
-    compare_loops(lambda params: PopRiskAdamW(params, **chosen))
+    assert_loops_agree(lambda params: PopRiskAdamW(params, **chosen))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_compiled_training_step(impl):
     ids=["paper", "microbatch", "8bit", "inductor", "inductor, fused"],
 )
 def test_a_compiled_training_step_of_other_kinds(make, kwargs):
-    compare_loops(make, **kwargs)
+    assert_loops_agree(make, **kwargs)
 
 
 @_INDUCTOR[1]
