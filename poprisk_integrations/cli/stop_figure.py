@@ -23,7 +23,7 @@ def draw_stop(report: Mapping[str, Any], title: str) -> Figure:
 
     Args:
         report: Content of `poprisk_stop.json`, with at least one window in its history.
-        title: First line of the picture; the second is the reason.
+        title: First line of the picture; then the reason and how sure it is.
     """
     history: Sequence[Mapping[str, Any]] = report["history"]
     record = stop_record(report)
@@ -56,8 +56,7 @@ def draw_stop(report: Mapping[str, Any], title: str) -> Figure:
         axis.grid(alpha=0.3)
     top.set_xlim(left=0)
     top.legend(fontsize=8, framealpha=0.9, edgecolor="none", loc="upper right")
-    reason = str(report.get("reason", ""))
-    figure.suptitle(f"{title}\n{_wrapped(reason)}", fontsize=9, ha="left", x=0.02)
+    figure.suptitle(f"{title}\n{_wrapped(record.verdict)}", fontsize=9, ha="left", x=0.02)
     return figure
 
 

@@ -247,4 +247,4 @@ def _report(trainer: "PopRiskDPOTrainer") -> None:
     print(f"{state.global_step} of {state.max_steps} steps; model in {trainer.args.output_dir}")
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, PopRiskEarlyStoppingCallback):
-            print(f"stop: {callback.stopping_state['reason']}")
+            print(f"stop: {callback.stopping_state['reason']}; {callback.diagnosis}")

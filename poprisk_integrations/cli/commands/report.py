@@ -187,7 +187,7 @@ def _write_png(path: Path, figure: "Figure") -> None:
 
 
 def _line(one: Run) -> str:
-    return one.stop.reason if one.report is not None and one.stop is not None else headline(one)
+    return one.stop.verdict if one.report is not None and one.stop is not None else headline(one)
 
 
 def _as_json(runs: Sequence[Run], page: Path | None, pictures: Sequence[Path]) -> dict[str, Any]:

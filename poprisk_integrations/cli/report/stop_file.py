@@ -41,6 +41,11 @@ class StopRecord:
     settings: Mapping[str, Any]
     history: list[dict[str, Any]]
 
+    @property
+    def verdict(self) -> str:
+        """The reason, and how surely the windows say so."""
+        return f"{self.reason}; {self.diagnosis}" if self.history else self.reason
+
 
 def load_report(path: Path) -> dict[str, Any]:
     """Content of a `poprisk_stop.json`; its history may be empty.

@@ -23,8 +23,9 @@ def test_line_picture_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
     run = write_dpo_run(tmp_path / "run", 200, 2)
     assert main(["report", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "stopped at step 200: made up (F = 0.9 < 1)",
+    said = "stopped at step 200: made up (F = 0.9 < 1); very probably memorising: "
+    assert lines[0].startswith(said)
+    assert lines[1:] == [
         str(run / "poprisk_stop.png"),
         str(run / "poprisk_report.png"),
         str(run / "poprisk_report.html"),

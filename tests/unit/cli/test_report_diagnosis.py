@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from poprisk_integrations.cli.main import main
 from poprisk_integrations.cli.report.findings import sentences
 from poprisk_integrations.cli.report.run import load_run
 from poprisk_integrations.cli.report.sections import sections_of
+from poprisk_integrations.cli.stop_figure import draw_stop
 from poprisk_integrations.core import PHRASES
 
 
@@ -54,6 +56,16 @@ def test_the_page_says_how_sure_it_is(tmp_path: Path, ratio: float, se: float, s
     assert found.startswith(said)
     assert "What to do: " in found
     assert sum("memorising" in text for text in sentences(run)) == ("emorising" in said)
+
+
+def test_the_line_and_the_picture_say_it_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_of(tmp_path, [*ROWS, window(40, 0.5, 0.083)])
+    assert main(["report", str(tmp_path)]) == 0
+    assert "made up; very probably memorising: " in " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "poprisk_stop.json").read_text())
+    assert "very probably memorising" in " ".join(draw_stop(report, "run").get_suptitle().split())
 
 
 def test_no_window_is_not_a_finding(tmp_path: Path) -> None:
