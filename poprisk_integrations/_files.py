@@ -1,6 +1,7 @@
-"""Files that are whole or absent."""
+"""Files and directories that are whole or absent."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,8 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     whatever writes: a library that adds an extension of its own finds `path`'s there.
 
     Args:
-        path: File to write; its directory is created if missing.
+        path: File to write, or directory that is not there yet; what it lies in is created if
+            missing.
 
     Example:
         >>> import tempfile
@@ -36,5 +38,7 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
             temporary.unlink(missing_ok=True)
         raise

@@ -16,9 +16,13 @@ __all__ = [
     "local_tensor",
     "max_over_shards",
     "mean_over_ranks",
+    "same_on_all_ranks",
+    "sum_over_ranks",
     "sum_over_shards",
     "world_size",
 ]
+
+BUCKET_ELEMENTS = 2**24  # 64 MiB of float32: large enough for bandwidth, small beside a model
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -42,14 +46,50 @@ def world_size() -> int:
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Mean over all ranks, the same bits on each of them.
 
-    Args:
-        values: Any shape, same on all ranks, on the backend's device.
+    The shape is the same on all ranks, the device that of their communication.
     """
     if world_size() == 1:
         return values
     total = values.clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def sum_over_ranks(tensors: list[Tensor], bucket_elements: int = BUCKET_ELEMENTS) -> list[Tensor]:
+    """Each tensor added over the ranks of the default process group, the same bits on each.
+
+    Shapes, dtypes and order are the same on all ranks. Tensors of a device and dtype share a flat
+    buffer until it has `bucket_elements`; what is returned are views of these buffers.
+    """
+    if world_size() == 1:
+        return tensors
+    buckets: dict[tuple[torch.device, torch.dtype], list[list[int]]] = {}
+    filled: dict[tuple[torch.device, torch.dtype], int] = {}
+    for index, tensor in enumerate(tensors):
+        key = (tensor.device, tensor.dtype)
+        if key not in buckets or filled[key] + tensor.numel() > bucket_elements:
+            buckets.setdefault(key, []).append([])
+            filled[key] = 0
+        buckets[key][-1].append(index)
+        filled[key] += tensor.numel()
+    result = list(tensors)
+    for members in (m for parts in buckets.values() for m in parts):
+        flat = torch.cat([tensors[i].reshape(-1) for i in members])
+        dist.all_reduce(flat)
+        pieces = torch.split(flat, [tensors[i].numel() for i in members])
+        for i, piece in zip(members, pieces, strict=True):
+            result[i] = piece.view(tensors[i].shape)
+    return result
+
+
+def same_on_all_ranks(numbers: list[int], device: torch.device) -> bool:
+    """Whether all ranks gave the same numbers; the same answer on each (reads the device)."""
+    if world_size() == 1:
+        return True
+    both = torch.tensor([numbers, [-x for x in numbers]], dtype=torch.int64, device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    largest, minus_smallest = both.tolist()
+    return all(a == -b for a, b in zip(largest, minus_smallest, strict=True))
 
 
 def sum_over_shards(values: Tensor, tensors: Sequence[Tensor], plain_group: Any = None) -> Tensor:
@@ -64,7 +104,16 @@ def sum_over_shards(values: Tensor, tensors: Sequence[Tensor], plain_group: Any 
     Returns:
         Same shape; columns of DTensors hold the sum over the mesh dimensions that shard them.
     """
-    return _reduce_over_shards(values, tensors, dist.ReduceOp.SUM, plain_group)
+    groups = _shard_groups(tensors, plain_group)
+    if not groups:
+        return values
+    result = values.clone()
+    for group, columns in groups:
+        index = torch.tensor(columns, device=values.device)
+        part = result.index_select(-1, index)
+        dist.all_reduce(part, group=group)
+        result.index_copy_(-1, index, part)
+    return result
 
 
 def max_over_shards(value: Tensor, tensors: Iterable[Tensor], plain_group: Any = None) -> Tensor:
@@ -75,21 +124,6 @@ def max_over_shards(value: Tensor, tensors: Iterable[Tensor], plain_group: Any =
     result = value.clone()
     for group in {id(group): group for group, _ in groups}.values():
         dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
-    return result
-
-
-def _reduce_over_shards(
-    values: Tensor, tensors: Sequence[Tensor], op: Any, plain_group: Any
-) -> Tensor:
-    groups = _shard_groups(tensors, plain_group)
-    if not groups:
-        return values
-    result = values.clone()
-    for group, columns in groups:
-        index = torch.tensor(columns, device=values.device)
-        part = result.index_select(-1, index)
-        dist.all_reduce(part, op=op, group=group)
-        result.index_copy_(-1, index, part)
     return result
 
 

@@ -1,11 +1,9 @@
-"""Built-in model and data: a recipe that names them runs as it is, offline, in seconds."""
+"""Built-in model and data: a config that names them runs as it is, offline, in seconds."""
 
 # transformers leaves some of its functions untyped.
 # mypy: disable-error-code="no-untyped-call"
 
-import os
 import random
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from poprisk_integrations._files import write_whole
 from poprisk_integrations.cli.errors import UsageError
 
 __all__ = ["check_names", "is_builtin", "load_pairs", "local_model"]
@@ -34,28 +33,12 @@ _TRAIN_PAIRS, _TEST_PAIRS = 96, 32
 
 
 def is_builtin(name: str | None) -> bool:
-    """Whether a name is of the form `builtin:...`, known or not.
-
-    Example:
-        >>> is_builtin("builtin:tiny-llama"), is_builtin("Qwen/Qwen2.5-0.5B-Instruct")
-        (True, False)
-    """
+    """Whether a name is of the form `builtin:...`, known or not."""
     return bool(name) and str(name).startswith(_PREFIX)
 
 
 def check_names(model: str | None, dataset: str | None) -> None:
-    """Refuse a `builtin:` name that does not exist.
-
-    Args:
-        model: Name or path of the model.
-        dataset: Name or path of the data.
-
-    Raises:
-        UsageError: With the known names.
-
-    Example:
-        >>> check_names("builtin:tiny-llama", "trl-lib/ultrafeedback_binarized")
-    """
+    """Refuse a `builtin:` name that does not exist, with the known ones."""
     for kind, key, name, known in (
         ("model", "model_name_or_path", model, _MODEL),
         ("data set", "dataset_name", dataset, _PAIRS),
@@ -65,38 +48,27 @@ def check_names(model: str | None, dataset: str | None) -> None:
 
 
 def local_model(name: str, directory: Path) -> str:
-    """What to load a model from: of a built-in one the directory it is written to.
+    """What to load a model from: of a built-in one the directory below `directory` that has it.
 
     `builtin:tiny-llama` is a random Llama of 23 thousand parameters with a word-level tokenizer,
     the same on every machine. Every process may call this at once: the directory appears whole,
     from whoever is first, and is kept from then on (an adapter's config refers to it).
-
-    Args:
-        name: Name or path of a model; returned as it is unless built in.
-        directory: Where to put the model, in a directory of its own; created if need be.
-
-    Raises:
-        UsageError: If the name is `builtin:` and unknown.
-        OSError: If it cannot be written.
     """
     check_names(name, None)
     if not is_builtin(name):
         return name
     target = directory / name.replace(":", "-")
     if not target.is_dir():
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as partial:
-            written = Path(partial) / target.name
-            _tokenizer().save_pretrained(written)
-            model = _tiny_llama()
-            model.config.save_pretrained(written)
-            # Not model.save_pretrained, which on some ranks of a sharded run writes nothing.
-            save_file(model.state_dict(), written / "model.safetensors", {"format": "pt"})
-            try:
-                os.rename(written, target)
-            except OSError:  # another process was first
-                if not target.is_dir():
-                    raise
+        try:
+            with write_whole(target) as temporary:
+                _tokenizer().save_pretrained(temporary)
+                model = _tiny_llama()
+                model.config.save_pretrained(temporary)
+                # Not model.save_pretrained, which on some ranks of a sharded run writes nothing.
+                save_file(model.state_dict(), temporary / "model.safetensors", {"format": "pt"})
+        except OSError:
+            if not target.is_dir():  # or else another process was first
+                raise
     return str(target)
 
 
@@ -105,16 +77,6 @@ def load_pairs(name: str) -> DatasetDict:
 
     `builtin:tiny-pairs` has 96 pairs in "train" and 32 in "test", with the columns `pair_id`,
     `prompt`, `chosen` and `rejected`, the same on every machine.
-
-    Args:
-        name: `builtin:tiny-pairs`.
-
-    Raises:
-        UsageError: If there are no such data.
-
-    Example:
-        >>> load_pairs("builtin:tiny-pairs")["train"].num_rows
-        96
     """
     check_names(None, name)
     return DatasetDict(

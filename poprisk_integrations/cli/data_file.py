@@ -30,38 +30,19 @@ _SIGNS = {
 
 
 def read_columns(path: Path, number_columns: Collection[str] = ()) -> dict[str, list[Any]]:
-    r"""The columns of a file, row by row in its order.
+    """The columns of a file, row by row in its order.
 
-    Args:
-        path: Ends in .csv, .json or .jsonl, or in one of these and .gz. UTF-8, with or without a
-            byte order mark. JSON is an array of objects, or one object per line.
-        number_columns: Those of a CSV file that hold numbers; all others are text, and an empty
-            cell is None. JSON says itself what is a number.
-
-    Raises:
-        UsageError: If it cannot be read: with the line, and with what is wrong.
-        OSError: If the operating system cannot read it.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "pairs.csv"
-        >>> _ = file.write_text("id,chosen,rejected\n007,None,1e5\n")
-        >>> read_columns(file)
-        {'id': ['007'], 'chosen': ['None'], 'rejected': ['1e5']}
+    The name ends in .csv, .json or .jsonl, or in one of these and .gz; JSON is an array of objects,
+    or one object per line. An empty cell of CSV is None, and all others are text but those of
+    `number_columns`. What cannot be read is a UsageError with the line.
     """
     text = _text(path)
-    rows = _csv_rows(text, path, set(number_columns)) if ".csv" in kind(path) else _json(text, path)
-    columns: dict[str, list[Any]] = {}
-    count = 0
-    for row in rows:
-        for name in [name for name in row if name not in columns]:
-            columns[name] = [None] * count
-        for name, values in columns.items():
-            values.append(row.get(name))
-        count += 1
-    if count == 0:
+    is_csv = kind(path) == ".csv"
+    rows = list(_csv_rows(text, path, set(number_columns)) if is_csv else _json(text, path))
+    if not rows:
         _refuse(path, "has no rows")
-    return columns
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def kind(path: Path) -> str:
@@ -70,12 +51,7 @@ def kind(path: Path) -> str:
 
 
 def check_parquet(path: Path) -> None:
-    """Refuse what is no whole parquet file, or one without rows.
-
-    Raises:
-        UsageError: In one line.
-        OSError: If the operating system cannot read it.
-    """
+    """Refuse what is no whole parquet file, or one without rows."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,6 +1,9 @@
 """Errors that end in one line on stderr."""
 
-__all__ = ["UsageError", "one_line"]
+import argparse
+from collections.abc import Callable
+
+__all__ = ["UsageError", "at_least", "one_line"]
 
 
 class UsageError(Exception):
@@ -19,3 +22,14 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {str(error.filename)!r}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """A type of an option: an integer from this one on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= {smallest}")
+        return int(text)
+
+    return parse

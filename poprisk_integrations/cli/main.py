@@ -4,11 +4,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from poprisk_integrations import __version__
-from poprisk_integrations.cli.commands import demo, dpo, env, flips, probe, recipes, report, run
+from poprisk_integrations.cli import dpo, env, recipes, run
+from poprisk_integrations.cli.demo import command as demo
 from poprisk_integrations.cli.errors import UsageError, one_line
+from poprisk_integrations.cli.flips import command as flips
+from poprisk_integrations.cli.probe import command as probe
+from poprisk_integrations.cli.report import command as report
 
 __all__ = ["main"]
 
@@ -24,55 +28,42 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
+    """Run the command line with these arguments, by default those of the process.
 
     Returns:
         Exit status: 0 for success, 2 for bad input, 130 after Ctrl-C, 141 where whoever reads the
         output has closed it. What else a command returns is passed on.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = False
-    own_errors = True
-    is_script = False  # whose output and errors are its own
+    args = argparse.Namespace(command=None, debug=False, own_errors=True)
     try:
         parser = _build_parser()
-        args, rest = parser.parse_known_args(argv)
-        if rest and not hasattr(args, "rest"):
+        found, rest = parser.parse_known_args(argv)
+        if rest and not hasattr(found, "rest"):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args = found
         args.rest = rest
-        debug = args.debug
-        own_errors = getattr(args, "own_errors", True)
-        is_script = args.command == "run"
-        if not is_script:
-            _write_any_text(sys.stdout)
+        if args.command != "run" and hasattr(sys.stdout, "reconfigure"):
+            # A terminal that knows no such letter shows "?": no reason to fail after the work.
+            sys.stdout.reconfigure(errors="replace")
         status = int(args.run(args))
         sys.stdout.flush()  # now, where a closed pipe can still be told from a fault
         return status
     except BrokenPipeError:
-        if debug or is_script:
+        if args.debug or args.command == "run":  # a script's output is its own
             raise
         # Python flushes once more on exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        if debug:
+        if args.debug:
             raise
         _complain("interrupted")
         return 130
     except _BAD_INPUT as error:
-        if debug or not (own_errors or isinstance(error, UsageError)):
+        if args.debug or not (args.own_errors or isinstance(error, UsageError)):
             raise
         _complain(one_line(error))
         return 2
-
-
-def _write_any_text(stream: Any) -> None:
-    """A terminal that knows no such letter shows "?": no reason to fail after the work."""
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="replace")
 
 
 def _complain(message: str) -> None:
@@ -95,8 +86,5 @@ def _build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in (demo, probe, dpo, flips, run, report, recipes, env):
         command.add_parser(subparsers)
+    parser.set_defaults(own_errors=True)  # False where they may be those of the user's own code
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

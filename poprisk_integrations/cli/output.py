@@ -1,28 +1,105 @@
-"""Output files of the commands: whole or absent, and one line where they cannot be written."""
+"""What commands write and print: files that are whole or absent, pictures, plain lines."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from poprisk_integrations._files import write_whole
 from poprisk_integrations.cli.errors import UsageError, one_line
 
-__all__ = ["writing"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "NO_MATPLOTLIB",
+    "check_directory",
+    "held_back",
+    "only_errors",
+    "say",
+    "write_figure",
+    "writing",
+]
+
+_LIBRARIES = ("accelerate", "datasets", "deepspeed", "transformers", "trl")
+NO_MATPLOTLIB = "No picture: matplotlib not found. Run: pip install 'poprisk_integrations[demo]'"
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """As `write_whole`; the error names the file that was wanted, not the temporary one.
-
-    Args:
-        path: File to write.
-
-    Raises:
-        UsageError: If it cannot be written.
-    """
+    """As `write_whole`; the error names the file that was wanted, not the temporary one."""
     try:
         with write_whole(path) as temporary:
             yield temporary
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise UsageError(f"cannot write {str(path)!r} ({reason})") from error
+
+
+def check_directory(option: str, path: Path) -> None:
+    """Refuse a file to write whose directory does not exist."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"Invalid {option}: {str(path)!r}. Its directory does not exist.")
+
+
+def write_figure(path: Path, draw: Callable[[], Any]) -> bool:
+    """Draw and write a PNG; False where there is no matplotlib to draw with."""
+    if find_spec("matplotlib") is None:
+        return False
+    figure = draw()
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return True
+
+
+def say(console: "Console", text: str, style: str = "") -> None:
+    """A line as it is: no markup, no numbers in colour."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold back Python-level output and warnings; on an error print what was held, then raise.
+
+    Progress bars and notes of the libraries would tear our own bar apart. Whoever prints on purpose
+    inside must have kept the real stream beforehand, as a rich Console does with `file=sys.stderr`.
+    """
+    import datasets
+    import transformers
+
+    held, real = io.StringIO(), sys.stderr
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with (
+            only_errors(*_LIBRARIES),
+            warnings.catch_warnings(),
+            redirect_stdout(held),
+            redirect_stderr(held),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    except Exception:
+        real.write(held.getvalue())
+        raise
+    finally:
+        datasets.enable_progress_bars()
+        transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def only_errors(*names: str) -> Iterator[None]:
+    """These loggers say nothing but errors meanwhile."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)

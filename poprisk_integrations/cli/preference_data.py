@@ -1,30 +1,48 @@
-"""Finds preference pairs: a hub name, local files or a directory, built-in ones, or a mixture."""
+"""Finds preference pairs: a hub name, local files or a directory, built-in ones, or a mixture.
+
+Rows of CSV and JSON files become a data set without one of their texts and numbers changed: they go
+through one Arrow file in the cache of `datasets`, whose own readers guess types.
+"""
 
 # TRL exports lazily and leaves most functions untyped.
 # mypy: disable-error-code="attr-defined,no-untyped-call"
 
+import bisect
 import dataclasses
 import glob
+import hashlib
+import inspect
+import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset, load_dataset_builder
+import datasets
+import pyarrow
+from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
+from poprisk_integrations._files import write_whole
 from poprisk_integrations.cli.builtin import is_builtin, load_pairs
-from poprisk_integrations.cli.data_file import check_parquet, kind
+from poprisk_integrations.cli.data_file import check_parquet, kind, read_columns
 from poprisk_integrations.cli.errors import UsageError, one_line
-from poprisk_integrations.cli.exact_dataset import as_arrow_file
 
-__all__ = ["load_preferences", "local_files"]
+__all__ = ["load_preferences"]
 
 _TEXT_KINDS = (".csv", ".json", ".jsonl")
 _KINDS = (*_TEXT_KINDS, ".parquet")
 _TEXT_BUILDERS = ("csv", "json")
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # numbers that TRL reads from the data
+_LAYOUT = "1"  # of the Arrow files written here; another one has another name
+# Messages with different keys need it (datasets >= 4.7); before, absent keys are None.
+_MIXED: dict[str, Any] = (
+    {"on_mixed_types": "use_json"}
+    if "on_mixed_types" in inspect.signature(Dataset.from_dict).parameters
+    else {}
+)
+_UNFIT = (ValueError, TypeError, OverflowError)  # what no Arrow column can hold
 
 
 def load_preferences(
@@ -35,21 +53,12 @@ def load_preferences(
     eval_name: str | None = None,
     number_columns: Collection[str] = (),
 ) -> tuple[Any, Any]:
-    """Load the training pairs, and the evaluation pairs if wanted.
+    """Load the training pairs, and the evaluation pairs if wanted (else None).
 
-    Args:
-        script: `dataset_name` and splits.
-        mixture: `datasets`; it wins over `dataset_name`, as in `trl dpo`.
-        evaluate: Whether to load evaluation pairs.
-        eval_name: Where they are, if not in the evaluation split of the same data: all rows of
-            local files, else the evaluation split of what has this name.
-        number_columns: Columns of CSV files that hold numbers, where those are not TRL's own.
-
-    Returns:
-        Training data and evaluation data (or None).
-
-    Raises:
-        UsageError: If they cannot be found or read, or a split is missing.
+    As in `trl dpo` a mixture of `datasets` wins over `dataset_name`. `eval_name` says where
+    evaluation pairs are that are no split of the same data: all rows of local files, else the
+    evaluation split of what has this name. `number_columns` are columns of CSV files that hold
+    numbers, beside TRL's own.
     """
     numbers = {*number_columns, *_REFERENCE}
     train_split, test_split = script.dataset_train_split, script.dataset_test_split
@@ -65,36 +74,9 @@ def load_preferences(
             splits = _load(script, eval_name, test_split, numbers)
         return train, _split(splits, test_split)
     except (DatasetsError, OSError, ValueError) as error:
-        raise UsageError(f"cannot load the data: {one_line(error)}{_cause(error)}") from error
-
-
-def local_files(name: str) -> list[Path] | None:
-    """The files that a name stands for; None for a directory, and for a name on the hub.
-
-    Args:
-        name: Perhaps a path, or a pattern such as "data/*.jsonl".
-
-    Raises:
-        UsageError: If it looks like a path and there is nothing, or no data file.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return None
-    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    looks_local = name.startswith((os.sep, ".", "~")) or name.count("/") > 1 or kind(path) in _KINDS
-    if not found and (looks_local or glob.has_magic(name)):
-        raise UsageError(f"no such file or directory: {name!r}")
-    for one in found:
-        if (
-            one.is_dir()
-            or kind(one) not in _KINDS
-            or (kind(one), one.suffix) == (".parquet", ".gz")
-        ):
-            known = ", ".join(_KINDS)
-            raise UsageError(
-                f"{str(one)!r} is not a data file; known are {known}, .csv.gz and so on"
-            )
-    return found or None
+        # What lies under "An error occurred while generating the dataset".
+        cause = f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
+        raise UsageError(f"cannot load the data: {one_line(error)}{cause}") from error
 
 
 def _load(script: ScriptArguments, name: str, split: str, numbers: Collection[str]) -> Any:
@@ -104,7 +86,7 @@ def _load(script: ScriptArguments, name: str, split: str, numbers: Collection[st
         splits = load_pairs(name)
         streamed = {split: data.to_iterable_dataset() for split, data in splits.items()}
         return streamed if streaming else splits
-    files = local_files(name)
+    files = _local_files(name)
     if files is not None:
         return _load_files({split: files}, numbers, streaming=streaming)
     config = script.dataset_config
@@ -123,21 +105,40 @@ def _load(script: ScriptArguments, name: str, split: str, numbers: Collection[st
     return load_dataset(name, name=config, streaming=streaming)
 
 
+def _local_files(name: str) -> list[Path] | None:
+    """The files that a path or a pattern stands for; None for a directory, or a name on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return None
+    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    looks_local = name.startswith((os.sep, ".", "~")) or name.count("/") > 1 or kind(path) in _KINDS
+    if not found and (looks_local or glob.has_magic(name)):
+        raise UsageError(f"no such file or directory: {name!r}")
+    for one in found:
+        is_packed = (kind(one), one.suffix) == (".parquet", ".gz")
+        if one.is_dir() or kind(one) not in _KINDS or is_packed:
+            known = ", ".join(_KINDS)
+            raise UsageError(
+                f"{str(one)!r} is not a data file; known are {known}, .csv.gz and so on"
+            )
+    return found or None
+
+
 def _load_files(splits: dict[str, list[Path]], numbers: Collection[str], *, streaming: bool) -> Any:
     kinds = {kind(file) for files in splits.values() for file in files}
     if kinds == {".parquet"}:
         for files in splits.values():
             for file in files:
                 check_parquet(file)
-        return load_dataset("parquet", data_files=_strings(splits), streaming=streaming)
+        return load_dataset("parquet", data_files=_escaped(splits), streaming=streaming)
     if ".parquet" in kinds:
         raise UsageError(f"files of different kinds: {', '.join(sorted(kinds))}")
-    arrow = {split: [Path(as_arrow_file(files, numbers))] for split, files in splits.items()}
-    return load_dataset("arrow", data_files=_strings(arrow), streaming=streaming)
+    arrow = {split: [_arrow_file(files, numbers)] for split, files in splits.items()}
+    return load_dataset("arrow", data_files=_escaped(arrow), streaming=streaming)
 
 
-def _strings(splits: dict[str, list[Path]]) -> dict[str, list[str]]:
-    # Escaped: in a list of files `datasets` takes brackets and stars for patterns.
+def _escaped(splits: dict[str, list[Path]]) -> dict[str, list[str]]:
+    # In a list of files `datasets` takes brackets and stars for patterns.
     return {split: [glob.escape(str(file)) for file in files] for split, files in splits.items()}
 
 
@@ -150,8 +151,8 @@ def _exact_mixture(mixture: DatasetMixtureConfig, numbers: Collection[str]) -> D
             splits = given if isinstance(given, dict) else {"train": given}
             files = {split: _local_only(names) for split, names in splits.items()}
             if all(files.values()):
-                arrow = {split: [Path(as_arrow_file(f, numbers))] for split, f in files.items()}
-                found: Any = _strings(arrow)  # TRL's annotation knows one file for each split
+                arrow = {split: [_arrow_file(f, numbers)] for split, f in files.items()}
+                found: Any = _escaped(arrow)  # TRL's annotation knows one file for each split
                 source = dataclasses.replace(source, path="arrow", data_files=found)
         sources.append(source)
     return dataclasses.replace(mixture, datasets=sources)
@@ -162,7 +163,7 @@ def _local_only(names: str | Iterable[str]) -> list[Path]:
     names = [names] if isinstance(names, str) else list(names)
     if any("://" in name for name in names):
         return []
-    return [file for name in names for file in local_files(name) or ()]
+    return [file for name in names for file in _local_files(name) or ()]
 
 
 def _split(splits: Any, name: str) -> Any:
@@ -173,6 +174,84 @@ def _split(splits: Any, name: str) -> Any:
     return splits[name]
 
 
-def _cause(error: BaseException) -> str:
-    """What lies under "An error occurred while generating the dataset"."""
-    return f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
+def _arrow_file(paths: Sequence[Path], numbers: Collection[str]) -> Path:
+    """The rows of CSV and JSON files as one Arrow file, named after the files' content."""
+    content = hashlib.sha256(repr((_LAYOUT, _MIXED, sorted(numbers))).encode())
+    for path in paths:
+        content.update(f"{path.name} {path.stat().st_size}".encode())
+        content.update(path.read_bytes())
+    target = Path(datasets.config.HF_DATASETS_CACHE) / "poprisk" / f"{content.hexdigest()}.arrow"
+    if not target.is_file():
+        table = _exact_dataset(paths, numbers).data.table
+        with (
+            write_whole(target) as temporary,
+            pyarrow.OSFile(str(temporary), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(table, max_chunksize=1000)
+    return target
+
+
+def _exact_dataset(paths: Sequence[Path], numbers: Collection[str]) -> Dataset:
+    columns: dict[str, list[Any]] = {}
+    starts, count = [], 0
+    for path in paths:
+        starts.append(count)
+        found = read_columns(path, numbers)
+        size = len(next(iter(found.values())))
+        for name in {**columns, **found}:
+            columns.setdefault(name, [None] * count).extend(found.get(name, [None] * size))
+        count += size
+
+    def place(row: int) -> str:
+        index = bisect.bisect_right(starts, row) - 1
+        return f"{str(paths[index])!r} row {row - starts[index]}"
+
+    try:
+        dataset = Dataset.from_dict(columns, **_MIXED)
+    except _UNFIT as error:
+        raise UsageError(_first_bad(columns, place)) from error
+    for name, feature in dataset.features.items():
+        if "Json" not in repr(feature):
+            continue
+        # `datasets` reads text inside its Json type again: "true" comes back as a truth value.
+        for row, (value, kept) in enumerate(zip(columns[name], dataset[name], strict=True)):
+            changed = _first_change(value, kept)
+            if changed is not None:
+                raise UsageError(
+                    f"{place(row)}: column {name!r} mixes types, and so {changed} would be "
+                    "changed; use one type for the whole column, in messages for each key"
+                )
+    return dataset
+
+
+def _first_bad(columns: dict[str, list[Any]], place: Callable[[int], str]) -> str:
+    """The first value of the first column that no Arrow column can hold beside those before."""
+
+    def error_of(name: str, count: int) -> Exception | None:
+        try:
+            Dataset.from_dict({name: columns[name][:count]}, **_MIXED)
+        except _UNFIT as error:
+            return error
+        return None
+
+    for name, values in columns.items():
+        if error_of(name, len(values)) is not None:
+            counts = range(1, len(values) + 1)
+            row = bisect.bisect_left(counts, True, key=lambda n: error_of(name, n) is not None)
+            reason = one_line(error_of(name, row + 1) or ValueError())
+            advice = "" if "codec" in reason else "; use text, for all values of the column"
+            return f"{place(row)}: column {name!r} cannot be kept as it is ({reason}){advice}"
+    return "the rows of the files do not fit together"
+
+
+def _first_change(value: Any, kept: Any) -> str | None:
+    if isinstance(value, dict) and isinstance(kept, dict):
+        pairs = [(part, kept.get(key)) for key, part in value.items()]
+    elif isinstance(value, list) and isinstance(kept, list) and len(value) == len(kept):
+        pairs = list(zip(value, kept, strict=True))
+    elif isinstance(value, float) and isinstance(kept, (int, float)):
+        return None if math.isclose(value, kept, rel_tol=1e-9) or value != value else repr(value)
+    else:
+        return None if type(value) is type(kept) and value == kept else repr(value)[:60]
+    return next(filter(None, (_first_change(*pair) for pair in pairs)), None)

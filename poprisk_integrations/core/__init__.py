@@ -1,13 +1,15 @@
-"""Pure functions and frozen dataclasses: gate, noise, risk, window statistic, stopping rule."""
+"""Pure functions and frozen dataclasses: gate, noise, risk, test loss, stopping rules."""
 
-from poprisk_integrations.core.alpha import (
+from poprisk_integrations.core.diagnosis import PHRASES, Diagnosis, diagnose
+from poprisk_integrations.core.gate import (
     calibrated_alpha,
     chi2_quantile_1dof,
+    default_lambda_pop,
     finite_alpha,
+    gate_factor,
+    open_mask,
     resolve_alpha,
 )
-from poprisk_integrations.core.diagnosis import PHRASES, Diagnosis, diagnose
-from poprisk_integrations.core.gate import default_lambda_pop, gate_factor, open_mask
 from poprisk_integrations.core.learning_rate_cut import (
     LearningRateCutConfig,
     LearningRateCutRule,
@@ -21,22 +23,32 @@ from poprisk_integrations.core.noise import (
     sum_variance,
     update_dev_sq_,
 )
-from poprisk_integrations.core.risk import (
-    lagged_risk_decrease,
-    population_risk_decrease,
-    risk_decrease_from_ranks,
-    risk_decrease_from_sums,
-    risk_decrease_variance,
-    risk_decrease_weighted,
+from poprisk_integrations.core.risk_curve import (
+    RiskEstimate,
+    RiskTrend,
+    first_pass_estimate,
+    late_joiner_estimate,
+    risk_trend,
 )
-from poprisk_integrations.core.standard_error import mean_standard_error
+from poprisk_integrations.core.risk_stopping import (
+    RiskDecision,
+    RiskStopping,
+    RiskStoppingConfig,
+    RiskStoppingState,
+)
+from poprisk_integrations.core.sit_out_schedule import first_epochs
 from poprisk_integrations.core.stopping import (
     StoppingConfig,
     StoppingDecision,
     StoppingRule,
     StoppingState,
 )
-from poprisk_integrations.core.window import WindowRatio, coordinate_ratio, window_signal_ratio
+from poprisk_integrations.core.window import (
+    WindowRatio,
+    coordinate_ratio,
+    mean_standard_error,
+    window_signal_ratio,
+)
 
 __all__ = [
     "PHRASES",
@@ -44,6 +56,12 @@ __all__ = [
     "LearningRateCutConfig",
     "LearningRateCutRule",
     "LearningRateCutState",
+    "RiskDecision",
+    "RiskEstimate",
+    "RiskStopping",
+    "RiskStoppingConfig",
+    "RiskStoppingState",
+    "RiskTrend",
     "StoppingConfig",
     "StoppingDecision",
     "StoppingRule",
@@ -57,18 +75,16 @@ __all__ = [
     "diagnose",
     "ema_mean_variance",
     "finite_alpha",
+    "first_epochs",
+    "first_pass_estimate",
     "gate_factor",
     "gradient_scale",
-    "lagged_risk_decrease",
+    "late_joiner_estimate",
     "mean_standard_error",
     "noise_is_ready",
     "open_mask",
-    "population_risk_decrease",
     "resolve_alpha",
-    "risk_decrease_from_ranks",
-    "risk_decrease_from_sums",
-    "risk_decrease_variance",
-    "risk_decrease_weighted",
+    "risk_trend",
     "sum_variance",
     "update_dev_sq_",
     "window_signal_ratio",

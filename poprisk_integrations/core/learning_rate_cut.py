@@ -1,8 +1,10 @@
 """When to cut the learning rate without validation data: stationary, but not memorising."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from poprisk_integrations.core._plain import check_settings, known_fields
 
 __all__ = ["LearningRateCutConfig", "LearningRateCutRule", "LearningRateCutState"]
 
@@ -27,33 +29,23 @@ class LearningRateCutConfig:
     max_cuts: int = 3
 
     def __post_init__(self) -> None:
-        checks = (
-            ("factor", 0.0 < self.factor < 1.0, "in (0, 1)"),
-            ("patience", self.patience >= 1, ">= 1"),
-            ("confidence", self.confidence >= 0.0, ">= 0"),
-            ("max_cuts", self.max_cuts >= 1, ">= 1"),
+        check_settings(
+            self,
+            factor=(0.0 < self.factor < 1.0, "in (0, 1)"),
+            patience=(self.patience >= 1, ">= 1"),
+            confidence=(self.confidence >= 0.0, ">= 0"),
+            max_cuts=(self.max_cuts >= 1, ">= 1"),
         )
-        for name, ok, allowed in checks:
-            value = getattr(self, name)
-            if not ok or not math.isfinite(value):
-                raise ValueError(f"Invalid {name}: {value}. Must be finite and {allowed}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningRateCutState:
-    """Everything the rule remembers: plain numbers, ready for JSON.
+    """Everything the rule remembers: plain numbers, ready for JSON."""
 
-    Attributes:
-        stationary_windows: In a row, up to now.
-        cuts: How often the learning rate was cut.
-        last_cut_step: Optimizer step of the last cut.
-        reason: One line about the last cut.
-    """
-
-    stationary_windows: int = 0
+    stationary_windows: int = 0  # in a row, up to now
     cuts: int = 0
     last_cut_step: int | None = None
-    reason: str = "no cut yet"
+    reason: str = "no cut yet"  # about the last cut
 
 
 class LearningRateCutRule:
@@ -130,5 +122,4 @@ class LearningRateCutRule:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; keys that an older version did not write keep their defaults."""
-        known = {field.name for field in fields(LearningRateCutState)}
-        self.state = LearningRateCutState(**{k: v for k, v in state_dict.items() if k in known})
+        self.state = LearningRateCutState(**known_fields(LearningRateCutState, state_dict))

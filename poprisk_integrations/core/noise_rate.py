@@ -1,4 +1,4 @@
-"""How many labels are wrong, estimated from margins that never saw them."""
+"""How many labels are wrong, and which, from margins of pairs before they were trained on."""
 
 import math
 from dataclasses import dataclass
@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poprisk_integrations.core.untrained_margins import UntrainedMargins
-
-__all__ = ["NoiseRateEstimate", "double_annotation_rate", "estimate_noise_rate", "fitted_slope"]
+__all__ = [
+    "FEWEST_PAIRS",
+    "WIDEST",
+    "NoiseRateEstimate",
+    "UntrainedMargins",
+    "double_annotation_rate",
+    "estimate_noise_rate",
+    "fitted_slope",
+    "flip_probability",
+]
 
 LARGEST_RATE = 0.49
 FEWEST_PAIRS = 50
 WIDEST = 0.25  # an interval wider than this names no rate
+SMALLEST_SHARE = 0.05  # of the usual size, below which margins are those of an unmoved model
 # The upper end: shares of the surest pairs that are looked at, and one-sided errors (2.5 % over 4).
 SURE_SHARES = (0.1, 0.2, 0.4, 1.0)
 SURE_ERRORS = 2.5
@@ -22,6 +30,103 @@ MODEL_ERROR = 0.03  # the model's own mistakes about the pairs it is surest of
 HEAVY_TAILS = 3.5  # kurtosis from which the size of a margin may say nothing of its certainty
 LIKELIHOOD_DROP = 2.7  # of the log-likelihood, at the end of the interval
 _RATES, _SLOPES, _BINS = 50, 31, 50
+
+
+class UntrainedMargins:
+    """A record that keeps the first margin of every pair, and no later one.
+
+    A model fits the labels it was trained on, wrong ones too: margins of pairs that were trained on
+    say nothing about whether a label is wrong. The noise rate and the flip report are made from
+    this record alone, and it takes a margin only at a pair's first sight, which in training is the
+    forward pass before its first update. Nothing replaces it afterwards.
+
+    Args:
+        num_pairs: Number of rows of the data set.
+
+    Attributes:
+        margin: Shape (num_pairs,), fp64, NaN where there is none yet. Reward units.
+        step: Shape (num_pairs,), int64: optimizer steps done when it was taken, -1 where there is
+            none.
+
+    Example:
+        >>> record = UntrainedMargins(3)
+        >>> record.record(torch.tensor([2, 0]), torch.tensor([0.5, -1.0]), step=0)
+        >>> record.record(torch.tensor([0]), torch.tensor([7.0]), step=4)  # has been trained on
+        >>> record.margin.tolist()
+        [-1.0, nan, 0.5]
+    """
+
+    def __init__(self, num_pairs: int) -> None:
+        self.margin = torch.full((num_pairs,), torch.nan, dtype=torch.float64)
+        self.step = torch.full((num_pairs,), -1, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        """Rows of the data set."""
+        return len(self.margin)
+
+    @property
+    def seen(self) -> Tensor:
+        """Boolean, shape (num_pairs,): rows that have a margin."""
+        return self.step >= 0
+
+    @property
+    def judged(self) -> Tensor:
+        """Boolean, shape (num_pairs,): rows whose margin says something about their label.
+
+        Not those of the first steps, up to the first whose margins have at least a twentieth of the
+        usual size: until then the model is still the reference. Nor a margin of exactly zero.
+        """
+        judged = self.margin.isfinite() & (self.margin != 0)
+        if not judged.any():
+            return judged
+        size = self.margin[judged].abs()
+        steps, place = torch.unique(self.step[judged], return_inverse=True)
+        largest = torch.zeros(len(steps), dtype=size.dtype).scatter_reduce(0, place, size, "amax")
+        moved = int(steps[largest >= SMALLEST_SHARE * size.median()][0])
+        return judged & (self.step >= moved)
+
+    def record(self, rows: Tensor, margins: Tensor, step: int | Tensor) -> None:
+        """Take the margins of rows that have none; of a row that occurs twice, the first.
+
+        Args:
+            rows: Shape (k,), row numbers; negative ones (padding) are left out.
+            margins: Shape (k,), reward units. One that is not finite counts as seen, and stays NaN.
+            step: Optimizer steps done before, >= 0; one number or shape (k,).
+
+        Raises:
+            IndexError: If a row is not below `num_pairs`.
+        """
+        rows = rows.detach().cpu().to(torch.int64)
+        margins = margins.detach().cpu().to(torch.float64)
+        steps = torch.as_tensor(step, dtype=torch.int64).cpu().expand(rows.shape)
+        if rows.numel() and int(rows.max()) >= len(self):
+            raise IndexError(f"row {int(rows.max())} of a data set of {len(self)} rows")
+        numbered = torch.nonzero(rows >= 0).squeeze(1)
+        new = numbered[~self.seen[rows[numbered]]]
+        first = torch.full_like(self.step, len(rows))
+        first.scatter_reduce_(0, rows[new], new, "amin")
+        first = first[first < len(rows)]
+        finite = margins[first].isfinite()
+        self.margin[rows[first]] = margins[first].masked_fill(~finite, torch.nan)
+        self.step[rows[first]] = steps[first]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The record as two tensors."""
+        return {"margin": self.margin, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the place of what is recorded.
+
+        Raises:
+            ValueError: If the record is of a data set of another size.
+        """
+        if len(state["margin"]) != len(self):
+            raise ValueError(
+                f"The recorded margins are of {len(state['margin'])} pairs, the data have "
+                f"{len(self)}."
+            )
+        self.margin = state["margin"].to(torch.float64).clone()
+        self.step = state["step"].to(torch.int64).clone()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +145,8 @@ class NoiseRateEstimate:
             label would, if the rate is `reference_rate`. 0 where all margins are zero.
         upper_bound: Share of the labels that the margins contradict. The true rate is below it but
             for sampling error, if the model is right more often than not.
-        anchor: The same among the tenth of the pairs with the largest absolute margin. Above the
-            true rate by the model's errors there.
+        anchor: Share of contradicted labels among the tenth of the pairs with the largest absolute
+            margin. It is above the true rate by the model's errors on these pairs.
         num_pairs: Pairs that were judged.
         num_not_judged: Pairs whose margin is from before the model had moved; they do not count.
     """
@@ -165,6 +270,30 @@ def fitted_slope(margins: UntrainedMargins, rate: float) -> float:
     rates = torch.tensor([rate], dtype=torch.float64)
     slopes = torch.logspace(-2, 2, 201, dtype=torch.float64)
     return float(slopes[_log_likelihood(rates, slopes, h / rms)[0].argmax()]) / rms
+
+
+def flip_probability(margins: Tensor, noise_rate: float, slope: float) -> Tensor:
+    """Posterior of a wrong label under the mixture of `estimate_noise_rate`.
+
+        P(wrong | h) = e s(-k h) / [(1 - e) s(k h) + e s(-k h)]
+
+    Args:
+        margins: Any shape, reward units, each from before its pair was trained on.
+        noise_rate: e, the probability without a margin, in [0, 0.5).
+        slope: k >= 0, as estimated.
+
+    Returns:
+        Same shape; NaN stays NaN.
+
+    Example:
+        >>> p = flip_probability(torch.tensor([-2.0, 0.0, 2.0]), noise_rate=0.3, slope=2.0)
+        >>> [round(value, 3) for value in p.tolist()]
+        [0.959, 0.3, 0.008]
+    """
+    if noise_rate == 0.0:  # the log-odds would be infinite, and slope * margin may be too
+        return torch.where(margins.isnan(), margins, torch.zeros_like(margins))
+    log_odds = torch.logit(torch.as_tensor(noise_rate, dtype=torch.float64)).to(margins)
+    return torch.sigmoid(log_odds - slope * margins)
 
 
 def double_annotation_rate(num_pairs: int, num_disagreements: int) -> tuple[float, float]:

@@ -2,8 +2,7 @@
 
 Throughout, `margins` is h = beta * (log-ratio of chosen - log-ratio of rejected) with log-ratio
 log pi(y | x) - log pi_ref(y | x), and s is the logistic function. Every function returns one loss
-per pair, of the shape of `margins`; the caller takes the mean. The force on a pair is -dL/dh, see
-`preference_forces`.
+per pair, of the shape of `margins`; the caller takes the mean. The force on a pair is -dL/dh.
 """
 
 import math

@@ -1,8 +1,10 @@
 """When to stop without validation data: arm, onset, stop at a multiple of the onset."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from poprisk_integrations.core._plain import check_settings, known_fields
 
 __all__ = ["StoppingConfig", "StoppingDecision", "StoppingRule", "StoppingState"]
 
@@ -50,73 +52,53 @@ class StoppingConfig:
     min_steps: int = 0
 
     def __post_init__(self) -> None:
-        checks = (
-            ("kappa", self.kappa >= 1.0, ">= 1"),
-            ("stretch", self.stretch >= 1.0, ">= 1"),
-            ("threshold", self.threshold > 0.0, "> 0"),
-            ("confidence", self.confidence >= 0.0, ">= 0"),
-            ("arm_threshold", self.arm_threshold >= self.threshold, ">= threshold"),
-            ("unarmed_windows", self.unarmed_windows >= 2, ">= 2"),
-            ("rearm_threshold", self.rearm_threshold >= self.threshold, ">= threshold"),
-            ("rearm_windows", self.rearm_windows >= 1, ">= 1"),
-            ("min_steps", self.min_steps >= 0, ">= 0"),
+        check_settings(
+            self,
+            kappa=(self.kappa >= 1.0, ">= 1"),
+            stretch=(self.stretch >= 1.0, ">= 1"),
+            threshold=(self.threshold > 0.0, "> 0"),
+            confidence=(self.confidence >= 0.0, ">= 0"),
+            arm_threshold=(self.arm_threshold >= self.threshold, ">= threshold"),
+            unarmed_windows=(self.unarmed_windows >= 2, ">= 2"),
+            rearm_threshold=(self.rearm_threshold >= self.threshold, ">= threshold"),
+            rearm_windows=(self.rearm_windows >= 1, ">= 1"),
+            min_steps=(self.min_steps >= 0, ">= 0"),
         )
-        for name, ok, allowed in checks:
-            value = getattr(self, name)
-            if not ok or not math.isfinite(value):
-                raise ValueError(f"Invalid {name}: {value}. Must be finite and {allowed}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoppingState:
     """Everything the rule remembers: plain numbers, ready for JSON.
 
-    Attributes:
-        lr_sum: Training time so far, the sum of the learning rates of all optimizer steps.
-        windows: Windows seen.
-        armed: Whether F has exceeded the arm threshold.
-        signal_ratio: F of the last window.
-        window_end: `lr_sum` at the end of the last window.
-        window_end_step: Optimizer step at the end of the last window; None before the first.
-        window_middle: Training time in the middle of the last window; None before the first.
-        window_middle_step: The same in optimizer steps.
-        first_middle: Training time in the middle of the first window.
-        first_middle_step: The same in optimizer steps.
-        mean_ratio: Mean F of the windows so far, while not armed.
-        mean_variance: Mean squared standard error of F over the same windows.
-        noise_peak: Largest noise of a window so far.
-        onset_step: Optimizer step at which F was first seen below the threshold.
-        onset_lr_sum: Training time at which F crossed the threshold, between two windows.
-        onset_at: The same in optimizer steps, earlier than `onset_step`: where a curve of F drawn
-            at the middles of the windows crosses the threshold.
-        onset_ratio: F at the onset step.
-        onset_kappa: Multiple of the onset time at which the run stops.
-        windows_above: Consecutive windows above the re-arm threshold since the onset.
-        stop_step: Optimizer step of the stop; final once set.
-        reason: One line about the last change of mind.
+    Times are training times, sums of learning rates, and steps are optimizer steps.
     """
 
-    lr_sum: float = 0.0
+    lr_sum: float = 0.0  # training time so far
     windows: int = 0
-    armed: bool = False
+    armed: bool = False  # F has exceeded the arm threshold
+    # of the last window
     signal_ratio: float | None = None
     window_end: float = 0.0
     window_end_step: int | None = None
     window_middle: float | None = None
     window_middle_step: float | None = None
+    # of the first window
     first_middle: float | None = None
     first_middle_step: float | None = None
+    # over the windows so far, while not armed: of F, and of its squared standard error
     mean_ratio: float = 0.0
     mean_variance: float = 0.0
-    noise_peak: float = 0.0
-    onset_step: int | None = None
+    noise_peak: float = 0.0  # largest noise of a window so far
+    onset_step: int | None = None  # at which F was first seen below the threshold
+    # Where a curve of F drawn at the middles of the windows crosses the threshold, as a time and
+    # as a step earlier than `onset_step`.
     onset_lr_sum: float | None = None
     onset_at: float | None = None
-    onset_ratio: float | None = None
-    onset_kappa: float | None = None
-    windows_above: int = 0
-    stop_step: int | None = None
-    reason: str = "no window is complete yet"
+    onset_ratio: float | None = None  # F at `onset_step`
+    onset_kappa: float | None = None  # multiple of the onset time at which the run stops
+    windows_above: int = 0  # in a row above the re-arm threshold since the onset
+    stop_step: int | None = None  # final once set
+    reason: str = "no window is complete yet"  # about the last change of mind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,8 +213,7 @@ class StoppingRule:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; keys that an older version did not write keep their defaults."""
-        known = {field.name for field in fields(StoppingState)}
-        values = {k: v for k, v in state_dict.items() if k in known}
+        values = known_fields(StoppingState, state_dict)
         if values.get("onset_lr_sum") is not None:
             values.setdefault("onset_kappa", self.config.kappa)
         self.state = StoppingState(**values)

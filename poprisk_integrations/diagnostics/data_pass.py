@@ -1,26 +1,32 @@
-"""How many batches of a loader are one pass over its data, which an epoch may not be."""
+"""What a loader shows of its data: how long one pass over them is, which example is which."""
 
+import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-__all__ = ["DataPass", "data_pass", "joint_data_pass"]
+from poprisk_integrations.diagnostics.without_traces import randomness_kept
 
+__all__ = ["DataPass", "batch_count", "data_pass", "joint_data_pass", "sit_out_refusal"]
+
+_WITH_ITS_PLACE = "torchdata.StatefulDataLoader"  # fast-forwards its sampler by itself
 # Classes by the package and the class that define `__iter__`: a subclass with its own is unknown.
 _LOADERS = {
     "torch.DataLoader",
     "accelerate.DataLoaderShard",
     "accelerate.DataLoaderDispatcher",
     "accelerate.SkipDataLoader",
-    "torchdata.StatefulDataLoader",
+    _WITH_ITS_PLACE,
 }
 _BATCH_SAMPLERS = {
     "torch.BatchSampler",
     "accelerate.BatchSamplerShard",
     "accelerate.SkipBatchSampler",
     "torchdata.BatchSampler",
+    "poprisk_integrations.VisitorBatches",
 }
 _IN_ORDER = {"torch.SequentialSampler"}
 _DISTRIBUTED = {
@@ -49,16 +55,11 @@ _WEIGHTED = {"torch.WeightedRandomSampler"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataPass:
-    """One pass over the data of a loader, as far as the loader shows it.
+    """One pass over the data of a loader, as far as the loader shows it."""
 
-    Attributes:
-        batches: Batches of this process until as many examples were drawn as there are; None if
-            that cannot be known.
-        reason: Why it is not known; "" if it is.
-    """
-
+    # Of this process, until as many examples were drawn as there are; None if it cannot be known.
     batches: int | None
-    reason: str = ""
+    reason: str = ""  # why it is not known
 
 
 def data_pass(loader: Any, limit: int | None = None) -> DataPass:
@@ -72,10 +73,7 @@ def data_pass(loader: Any, limit: int | None = None) -> DataPass:
                   example comes again
 
     An example of a map-style data set counts as the same at its next visit, augmented or not.
-
-    Args:
-        loader: Of one process.
-        limit: Batches of it that a trainer takes per epoch; None for all.
+    `limit` are the batches that a trainer takes per epoch; None for all.
 
     Example:
         >>> from torch.utils.data import RandomSampler
@@ -97,11 +95,13 @@ def data_pass(loader: Any, limit: int | None = None) -> DataPass:
     if isinstance(loader.dataset, IterableDataset):
         return _unknown("the data are a stream")
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    batches, depth = _length(loader), 0
+    batches, depth = batch_count(loader), 0
     while _definer(sampler) in _BATCH_SAMPLERS and depth < 8:
         if batches is not None:  # the rest of an epoch that is resumed
             batches += getattr(sampler, "skip_batches", 0)
-        sampler, depth = getattr(sampler, "batch_sampler", None) or sampler.sampler, depth + 1
+        depth += 1
+        wrapped = getattr(sampler, "before_sitting_out", None)
+        sampler = wrapped or getattr(sampler, "batch_sampler", None) or sampler.sampler
     return _of_sampler(sampler, batches, limit)
 
 
@@ -109,21 +109,75 @@ def joint_data_pass(loaders: Sequence[Any], steps: int | None = None) -> DataPas
     """The same of several loaders that a trainer draws from together, a batch of each per step.
 
     A short one may be cycled meanwhile; a pass is over when the longest has been drawn once.
-
-    Args:
-        loaders: Of one process.
-        steps: Batches that a trainer takes per epoch; None for as many as there are.
-
-    Example:
-        >>> long, short = DataLoader(list(range(9)), shuffle=True), DataLoader(list(range(3)))
-        >>> joint_data_pass([long, short], 3).batches  # nine steps until the long one is seen
-        9
     """
     passes = [data_pass(one, steps) for one in loaders]
     unknown = [part for part in passes if part.batches is None]
     if unknown or not passes:
         return unknown[0] if unknown else _unknown("there is no loader")
     return max(passes, key=lambda part: part.batches or 0)
+
+
+def sit_out_refusal(loader: Any, limit: int | None = None) -> str:
+    """Why examples of this loader cannot sit out of an epoch; "" if they can.
+
+    Needed are a data set with a length, and a sampler that draws each example once per epoch, but
+    for the repeats that fill up a last batch. Samplers of unknown classes are copied and drawn from
+    once, with all random numbers put back.
+
+    `limit` is how many batches of it a trainer takes per epoch; None for all.
+    """
+    base = getattr(loader, "base_dataloader", loader)
+    name = _definer(loader)
+    if not isinstance(base, DataLoader) or name not in _LOADERS or name == _WITH_ITS_PLACE:
+        return f"the loader is a {type(loader).__name__}, which shows no order of examples"
+    if isinstance(base.dataset, IterableDataset):
+        return "the data are a stream"
+    if name == "accelerate.DataLoaderDispatcher":
+        return "one process draws the batches for all (dispatch_batches)"
+    sampler = base.sampler if base.batch_sampler is None else base.batch_sampler
+    if base.batch_sampler is None and not isinstance(sampler, BatchSampler):
+        return "the loader makes no batches (batch_size=None)"
+    try:
+        batches, examples = len(loader), len(base.dataset)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return "the data have no length"
+    if batches < 1 or examples < 2:
+        return "there are fewer than two examples"
+    part: Any = sampler
+    for _ in range(8):  # samplers inside each other
+        if getattr(part, "replacement", False):
+            return (
+                "the sampler draws with replacement: an example comes any number of times per epoch"
+            )
+        part = getattr(part, "batch_sampler", None) or getattr(part, "sampler", None)
+    found = data_pass(loader)
+    if found.batches is None:
+        return _look(sampler, base.dataset, examples)
+    taken = batches if limit is None else min(batches, limit)
+    if found.batches > taken and data_pass(loader, limit).batches != taken:
+        return f"an epoch draws {taken} of the {found.batches} batches that would hold all examples"
+    if found.batches < batches:
+        return f"an epoch draws {batches} batches, and {found.batches} would hold all examples"
+    return ""
+
+
+def _look(sampler: Any, dataset: Any, examples: int) -> str:
+    """The same from one pass of a copy."""
+    name = type(sampler).__name__
+    with randomness_kept():
+        try:
+            own = copy.deepcopy(sampler, {id(dataset): dataset})
+            lists = [[int(i) for i in part] for part in itertools.islice(own, len(sampler))]
+        except Exception as error:  # whatever somebody's sampler does
+            return (
+                f"the sampler, a {name}, could not be looked at ({type(error).__name__}: {error})"
+            )
+    drawn = list(itertools.chain.from_iterable(lists))
+    if not drawn or not all(0 <= i < examples for i in drawn):
+        return f"the sampler, a {name}, draws no indices into the data set"
+    if len(drawn) - len(set(drawn)) > max(map(len, lists)):
+        return f"the sampler, a {name}, draws examples more than once per epoch"
+    return ""
 
 
 def _of_sampler(sampler: Any, batches: int | None, limit: int | None) -> DataPass:
@@ -146,14 +200,15 @@ def _of_sampler(sampler: Any, batches: int | None, limit: int | None) -> DataPas
 
 
 def _definer(thing: Any) -> str:
-    """Package and name of the class whose `__iter__` this is."""
+    """Package and name of the class whose `__iter__` this is, as "torch.DataLoader"."""
     for cls in type(thing).__mro__:
         if "__iter__" in vars(cls):
             return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
     return f".{type(thing).__name__}"
 
 
-def _length(loader: Any) -> int | None:
+def batch_count(loader: Any) -> int | None:
+    """Batches that a loader says it has, which need not be a pass; None without a length."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):

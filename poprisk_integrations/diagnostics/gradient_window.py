@@ -1,5 +1,6 @@
 """Accumulates batch gradients over a window of optimizer steps and closes it with F."""
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -8,35 +9,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from poprisk_integrations.core.standard_error import mean_standard_error
-from poprisk_integrations.core.window import WindowRatio, window_signal_ratio
-from poprisk_integrations.diagnostics.coordinate_sample import FlatVector
-from poprisk_integrations.diagnostics.gradient_agreement import GradientAgreement
-from poprisk_integrations.diagnostics.pending_steps import PendingSteps
-from poprisk_integrations.diagnostics.step_displacement import StepDisplacement
-from poprisk_integrations.diagnostics.window_layout import WindowLayout, real_view
-from poprisk_integrations.diagnostics.window_rows import StepRows
-from poprisk_integrations.diagnostics.window_state import check_state, copy_state, state_misfit
-from poprisk_integrations.diagnostics.window_sums import ExactSums, SampledSums
-from poprisk_integrations.distributed import is_dtensor, mean_over_ranks
+from poprisk_integrations.core.window import (
+    WindowRatio,
+    mean_standard_error,
+    window_signal_ratio,
+)
+from poprisk_integrations.diagnostics.run_length import SHORTEST_WINDOW
+from poprisk_integrations.diagnostics.window_layout import WindowLayout
+from poprisk_integrations.diagnostics.window_sums import WindowBuffers
 
-__all__ = ["SHORTEST_WINDOW", "GradientWindow"]
-
-SHORTEST_WINDOW = 4  # with fewer, the variance of a coordinate has no mean inverse
+__all__ = ["BY_POSITION", "GradientWindow", "empty_state", "pair_stride", "window_fits"]
 
 # Pairs of consecutive steps in a long window, behind risk decrease and agreement: their standard
 # error grows with fewer of them, the cost of a step with more (recipes/benchmarks/stop_cost).
 PAIRS = 24
+BY_POSITION = ("sums", "squares", "previous", "last_grads")  # of a state: a tensor per parameter
 
 
 def pair_stride(steps: int) -> int:
     """Every how many steps of a window a pair of consecutive steps ends.
 
     1 in windows below 72 steps; every second step would read as much as every step.
-
-    Example:
-        >>> pair_stride(71), pair_stride(72), pair_stride(100), pair_stride(1000)
-        (1, 3, 4, 41)
     """
     stride = steps // PAIRS
     return stride if stride > 2 else 1
@@ -51,7 +44,7 @@ class GradientWindow:
     decided on the device: no host sync before the window closes, and no communication, but for
     one reduction of L numbers per step where tensors are sharded. A window closes with F, its
     standard error, the population-risk decrease along the steps that were taken, and the
-    agreement of consecutive batches (`core.WindowRatio`, `StepDisplacement`, `GradientAgreement`).
+    agreement of consecutive batches (`core.WindowRatio`, `window_sums.StepPairs`).
 
     Args:
         steps: Optimizer steps in a window, >= 4.
@@ -59,20 +52,19 @@ class GradientWindow:
             reads 16,384 fixed coordinates of each large tensor (`CoordinateSample`), also for
             |g_t|^2 and to tell whether a step is finite: 12 bytes per sampled coordinate (on the
             CPU 40, for steps wait in groups of eight), 45 MB for a model of 7B parameters instead
-            of 54 GB. "auto": exact while a process trains at most 25 million parameters, where it
-            costs 200 MB or less.
+            of 54 GB. "auto": exact while a process trains at most 25 million parameters.
         shard_group: Process group over which tensors that are no DTensors are sharded (FSDP1,
             DeepSpeed ZeRO). A rank may hold an empty shard, or no gradient where others do.
         measure_risk: Whether to measure risk decrease and agreement, from the sampled coordinates
             with either accumulator: 12 to 16 bytes more per sampled coordinate (on the CPU 40
-            to 72). Windows of 72 steps or more measure 24 to 31 pairs of consecutive steps,
-            evenly spread; the standard error is that of the terms measured, serial correlation
-            between them allowed for.
+            to 72). Windows of 72 steps or more measure 24 to 31 pairs of consecutive steps.
         epoch_steps: Optimizer steps of one pass over the data; None if unknown. A longer window
             sees each example more than once, which F allows for.
+        numel: Coordinates of the whole tensors, float64, where only samples of them are offered.
 
     Attributes:
         restarts: Unfinished windows given up since the last close, for other parameters.
+        seen: Optimizer steps in the unfinished window, finite or not.
 
     Raises:
         ValueError: If `steps` < 4 or `accumulator` is unknown.
@@ -95,6 +87,7 @@ class GradientWindow:
         shard_group: Any = None,
         measure_risk: bool = True,
         epoch_steps: int | None = None,
+        numel: Tensor | None = None,
     ) -> None:
         if steps < SHORTEST_WINDOW:
             raise ValueError(
@@ -106,22 +99,18 @@ class GradientWindow:
             )
         self.steps = steps
         self.accumulator = accumulator
-        self.measure_risk = measure_risk
+        self._measure_risk = measure_risk
         self._stride = pair_stride(steps)
         self._passes = max(1.0, steps / epoch_steps) if epoch_steps else 1.0
         self._shard_group = shard_group
+        self._numel = numel
         self.restarts = 0
         self.reset()
 
     @property
     def is_full(self) -> bool:
         """Whether `steps` optimizer steps were offered since the last close."""
-        return self._seen >= self.steps
-
-    @property
-    def seen(self) -> int:
-        """Optimizer steps in the unfinished window."""
-        return self._seen
+        return self.seen >= self.steps
 
     @torch.no_grad()
     def add(
@@ -148,152 +137,89 @@ class GradientWindow:
             ValueError: If their number is not that of `grads`.
         """
         tensors, gradients = _columns(params, grads)
-        layout = self._layout_of(tensors) if tensors else None
-        self._seen += 1
-        if layout is None or (self._shard_group is None and all(g is None for g in gradients)):
-            return
-        assert self._sums is not None
-        assert self._norm_sq is not None
-        if self._taken == 0:
-            self._is_plain = all(g is None or _is_plain(g) for g in gradients)
-        if not self._is_plain:
-            gradients = [None if g is None else _plain(g) for g in gradients]
-        read = layout.to_locals(gradients)
-        scale = _plain_scale(scale, layout.on_host)
-        is_exact = isinstance(self._sums, ExactSums)
-        if is_exact:
-            self._count(self._sums, read, scale)
-        phase = self._taken % self._stride
-        self._taken += 1
-        is_paired = self._displacement is not None and phase >= self._stride - 2
-        if self._pending is not None and (is_paired or not is_exact):
-            weights = layout.to_locals(tensors) if is_paired else None
-            self._pending.read(read, scale, weights, phase == self._stride - 1)
-            if self._pending.is_full:
-                self._work_off()
+        open_ = self._open_for(tensors) if tensors else None
+        self.seen += 1
+        # A shard without a gradient still takes part in what all shards reduce.
+        if open_ is not None and (
+            self._shard_group is not None or any(g is not None for g in gradients)
+        ):
+            open_.add(tensors, gradients, scale)
 
     @torch.no_grad()
     def place(self, params: Iterable[Tensor]) -> None:
         """Give a loaded window its tensors without a step, so that a full one can be closed."""
         tensors, _ = _columns(params, None)
         if tensors:
-            self._layout_of(tensors)
+            self._open_for(tensors)
 
     @torch.no_grad()
     def close(self) -> WindowRatio | None:
-        """End the window: reduce over shards and ranks, return what was measured, start afresh.
+        """End the window, and start afresh; None where fewer than four finite steps were seen.
 
         One host sync. All ranks get the same bits, so all decide alike.
-
-        Returns:
-            F and the rest, or None where fewer than four finite steps were seen.
         """
-        self._work_off()
-        self.restarts = 0
-        layout, sums, rows = self._layout, self._sums, self._norm_sq
-        displacement, agreement = self._displacement, self._agreement
+        self.restarts, open_ = 0, self._open
         if self._loaded is not None:  # of tensors that never came
             self.reset()
-        if layout is None or sums is None or not rows:
-            self._start_window()
+        self.seen = 0
+        if open_ is None:
             return None
-        norm_sq = rows.stacked()
-        counted = norm_sq.sum(1).isfinite().sum()
-        blocks = [
-            norm_sq,
-            layout.sum(sums.norms_of_sum().square())[None],
-            layout.sum(sums.coordinate_ratios(int(counted) if layout.on_host else counted)),
-        ]
-        if displacement is not None and agreement is not None:
-            products = displacement.rows.stacked()
-            blocks += [layout.sum(products[:, :-1].contiguous()), layout.max(products[:, -1:])]
-            blocks.append(layout.sum(agreement.rows.stacked()))
-        flat = mean_over_ranks(torch.cat([block.flatten() for block in blocks])).double().cpu()
-        parts = flat.split_with_sizes([block.numel() for block in blocks])
-        host = [part.view(block.shape) for part, block in zip(parts, blocks, strict=True)]
-        self._start_window()
-        is_finite = host[0].sum(1).isfinite()
+        host = None if open_.is_empty else open_.reduced()
+        open_.start_window()
+        return None if host is None else self._result(open_, host)
+
+    def _result(self, open_: WindowBuffers, host: list[Tensor]) -> WindowRatio | None:
+        (norms, sums, ratios, *pairs), layout = host, open_.layout
+        is_finite = norms.sum(1).isfinite()
         steps = int(is_finite.sum())
         if steps < SHORTEST_WINDOW:
             return None
-        scale = layout.numel / sums.measured.clamp(min=1)
-        norm_sq = host[0][is_finite] * scale
+        scale = layout.numel / open_.sums.measured.clamp(min=1)
+        norm_sq = norms[is_finite] * scale
         result = window_signal_ratio(
-            host[1][0] * scale,
+            sums * scale,
             norm_sq.sum(0),
             layout.numel,
             steps,
             norm_sq=norm_sq,
             passes=self._passes,
         )
-        white, alive = (host[2] * scale).sum(1).tolist()
+        white, alive = (ratios * scale).sum(1).tolist()
         if alive > 0 and not math.isnan(result.ratio):
             result = replace(result, ratio=white / alive / self._passes)
-        if displacement is None or agreement is None:
+        if not pairs:
             return result
         scale = layout.numel / layout.sampled.clamp(min=1)
-        per_step = (host[3] * scale).sum(1)
+        agreements, products = (pairs[0] * scale).unbind(1)
+        gains, has_moved = products.sum(1), pairs[1][:, 0] > 0
         # A step that was not applied says nothing about the direction of those that were.
-        counts = is_finite[self._stride - 1 :: self._stride]
-        counts = counts & per_step.isfinite() & (host[4][:, 0] > 0)
-        gain, gain_se = mean_standard_error(per_step[counts])
-        agreed, agreed_se = mean_standard_error(_in_units_of_noise(host[5] * scale, result, layout))
+        counts = is_finite[self._stride - 1 :: self._stride] & gains.isfinite() & has_moved
+        # U in units of the noise: sum over tensors of w_l U_t,l / S_l.
+        noisy = result.per_tensor.isfinite()
+        weight = torch.where(noisy, layout.numel, 0.0)
+        agreed = agreements @ torch.where(noisy, weight / weight.sum() / result.noise, 0.0)
+        gain, gain_se = mean_standard_error(gains[counts])
+        agreement, agreement_se = mean_standard_error(agreed[agreed.isfinite()])
         return replace(
             result,
             risk_decrease=gain,
             risk_decrease_se=gain_se,
-            agreement=agreed,
-            agreement_se=agreed_se,
+            agreement=agreement,
+            agreement_se=agreement_se,
         )
 
     def reset(self) -> None:
         """Forget the unfinished window, and the weights of the last step."""
-        self._seen = 0  # steps offered, finite or not: known on the host
-        self._taken = 0  # of them with gradients, and so with a row in `_norm_sq`
-        self._norm_sq: StepRows | None = None  # |g_t,l|^2 of every step, finite or not
-        self._layout: WindowLayout | None = None
-        self._sums: ExactSums | SampledSums | None = None
-        self._pending: PendingSteps | None = None
-        self._displacement: StepDisplacement | None = None
-        self._agreement: GradientAgreement | None = None
-        self._is_plain = True  # no gradient is sparse, complex or float64, as of the first step
+        self.seen = 0  # steps offered, finite or not: known on the host
+        self._open: WindowBuffers | None = None
         self._loaded: dict[str, Any] | None = None  # waits for the tensors that it belongs to
 
     def state_dict(self) -> dict[str, Any]:
-        """The unfinished window and the last weights: numbers, strings and tensors.
-
-        Of sharded tensors it holds the local shards' part.
-        """
+        """The unfinished window and the last weights (of sharded tensors the local part)."""
         if self._loaded is not None:
-            return copy_state(self._loaded)
-        self._work_off()
-        displacement = self._displacement
-        state: dict[str, Any] = {
-            "accumulator": self.accumulator if self._layout is None else self._layout.accumulator,
-            "seen": self._seen,
-            "counted": None,
-            "sums": {},
-            "squares": {},
-            "norm_sq": None,
-            "previous": {},
-            "products": None,
-            "last_grads": {},
-            "agreements": None,
-        }
-        if self._sums is not None and self._norm_sq:
-            state["sums"], state["squares"] = self._sums.state()
-            state["norm_sq"] = self._norm_sq.stacked()
-            state["counted"] = state["norm_sq"].sum(1).isfinite().sum()
-        if displacement is not None and displacement.previous is not None:
-            state["previous"] = {str(i): t.clone() for i, t in enumerate(displacement.previous)}
-            if displacement.rows:
-                state["products"] = displacement.rows.stacked()
-        agreement = self._agreement
-        if agreement is not None and agreement.last_grads is not None:
-            state["last_grads"] = {str(i): t.clone() for i, t in enumerate(agreement.last_grads)}
-            if agreement.rows:
-                state["agreements"] = agreement.rows.stacked()
-        return state
+            return copy.deepcopy(self._loaded)
+        measured = {} if self._open is None else self._open.state()
+        return {**empty_state(self.accumulator, self.seen), **measured}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue an unfinished window; tensors move to their parameters' device.
@@ -303,110 +229,34 @@ class GradientWindow:
         Raises:
             ValueError: If the state is of another accumulator or of an older version.
         """
-        check_state(state_dict)
+        missing = _missing_entries(state_dict)
+        if missing:
+            raise ValueError(f"Invalid state of a window: it lacks {', '.join(missing)}.")
         saved, wanted = state_dict["accumulator"], self.accumulator
         if "auto" not in (saved, wanted) and saved != wanted:
             raise ValueError(f"The state is of accumulator={saved!r}, the window has {wanted!r}.")
         self.reset()
-        self._loaded = copy_state(state_dict)
-        self._seen = int(state_dict["seen"])
+        self._loaded = copy.deepcopy(dict(state_dict))
+        self.seen = int(state_dict["seen"])
 
-    def _count(
-        self, sums: Any, grads: Sequence[Tensor | None] | FlatVector, scale: float | Tensor
-    ) -> None:
-        """Add one step to the sums, if it is finite, and its norms to the rows."""
-        assert self._layout is not None
-        assert self._norm_sq is not None
-        row = _squared(self._norm_sq.row(sums.norms(grads)), scale)
-        if self._layout.is_sharded:  # the same verdict on all shards: the total is finite or not
-            row = self._layout.sum_row(row)
-        self._norm_sq.append(row)
-        if not isinstance(row, list):
-            sums.add_(grads, scale, torch.isfinite(row.sum()))
-        elif math.isfinite(sum(row)):
-            sums.add_(grads, scale, None)
-
-    @torch.no_grad()
-    def _work_off(self) -> None:
-        """Count the steps that were only read."""
-        if self._pending is None:
-            return
-        for grads, weights, is_second in self._pending.drain():
-            if isinstance(self._sums, SampledSums):
-                self._count(self._sums, grads, 1.0)
-            if weights is None:
-                continue
-            assert self._displacement is not None
-            assert self._agreement is not None
-            if is_second:
-                self._displacement.add(weights, grads)
-                self._agreement.add(grads)
-            else:
-                self._displacement.remember(weights)
-                self._agreement.remember(grads)
-
-    def _start_window(self) -> None:
-        self._seen = self._taken = 0
-        if self._sums is not None and self._norm_sq is not None:
-            self._sums.zero_()
-            self._norm_sq.load(None)
-        if self._displacement is not None and self._agreement is not None:
-            self._displacement.start_window()
-            self._agreement.start_window()
-
-    def _layout_of(self, tensors: Sequence[Tensor]) -> WindowLayout:
-        if self._layout is not None and self._layout.is_of(tensors):
-            return self._layout
+    def _open_for(self, tensors: Sequence[Tensor]) -> WindowBuffers:
+        """The buffers of these tensors, fresh ones if they are others than before."""
+        if self._open is not None and self._open.layout.is_of(tensors):
+            return self._open
         layout = WindowLayout(tensors, self.accumulator, self._shard_group)
-        loaded, seen = self._loaded, self._seen
-        is_other = self._layout is not None and seen > 0
-        if is_other or (loaded is not None and state_misfit(loaded, layout)):
+        loaded, seen = self._loaded, self.seen
+        is_other = self._open is not None and seen > 0
+        if is_other or (loaded is not None and not _fits(loaded, layout)):
             loaded, seen = None, 0
             self.restarts += 1
         self.reset()
-        self._layout, self._seen = layout, seen
-        self._norm_sq = StepRows(layout.device, layout.on_host)
-        is_exact = layout.accumulator == "exact"
-        self._sums = ExactSums(layout) if is_exact else SampledSums(layout)
-        if self.measure_risk:
-            self._displacement = StepDisplacement(layout)
-            self._agreement = GradientAgreement(layout)
-        if self.measure_risk or not is_exact:
-            self._pending = PendingSteps(layout, with_weights=self.measure_risk)
+        if self._numel is not None:
+            layout.numel = self._numel
+        self._open = WindowBuffers(layout, self._stride if self._measure_risk else None)
+        self.seen = seen
         if loaded is not None:
-            self._take(loaded, layout)
-        return layout
-
-    def _take(self, state: Mapping[str, Any], layout: WindowLayout) -> None:
-        assert self._sums is not None
-        assert self._norm_sq is not None
-        self._sums.load(state["sums"], state["squares"])
-        self._norm_sq.load(state["norm_sq"])
-        self._taken = len(self._norm_sq)
-        displacement, agreement = self._displacement, self._agreement
-        if displacement is None or agreement is None:
-            return
-        columns, pairs = range(len(layout.locals)), self._taken // self._stride
-        if state["previous"]:
-            displacement.previous = [state["previous"][str(i)] for i in columns]
-        if state["last_grads"]:
-            agreement.last_grads = [state["last_grads"][str(i)] for i in columns]
-        for part, saved in (
-            (displacement, state["products"]),
-            (agreement, state["agreements"]),
-        ):
-            if saved is None or len(saved) != pairs:  # not measured, or with another stride
-                part.pad(pairs)
-            else:
-                part.rows.load(saved)
-
-
-def _in_units_of_noise(products: Tensor, window: WindowRatio, layout: WindowLayout) -> Tensor:
-    """Sum over tensors of w_l U_t,l / S_l, one number per step with a finite product."""
-    noisy = window.per_tensor.isfinite()
-    weight = torch.where(noisy, layout.numel, 0.0)
-    per_step = products @ torch.where(noisy, weight / weight.sum() / window.noise, 0.0)
-    return per_step[per_step.isfinite()]
+            self._open.load(loaded)
+        return self._open
 
 
 def _columns(
@@ -421,27 +271,47 @@ def _columns(
     return tensors, list(grads)
 
 
-def _is_plain(grad: Tensor) -> bool:
-    is_wide = grad.dtype is torch.float64 or grad.is_complex()
-    return grad.layout is torch.strided and not is_wide
+def empty_state(accumulator: str, seen: int) -> dict[str, Any]:
+    """The state of a window in which nothing was measured."""
+    return {
+        "accumulator": accumulator,
+        "seen": seen,
+        **dict.fromkeys(("counted", "norm_sq", "products", "agreements")),
+        **{key: {} for key in BY_POSITION},
+    }
 
 
-def _plain(grad: Tensor) -> Tensor:
-    """Dense, real and fp32 at most, as the window's buffers are."""
-    plain = real_view(grad if grad.layout is torch.strided else grad.to_dense())
-    return plain.float() if plain.dtype is torch.float64 else plain
+def _missing_entries(state_dict: Mapping[str, Any]) -> list[str]:
+    """What a state lacks, as one of an older version does."""
+    return sorted(set(empty_state("", 0)) - set(state_dict))
 
 
-def _plain_scale(scale: float | Tensor, on_host: bool) -> float | Tensor:
-    if not isinstance(scale, Tensor):
-        return scale
-    if is_dtensor(scale):
-        scale = scale.full_tensor()  # type: ignore[attr-defined]
-    return float(scale) if on_host else scale.to(torch.float32)  # type: ignore[union-attr]
+def _fits(state_dict: Mapping[str, Any], layout: WindowLayout) -> bool:
+    """Whether a state belongs to these tensors."""
+    columns, norm_sq = len(layout.locals), state_dict["norm_sq"]
+    sampled = [(count,) for count in layout.sample.counts]
+    whole = [tuple(t.shape) for t in layout.locals]
+    summed = whole if layout.accumulator == "exact" else sampled
+    shapes = zip(BY_POSITION, (summed, summed, sampled, sampled), strict=True)
+    return (
+        state_dict["accumulator"] in ("auto", layout.accumulator)
+        and (norm_sq is None or norm_sq.shape[1] == columns)
+        and len(state_dict["previous"]) in (0, columns)
+        and all(
+            int(position) < columns and tuple(tensor.shape) == expected[int(position)]
+            for key, expected in shapes
+            for position, tensor in state_dict[key].items()
+        )
+    )
 
 
-def _squared(row: Tensor | list[float], scale: float | Tensor) -> Tensor | list[float]:
-    if isinstance(row, Tensor):
-        return (row * scale).square_()
-    assert not isinstance(scale, Tensor)
-    return [(norm * scale) ** 2 for norm in row]
+def window_fits(
+    state_dict: Mapping[str, Any], params: Iterable[Tensor], shard_group: Any = None
+) -> bool:
+    """Whether a window's state belongs to parameters of these shapes, frozen ones passed over."""
+    tensors = [p for p in params if p.requires_grad]
+    if _missing_entries(state_dict):
+        return False
+    if not tensors:
+        return not state_dict["sums"]
+    return _fits(state_dict, WindowLayout(tensors, state_dict["accumulator"], shard_group))

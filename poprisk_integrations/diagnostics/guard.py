@@ -14,21 +14,12 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 class Guarded:
-    """Base of callbacks whose hooks are marked with `guarded`.
+    """Base of callbacks whose hooks are marked with `guarded`."""
 
-    Attributes:
-        switched_off: Why this callback does nothing any more, in one line; None while it works.
-    """
-
-    switched_off: str | None = None
+    switched_off: str | None = None  # why this callback does nothing any more, in one line
 
     def switch_off(self, where: str, error: Exception) -> None:
-        """Do nothing from here on, and say so once.
-
-        Args:
-            where: The hook.
-            error: What it raised.
-        """
+        """Do nothing from here on, and say so once: a hook has raised an error."""
         self.switched_off = f"{type(error).__name__} in {where}: {error}"
         logger.warning(
             "%s is switched off for the rest of this run, which goes on without it (%s). Please "
@@ -44,16 +35,6 @@ def guarded(hook: Hook) -> Hook:
 
     Hooks that start a run stay unmarked: what cannot work is refused there, before any work. With
     several processes the error is raised as it is: the others would wait for this one in vain.
-
-    Example:
-        >>> class Callback(Guarded):
-        ...     @guarded
-        ...     def on_step_end(self):
-        ...         raise RuntimeError("no memory")
-        >>> callback = Callback()
-        >>> callback.on_step_end()  # only warns
-        >>> callback.switched_off
-        'RuntimeError in on_step_end: no memory'
     """
 
     @functools.wraps(hook)

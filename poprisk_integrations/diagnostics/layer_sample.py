@@ -3,8 +3,9 @@
 Nothing of it is computed in the step: the states before and after it are enough, on every path.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,15 +13,22 @@ from torch import Tensor
 
 from poprisk_integrations.core.gate import gate_factor
 from poprisk_integrations.core.noise import deviation_scale, ema_mean_variance
-from poprisk_integrations.diagnostics.coordinate_sample import sample_coordinates
-from poprisk_integrations.diagnostics.layer_groups import LayerNaming, layer_groups
+from poprisk_integrations.diagnostics.window_layout import sample_coordinates
 from poprisk_integrations.distributed import is_dtensor, local_tensor
 from poprisk_integrations.optim import PopRiskAdamW
 from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
-from poprisk_integrations.optim._moments import MOMENTS, moment_of
-from poprisk_integrations.optim._options import GroupOptions, resolve_group, step_scalars
+from poprisk_integrations.optim._options import MOMENTS, GroupOptions, resolve_group
+from poprisk_integrations.optim._scalars import step_scalars
+from poprisk_integrations.optim._states import moment_of
 
-__all__ = ["LAYER_STATISTICS", "LayerSample"]
+__all__ = [
+    "LAYER_STATISTICS",
+    "MOST_GROUPS",
+    "LayerNaming",
+    "LayerSample",
+    "check_per_layer",
+    "layer_groups",
+]
 
 LAYER_STATISTICS = (
     "open_fraction",
@@ -39,6 +47,27 @@ _Alike = tuple[int, torch.device, float, float]  # group, device, step, deviatio
 _DECREASE, _HAS_GRADIENT = _WIDTH - 2, _WIDTH - 1
 
 
+MOST_GROUPS = 30  # curves that a tracker still shows side by side
+REST = "rest"
+
+LayerNaming = bool | int | Callable[[str], str | None]
+
+# What wrappers put into the names of parameters.
+_WRAPPERS = re.compile(
+    r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
+    r"base_model\.model)\."
+)
+
+
+class _Part(NamedTuple):
+    """What is looked at of a parameter's local shard."""
+
+    row: int  # of its layer
+    chosen: Tensor | None  # coordinates; None for all of them
+    size: int  # how many these are
+    weight: float  # coordinates over all ranks for which each of them stands
+
+
 class LayerSample:
     """Samples the states around a step; sums by layer group, additive over ranks.
 
@@ -51,17 +80,11 @@ class LayerSample:
     has settled (some 1/(1 - rho) steps), their ratio nearly so for many coordinates. On drifting
     gradients s is biased up, the ratio down. `predicted_decrease` is what one more step like
     the last would take off the loss, to first order and weight decay aside: unbiased on data not
-    seen before, gate or not, since the batch had no part in q and u
-    (`core.risk.lagged_risk_decrease`); of one batch, hence noisy. Gradients are taken as they
-    are when `before_step` is called: clipped ones make it smaller.
+    seen before, gate or not, since the batch had no part in q and u; of one batch, hence noisy.
+    Gradients are taken as they are when `before_step` is called: clipped ones make it smaller.
 
     Of a tensor above 2048 elements 1024 are looked at, in each shard its share, and weighted up;
     smaller ones are looked at whole.
-
-    Args:
-        optimizer: Whose states.
-        names: (name, parameter) of the model.
-        per_layer: See `layer_groups`.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -89,40 +112,38 @@ class LayerSample:
         # The last row is for parameters without a group: they count in the total.
         rest = len(self.groups)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        self._row_of = {id(p): rows.get(by_id.get(id(p), ""), rest) for p in params}
-        self._position = {id(p): position for position, p in enumerate(params)}
-        self._chosen: dict[tuple[int, int], Tensor | None] = {}
+        self._place = {
+            id(p): (rows.get(by_id.get(id(p), ""), rest), position)
+            for position, p in enumerate(params)
+        }
+        self._parts: dict[tuple[int, int], _Part] = {}  # by parameter and size of its shard
+        self._device = next((local_tensor(p).device for p in params), torch.device("cpu"))
         self._pending: Tensor | None = None
-        self._sums: Tensor | None = None
+        self._sums = self._empty(self._device)
 
     @torch.no_grad()
-    def before_step(self) -> None:
-        """Hold the last step against the gradients of the step to come."""
+    def before_step(self, scale: float | Tensor = 1.0) -> None:
+        """Hold the last step against the gradients of the step to come, times `scale`."""
         self._pending = self._sample(with_gradient=True)
+        self._pending[:, _DECREASE] *= scale
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Sample the step that was taken."""
-        sums = self._sample(with_gradient=False)
+        self._sums = self._sample(with_gradient=False)
         if self._pending is not None:
-            sums[:, _DECREASE:] = self._pending[:, _DECREASE:]
+            self._sums[:, _DECREASE:] = self._pending[:, _DECREASE:]
             self._pending = None
-        self._sums = sums
 
     def sums(self) -> Tensor:
         """Shape (layer groups + 1, columns), to be averaged over ranks; zero before a sample."""
-        if self._sums is None:
-            self._sums = self._empty(self._device())
         return self._sums
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """Statistics of all parameters and, as `<layer group>/<name>`, of each group.
 
-        Args:
-            sums: `sums()`, averaged over ranks.
-
-        Returns:
-            Those that there are: no noise is known before the second step, nor in ungated groups.
+        From `sums()`, averaged over ranks; those that there are: no noise is known before the
+        second step, nor in ungated groups.
         """
         host = sums.detach().double().cpu()
         total = host.sum(0)
@@ -137,7 +158,7 @@ class LayerSample:
         return found
 
     def _sample(self, *, with_gradient: bool) -> Tensor:
-        sums = self._empty(self._device())
+        sums = self._empty(self._device)
         for (index, _, step, dev_step), params in self._by_counts(with_gradient).items():
             options = resolve_group(self._optimizer.param_groups[index])
             sums += self._sums_of(params, options, step, dev_step, with_gradient).to(sums)
@@ -225,25 +246,23 @@ class LayerSample:
 
     def _summed(self, params: list[Tensor], columns: dict[str, Tensor]) -> Tensor:
         """Weighted sums by row; index_add takes one column at a time, which is what is fast."""
-        device = columns["numel"].device
+        sums = self._empty(columns["numel"].device)
         # Loops over parameters stay on the host.
-        sizes = torch.tensor([self._count(p) for p in params])
-        weights = [_real(p).numel() * _shards(p) / self._count(p) for p in params]
-        precise = torch.float32 if device.type == "mps" else torch.float64
-        weight = torch.tensor(weights, dtype=precise).repeat_interleave(sizes).to(device)
-        rows = torch.tensor([self._row_of.get(id(p), len(self.groups)) for p in params])
-        rows = rows.repeat_interleave(sizes).to(device)
-        sums = self._empty(device)
+        parts = [self._part(p) for p in params]
+        sizes = torch.tensor([part.size for part in parts])
+        weight = torch.tensor([part.weight for part in parts], dtype=sums.dtype)
+        weight = weight.repeat_interleave(sizes).to(sums.device)
+        rows = torch.tensor([part.row for part in parts])
+        rows = rows.repeat_interleave(sizes).to(sums.device)
         for place, name in enumerate((*COLUMNS, *_EXTRA)):
             if name in columns:
-                column = columns[name].to(precise) * weight
+                column = columns[name].to(sums.dtype) * weight
                 sums[:, place] = torch.zeros_like(sums[:, 0]).index_add_(0, rows, column)
         return sums
 
     def _pick(self, param: Tensor, values: Tensor) -> Tensor:
         """The sampled coordinates of something of the parameter's local shape."""
-        flat = values.reshape(-1)
-        chosen = self._indices(param)
+        flat, chosen = values.reshape(-1), self._part(param).chosen
         picked = flat if chosen is None else flat.index_select(0, chosen)
         return picked if picked.dtype == torch.float64 else picked.float()
 
@@ -251,28 +270,92 @@ class LayerSample:
         moment = moment_of(self._optimizer.state[param], key)
         return moment.read() if moment.kind == "8bit" else moment.tensors[0]
 
-    def _indices(self, param: Tensor) -> Tensor | None:
-        numel = _real(param).numel()
+    def _part(self, param: Tensor) -> _Part:
+        local, whole = _real(param), param.numel()
+        numel = size = local.numel()
         key = id(param), numel
-        if key not in self._chosen:
-            chosen = sample_coordinates(numel, self._count(param), self._position.get(id(param), 0))
-            device = local_tensor(param).device
-            self._chosen[key] = None if chosen is None else chosen.to(device)
-        return self._chosen[key]
-
-    def _count(self, param: Tensor) -> int:
-        local, whole = _real(param).numel(), param.numel()
-        if whole <= LARGEST_WHOLE:
-            return local
-        return max(1, min(local, SAMPLED_PER_TENSOR * local // whole))
+        if key not in self._parts:
+            row, position = self._place.get(id(param), (len(self.groups), 0))
+            if whole > LARGEST_WHOLE:
+                size = max(1, min(numel, SAMPLED_PER_TENSOR * numel // whole))
+            chosen = sample_coordinates(numel, size, position)
+            chosen = None if chosen is None else chosen.to(local.device)
+            self._parts[key] = _Part(row, chosen, size, numel * _shards(param) / size)
+        return self._parts[key]
 
     def _empty(self, device: torch.device) -> Tensor:
         precise = torch.float32 if device.type == "mps" else torch.float64
         return torch.zeros(len(self.groups) + 1, _WIDTH, dtype=precise, device=device)
 
-    def _device(self) -> torch.device:
-        params = (p for group in self._optimizer.param_groups for p in group["params"])
-        return next((local_tensor(p).device for p in params), torch.device("cpu"))
+
+def layer_groups(names: Iterable[str], per_layer: LayerNaming = True) -> dict[str, str]:
+    """The layer group of each parameter that is in one.
+
+    True takes the first numbered block of a name ("model.layers.3"), else the module that holds
+    the parameter ("model.embed_tokens", "lm_head"). Where that makes more than `MOST_GROUPS`,
+    neighbouring blocks go together ("model.layers.0-3"), and then names are cut shorter.
+
+    A number keeps so many parts of a name, at most all but the last; a function takes a name to its
+    group, or to None for no group; False puts none in one. What FSDP, DDP, torch.compile and PEFT
+    put into names is left out.
+
+    Example:
+        >>> layer_groups(["embed.weight", "layers.0.up.weight", "layers.0.up.bias", "bias"])
+        {'embed.weight': 'embed', 'layers.0.up.weight': 'layers.0', 'layers.0.up.bias': 'layers.0', 'bias': 'bias'}
+    """  # noqa: E501
+    if per_layer is False:
+        return {}
+    clean = {name: _WRAPPERS.sub("", name) for name in names}
+    if callable(per_layer):
+        found = {name: per_layer(short) for name, short in clean.items()}
+        return {name: str(group) for name, group in found.items() if group is not None}
+    if per_layer is not True:
+        return {name: _cut(short, per_layer) for name, short in clean.items()}
+    groups = {name: _block(short) for name, short in clean.items()}
+    width, longest = 1, max((_number(g) for g in groups.values()), default=0)
+    while len(set(groups.values())) > MOST_GROUPS and width <= longest:
+        width *= 2
+        groups = {name: _block(short, width) for name, short in clean.items()}
+    depth = max((g.count(".") for g in groups.values()), default=0)
+    while len(set(groups.values())) > MOST_GROUPS and depth > 0:
+        groups = {name: ".".join(group.split(".")[:depth]) for name, group in groups.items()}
+        depth -= 1
+    kept = list(dict.fromkeys(groups.values()))
+    if len(kept) <= MOST_GROUPS:
+        return groups
+    kept = kept[: MOST_GROUPS - 1]
+    return {name: group if group in kept else REST for name, group in groups.items()}
+
+
+def check_per_layer(per_layer: LayerNaming) -> None:
+    """Raise ValueError for what is neither a bool, an integer >= 1 nor callable."""
+    is_depth = type(per_layer) is int and per_layer >= 1
+    if not (isinstance(per_layer, bool) or is_depth or callable(per_layer)):
+        raise ValueError(
+            f"Invalid per_layer: {per_layer!r}. Must be True, False, an integer >= 1 (parts of a "
+            "parameter's name) or a function from a name to its group."
+        )
+
+
+def _cut(name: str, depth: int) -> str:
+    parts = name.split(".")
+    return ".".join(parts[: min(depth, max(1, len(parts) - 1))])
+
+
+def _block(name: str, width: int = 1) -> str:
+    """Up to the first number, or the module; `width` blocks share one name."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts[:-1]) if part.isdecimal()), None)
+    if at is None:
+        return _cut(name, len(parts))
+    start = int(parts[at]) // width * width
+    number = parts[at] if width == 1 else f"{start}-{start + width - 1}"
+    return ".".join([*parts[:at], number])
+
+
+def _number(group: str) -> int:
+    last = group.rsplit(".", 1)[-1]
+    return int(last) if last.isdecimal() else 0
 
 
 def _signal_to_noise(row: Tensor, prefix: str) -> dict[str, float]:

@@ -7,59 +7,76 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-__all__ = ["cut_factor", "is_undone", "largest_lr", "scale_learning_rates"]
+__all__ = ["CutWatch", "cut_factor", "largest_lr", "reacts", "scale_learning_rates", "used_groups"]
 
 _NAMED_OTHERWISE = ("eta_min", "eta_max")  # learning rates whose name does not say so
 _BOUNDS = ("min_lrs", "max_lrs", "default_min_lr")  # of schedulers that react to a metric
 
 
-def largest_lr(optimizer: Any) -> float:
-    """Of groups with different learning rates the largest; empty groups do not count.
+def used_groups(optimizer: Any) -> list[bool]:
+    """Which groups' learning rates count: empty ones do not.
 
     ZeRO-3 shows all groups empty, and then all count.
     """
-    groups = [group for group in optimizer.param_groups if len(group["params"])]
-    return max((float(group["lr"]) for group in groups or optimizer.param_groups), default=0.0)
+    used = [len(group["params"]) > 0 for group in optimizer.param_groups]
+    return used if any(used) else [True] * len(used)
+
+
+def largest_lr(optimizer: Any) -> float:
+    """Of groups with different learning rates the largest."""
+    groups = zip(optimizer.param_groups, used_groups(optimizer), strict=True)
+    return max((float(group["lr"]) for group, is_used in groups if is_used), default=0.0)
+
+
+def reacts(scheduler: Any) -> bool:
+    """Whether a metric decides what a scheduler does; GreedyLR is transformers' own."""
+    return isinstance(scheduler, ReduceLROnPlateau) or type(scheduler).__name__ == "GreedyLR"
 
 
 def cut_factor(optimizers: Iterable[Any], factor: float, min_lr: float) -> float:
-    """The factor of a cut that leaves the largest learning rate at `min_lr` or more.
+    """`factor`, or a larger one that leaves the largest learning rate at `min_lr` or more.
 
-    One factor for all groups keeps their ratios, and lets every schedule go on from the cut.
-
-    Args:
-        optimizers: With the groups to cut.
-        factor: Wanted, in (0, 1).
-        min_lr: >= 0.
-
-    Returns:
-        `factor` or a larger one; 1.0 where nothing is left to cut.
-
-    Example:
-        >>> import torch
-        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-        >>> cut_factor([optimizer], 0.3, 0.0), cut_factor([optimizer], 0.3, 0.05)
-        (0.3, 0.5)
+    One factor for all groups keeps their ratios, and lets every schedule go on from the cut; it is
+    1.0 where nothing is left to cut.
     """
     largest = max((largest_lr(optimizer) for optimizer in optimizers), default=0.0)
     return 1.0 if largest <= 0 else min(1.0, max(factor, min_lr / largest))
 
 
-def is_undone(before: float, after: float, now: float) -> bool:
-    """Whether a rate, when it first changed after a cut, lies nearer to what it was before.
+class CutWatch:
+    """Tells once if a scheduler undoes a cut: one that computes rates from constants overwrites it.
 
-    A scheduler that computes rates from constants overwrites a cut, and nothing shows that before.
-
-    Args:
-        before: The cut.
-        after: It.
-        now: At the first change since.
+    Nothing shows that before the rate next changes; then the rate lies nearer to what it was
+    before the cut.
 
     Example:
-        >>> is_undone(0.1, 0.03, 0.099), is_undone(0.1, 0.03, 0.0297)
-        (True, False)
+        >>> watch = CutWatch()
+        >>> watch.cut(before=0.1, after=0.03)
+        >>> watch.look(0.03), "overwrites it" in watch.look(0.099), watch.look(0.1)
+        ('', True, '')
     """
-    return now > math.sqrt(before * after)
+
+    def __init__(self) -> None:
+        self._rates: tuple[float, float] | None = None  # until they change again
+        self._has_told = False
+
+    def cut(self, before: float, after: float) -> None:
+        """Note the largest learning rate before and after a cut."""
+        self._rates = before, after
+
+    def look(self, lr: float) -> str:
+        """A warning, or "", at the largest learning rate of the step that was taken."""
+        if self._rates is None or math.isclose(lr, self._rates[1]):
+            return ""
+        (before, after), self._rates = self._rates, None
+        if lr <= math.sqrt(before * after) or self._has_told:
+            return ""
+        self._has_told = True
+        return (
+            f"the learning rate was cut from {before:.3g} to {after:.3g} and is {lr:.3g} again: "
+            "the scheduler overwrites it. Let it start from base_lrs, or keep its rates in "
+            "attributes whose names end in _lr."
+        )
 
 
 def scale_learning_rates(
@@ -75,12 +92,7 @@ def scale_learning_rates(
         SequentialLR, ChainedScheduler        hold schedulers
     So does one of a user's own that keeps rates in attributes named as torch names them, ending
     in `lr` or `lrs`. ReduceLROnPlateau and GreedyLR go on from the present rate, and their bounds
-    stay the user's.
-
-    Args:
-        optimizers: Of torch, or wrapped by accelerate.
-        schedulers: Theirs, wrapped or not; None is skipped.
-        factor: > 0.
+    stay the user's. Optimizers and schedulers may be wrapped by accelerate; None is skipped.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -96,10 +108,9 @@ def _scale_scheduler(scheduler: Any, factor: float, seen: set[int]) -> None:
     if id(scheduler) in seen or not hasattr(scheduler, "__dict__"):
         return
     seen.add(id(scheduler))
-    reacts = isinstance(scheduler, ReduceLROnPlateau) or type(scheduler).__name__ == "GreedyLR"
     for name, value in list(vars(scheduler).items()):
         parts = value if isinstance(value, (list, tuple)) else (value,)
-        is_bound = reacts and name in _BOUNDS
+        is_bound = name in _BOUNDS and reacts(scheduler)
         if parts and not is_bound and all(_is_rate(name, part) for part in parts):
             scaled = [_scaled(part, factor, in_place=False) for part in parts]
             setattr(scheduler, name, scaled if parts is value else scaled[0])

@@ -14,10 +14,13 @@ from poprisk_integrations.huggingface.callbacks import (  # noqa: E402
     PopRiskLRCutCallback,
     PopRiskMonitorCallback,
 )
-from poprisk_integrations.huggingface.last_checkpoint import last_whole_checkpoint  # noqa: E402
-from poprisk_integrations.huggingface.optimizer import optimizer_cls_and_kwargs  # noqa: E402
+from poprisk_integrations.huggingface.checkpoints import last_whole_checkpoint  # noqa: E402
+from poprisk_integrations.huggingface.learning_rate import suggest_learning_rate  # noqa: E402
+from poprisk_integrations.huggingface.optimizer import (  # noqa: E402
+    PopRiskTrainerMixin,
+    optimizer_cls_and_kwargs,
+)
 from poprisk_integrations.huggingface.registration import register  # noqa: E402
-from poprisk_integrations.huggingface.trainer_mixin import PopRiskTrainerMixin  # noqa: E402
 
 __all__ = [
     "PopRiskEarlyStoppingCallback",
@@ -28,6 +31,7 @@ __all__ = [
     "last_whole_checkpoint",
     "optimizer_cls_and_kwargs",
     "register",
+    "suggest_learning_rate",
 ]
 
 register()

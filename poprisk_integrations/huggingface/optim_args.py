@@ -4,11 +4,12 @@ import difflib
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from contextlib import suppress
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poprisk_integrations.optim import PopRiskAdamW
 
-__all__ = ["parse_optim_args", "valid_keys"]
+__all__ = ["parse_optim_args", "plain_types", "read_as", "valid_keys"]
 
 # Set elsewhere in TrainingArguments: a second place would leave open which one wins.
 _ELSEWHERE = {
@@ -17,8 +18,7 @@ _ELSEWHERE = {
     "eps": "adam_epsilon",
     "weight_decay": "weight_decay",
 }
-_WORDS = {"true": True, "1": True, "false": False, "0": False}
-_NONE_WORDS = ("none", "null")
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def valid_keys() -> list[str]:
@@ -36,17 +36,8 @@ def parse_optim_args(
     Types are those of PopRiskAdamW's signature; ranges are checked by the optimizer itself.
     Spaces and line breaks do not count. `no_gate` holds substrings of parameter names, joined by
     "|".
-
-    Args:
-        text: The value of `TrainingArguments.optim_args`: text, a mapping of options, or a list of
-            texts.
-        **overrides: Further options, as text or typed; they win over `text`.
-
-    Returns:
-        Options for `PopRiskAdamW`; `no_gate`, if given, as a tuple of substrings.
-
-    Raises:
-        ValueError: For an unknown, repeated or empty key and an ill-typed value, in one line.
+    `overrides`, as text or typed, win over `text`. An unknown, repeated or empty key and an
+    ill-typed value are a ValueError in one line.
 
     Example:
         >>> parse_optim_args("gate=soft, alpha=0.2, no_gate=embed|norm")
@@ -82,21 +73,35 @@ def _typed(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
         return _patterns(value)
     if not isinstance(value, str):
         return value  # typed already; the optimizer checks it
-    allowed = _members(hints[key])
+    try:
+        return read_as(value, hints[key])
+    except ValueError:
+        names = [kind.__name__.replace("NoneType", "none") for kind in plain_types(hints[key])]
+        wanted = " or ".join(names)
+        raise _error(f"{key}={value!r} is not a valid {wanted}") from None
+
+
+def read_as(value: Any, hint: Any) -> Any:
+    """A value, as a rule text, as the narrowest type of an annotation that it can be read as.
+
+    Example:
+        >>> read_as("0.5", float | str), read_as("auto", float | str), read_as("none", int | None)
+        (0.5, 'auto', None)
+    """
+    allowed = plain_types(hint)
     for kind, read in _READERS:
         if kind in allowed:
-            try:
+            with suppress(ValueError, TypeError, KeyError):
                 return read(value)
-            except ValueError:
-                continue
-    wanted = " or ".join(kind.__name__.replace("NoneType", "none") for kind in allowed)
-    raise _error(f"{key}={value!r} is not a valid {wanted}")
+    raise ValueError(value)
 
 
-def _members(hint: Any) -> tuple[type, ...]:
-    """The plain types of an annotation: `float | str | None` -> (float, str, NoneType)."""
+def plain_types(hint: Any) -> tuple[type, ...]:
+    """Those of an annotation: `float | Literal["auto"] | None` -> (float, str, NoneType)."""
+    if get_origin(hint) is Literal:
+        return tuple(dict.fromkeys(map(type, get_args(hint))))
     if get_origin(hint) in (Union, types.UnionType):
-        return tuple(member for part in get_args(hint) for member in _members(part))
+        return tuple(member for part in get_args(hint) for member in plain_types(part))
     return (hint,)
 
 
@@ -107,21 +112,10 @@ def _patterns(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _read_none(value: str) -> None:
-    if value.lower() not in _NONE_WORDS:
-        raise ValueError
-
-
-def _read_bool(value: str) -> bool:
-    if value.lower() not in _WORDS:
-        raise ValueError
-    return _WORDS[value.lower()]
-
-
 # From the narrowest to the widest: text is what nothing else could read.
 _READERS: tuple[tuple[type, Callable[[str], Any]], ...] = (
-    (type(None), _read_none),
-    (bool, _read_bool),
+    (type(None), lambda value: {"none": None, "null": None}[str(value).lower()]),
+    (bool, lambda value: _FLAGS[str(value).lower()]),
     (int, int),
     (float, float),
     (str, str),

@@ -5,9 +5,16 @@ Works with `lightning.pytorch`, or with `pytorch_lightning` where only that is i
 
 from poprisk_integrations.lightning.callbacks import (
     PopRiskEarlyStopping,
+    PopRiskLearningRateFinder,
     PopRiskLRCut,
     PopRiskMonitor,
     PopRiskOptimizer,
 )
 
-__all__ = ["PopRiskEarlyStopping", "PopRiskLRCut", "PopRiskMonitor", "PopRiskOptimizer"]
+__all__ = [
+    "PopRiskEarlyStopping",
+    "PopRiskLRCut",
+    "PopRiskLearningRateFinder",
+    "PopRiskMonitor",
+    "PopRiskOptimizer",
+]

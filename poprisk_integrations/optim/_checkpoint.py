@@ -1,6 +1,7 @@
 """Optimizer checkpoints in: our own, AdamW's, and refusals for everything else."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -9,19 +10,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from poprisk_integrations.distributed import is_dtensor
-from poprisk_integrations.optim._moments import (
-    MOMENTS,
+from poprisk_integrations.optim._options import MOMENTS, check_group, needs_device_step
+from poprisk_integrations.optim._states import (
+    COUNTS,
     moment_format,
-    moment_of,
-    new_moment,
+    restored_moment,
+    saved_kind,
     scale_shape,
     state_keys,
 )
-from poprisk_integrations.optim._options import check_group
 
-__all__ = ["adopt_group_options", "check_foreign_state", "restore_states", "restored_moment"]
+__all__ = ["loading"]
 
-COUNTS = ("step", "dev_step")
 _OURS = {*COUNTS, *MOMENTS, *chain.from_iterable(state_keys(key, "8bit") for key in MOMENTS)}
 # How a step is computed, and how states are stored, belongs to the process, not to the trajectory.
 IMPLEMENTATION = (
@@ -34,12 +34,43 @@ IMPLEMENTATION = (
 )
 
 
-def check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Refuse the state of another optimizer before anything is loaded.
+@contextmanager
+def loading(optimizer: Optimizer) -> Iterator[None]:
+    """Around `Optimizer.load_state_dict`: checks before it, what it breaks mended after it.
 
-    Raises:
-        ValueError: Naming what was found and what is needed.
+    Hooks, because what a user's own hooks hand over is what counts, and what they see of the
+    optimizer afterwards is to be complete.
     """
+    before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    final: dict[str, Any] = {}
+
+    def check(_: Optimizer, incoming: dict[str, Any]) -> None:
+        _check_foreign_state(optimizer.param_groups, incoming)
+        final.update(incoming)
+
+    def restore(_: Optimizer) -> None:
+        groups = zip(optimizer.param_groups, before, final["param_groups"], strict=True)
+        for group, present, loaded in groups:
+            group.update(_kept(present, loaded))
+        _restore_states(optimizer, final)
+
+    handles = (
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kept(present: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
+    """Options of before that the checkpoint lacks, and those of the process."""
+    return {n: v for n, v in present.items() if n in IMPLEMENTATION or n not in loaded}
+
+
+def _check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
     saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
     params = chain.from_iterable(g["params"] for g in groups)
     owner = dict(zip(saved_ids, params))  # noqa: B905 - torch reports unequal lengths itself
@@ -56,7 +87,7 @@ def check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]
 
 
 def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> None:
-    kinds = {key: _saved_kind(state, key) for key in MOMENTS}
+    kinds = {key: saved_kind(state, key) for key in MOMENTS}
     missing = [key for key in MOMENTS[:2] if kinds[key] is None]
     if "step" not in state:
         missing.insert(0, "step")
@@ -127,46 +158,13 @@ def _kind_of(value: Any) -> str:
     return repr(value)
 
 
-def _saved_kind(state: dict[str, Any], key: str) -> str | None:
-    if key in state:
-        return "float32"
-    return "8bit" if all(name in state for name in state_keys(key, "8bit")) else None
-
-
-def adopt_group_options(
-    groups: list[dict[str, Any]], before: list[dict[str, Any]], saved: list[dict[str, Any]]
-) -> None:
-    """Keep present options that the checkpoint lacks, and the present implementation flags.
-
-    Args:
-        groups: The groups after loading, changed in place.
-        before: Their options before.
-        saved: The checkpoint's groups, checked before.
-    """
-    for group, present, loaded in zip(groups, before, saved, strict=True):
-        group.update(_kept(present, loaded))
-
-
-def _kept(present: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
-    return {n: v for n, v in present.items() if n in IMPLEMENTATION or n not in loaded}
-
-
-def restore_states(
-    optimizer: Optimizer,
-    state_dict: dict[str, Any],
-    on_device: Callable[[Tensor, dict[str, Any]], bool],
-) -> None:
+def _restore_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Undo torch's cast of every state to the parameter's dtype.
 
     `Optimizer.load_state_dict` casts all floating-point states but `step` to the dtype of the
     parameter, which rounds the float32 states of a bfloat16 parameter, turns codes into values
     and counts above 256 into other numbers. States saved in another format than the group's
     `state_dtype` are converted.
-
-    Args:
-        optimizer: Freshly loaded.
-        state_dict: What it was loaded from, after all pre-hooks.
-        on_device: Whether a parameter's counts live on its device.
     """
     for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, index in zip(group["params"], saved_group["params"], strict=True):
@@ -175,7 +173,7 @@ def restore_states(
                 continue
             others = {key: value for key, value in state.items() if key not in _OURS}
             state.clear()
-            device = param.device if on_device(param, group) else torch.device("cpu")
+            device = param.device if needs_device_step(param, group) else torch.device("cpu")
             for key in COUNTS:
                 if key in saved:
                     count = torch.as_tensor(saved[key], dtype=torch.float32)
@@ -184,32 +182,3 @@ def restore_states(
                 kind = moment_format(param, key, group["state_dtype"])
                 state.update(restored_moment(saved, key, kind, param))
             state.update(others)
-
-
-def restored_moment(
-    saved: dict[str, Any], key: str, kind: str | torch.dtype, param: Tensor
-) -> dict[str, Tensor]:
-    """A moment as the parameter needs it, from one of any format and device.
-
-    Args:
-        saved: Where its tensors are; left as it is.
-        key: One of `MOMENTS`.
-        kind: The format that is wanted, see `moment_format`.
-        param: The parameter.
-
-    Returns:
-        Its entries of the state; none if `saved` has none.
-    """
-    saved_kind = _saved_kind(saved, key)
-    if saved_kind is None:
-        return {}
-    # Copies, as torch makes by casting: the caller's dictionary must not be trained on.
-    taken = {
-        name: saved[name].detach().to(device=param.device, copy=True)
-        for name in state_keys(key, saved_kind)
-    }
-    fresh = new_moment(param, key, kind)
-    if all(name in taken and taken[name].dtype == fresh[name].dtype for name in fresh):
-        return taken
-    moment_of(fresh, key).write(moment_of(taken, key).read(), None)
-    return fresh

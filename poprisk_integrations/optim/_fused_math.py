@@ -1,37 +1,35 @@
-"""The whole step of one tensor as one elementwise function, for compilers."""
+"""The whole step as one elementwise function: for compilers, and eagerly for tensors of a kind.
 
+The second is the path of accelerators without the Triton kernel and of what the kernel does not
+take: some 30 launches for all parameters of a shape, and no host that knows the step count.
+"""
+
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from poprisk_integrations.optim._block_codes import decode_blocks, encode_blocks
-from poprisk_integrations.optim._gate_stats import parameter_sums
-from poprisk_integrations.optim._moments import MOMENTS
-from poprisk_integrations.optim._options import GroupOptions
-from poprisk_integrations.optim._rounding import round_to_bfloat16_, uniform16
-from poprisk_integrations.optim._scalar_rows import COLUMNS
+from poprisk_integrations.distributed import is_dtensor, sum_over_shards
+from poprisk_integrations.optim._eager import norm_restoring_scale
+from poprisk_integrations.optim._gate_stats import parameter_sums, ungated_sums
+from poprisk_integrations.optim._options import MOMENTS, GroupOptions
+from poprisk_integrations.optim._rounding import global_index, rounding_key, to_bfloat16, uniform16
+from poprisk_integrations.optim._scalars import COLUMNS, positions_on, scalar_rows
+from poprisk_integrations.optim._states import decode_blocks, encode_blocks
+from poprisk_integrations.optim._work import GroupWork
 
-__all__ = ["FusedPlan", "fused_update", "sampled_sums"]
+__all__ = ["FusedPlan", "capturable_poprisk_adamw", "fused_update", "sampled_sums", "stored"]
 
+Scalars = dict[str, Tensor]
+Parts = tuple[tuple[Tensor, ...], ...]  # tensors of exp_avg, exp_avg_sq, exp_dev_sq as stored
+Values = tuple[Tensor, Tensor, Tensor, Tensor]  # parameter, exp_avg, exp_avg_sq, exp_dev_sq
 SAMPLE_NUMEL = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedPlan:
-    """What is fixed when the function is compiled; everything else is data.
-
-    Attributes:
-        gate: One of `core.gate.GATES`.
-        gated: Whether s is kept and the gate can close.
-        centered: False for the published rule, whose first step takes s as m^2.
-        gate_decay: Gate the weight decay too.
-        maximize: Negate the gradient.
-        has_gate_eps: Whether the gate's denominator has a constant.
-        rounds_param: Stochastic rounding of a bfloat16 parameter.
-        formats: How exp_avg, exp_avg_sq and exp_dev_sq are stored.
-        on_device: Whether the row may say that the step does not count.
-    """
+    """What is fixed when the function is compiled; everything else is data."""
 
     gate: str
     gated: bool
@@ -39,24 +37,24 @@ class FusedPlan:
     gate_decay: bool
     maximize: bool
     has_gate_eps: bool
-    rounds_param: bool
-    formats: tuple[str, str, str]
-    on_device: bool
+    rounds_param: bool  # stochastic rounding of a bfloat16 parameter
+    formats: tuple[str, ...]  # how the moments are stored
+    on_device: bool  # the scalars may say that the step does not count
 
     @property
     def rounds(self) -> bool:
         """Whether anything is rounded stochastically."""
-        return self.rounds_param or any(kind in ("bfloat16", "8bit") for kind in self.formats)
+        return self.rounds_param or any(kind != "float32" for kind in self.formats)
+
+    def shape_of(self, param: Tensor) -> tuple[int, ...]:
+        """How a tensor is taken: flat, or as a matrix where its rows matter (blocks of codes)."""
+        rows_matter = "8bit" in self.formats
+        return (param.shape[0], param.shape[1:].numel()) if rows_matter else (param.numel(),)
 
     @classmethod
-    def of(
-        cls,
-        options: GroupOptions,
-        formats: tuple[str, str, str],
-        rounds_param: bool,
-        on_device: bool,
-    ) -> "FusedPlan":
-        """The plan of a group's options for parameters of one kind."""
+    def of(cls, options: GroupOptions, work: GroupWork, index: int, on_device: bool) -> "FusedPlan":
+        """The plan of a group's options for parameters like one of them."""
+        is_low = work.params[index].dtype == torch.bfloat16
         return cls(
             gate=options.gate,
             gated=options.gated,
@@ -64,8 +62,8 @@ class FusedPlan:
             gate_decay=options.gate_decay and options.gated,
             maximize=options.maximize,
             has_gate_eps=options.gate_eps > 0,
-            rounds_param=rounds_param,
-            formats=formats,
+            rounds_param=is_low and options.stochastic_rounding,
+            formats=tuple(moment.kind for moment in work.moments(index)),
             on_device=on_device,
         )
 
@@ -73,95 +71,60 @@ class FusedPlan:
 def fused_update(
     param: Tensor,
     grad: Tensor,
-    moments: tuple[tuple[Tensor, ...], ...],
-    row: Tensor,
-    key: Tensor | None,
-    offset: Tensor | None,
+    moments: Parts,
+    c: Scalars,
     plan: FusedPlan,
-) -> None:
-    """Step of one tensor, in place; the arithmetic of `_single_tensor.py` in its order.
+    restore: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Values:
+    """The step of `single_tensor_poprisk_adamw`, in its order, as new values.
 
-    Args:
-        param: float32, float64 or bfloat16; a vector, or a matrix where a moment is in codes.
-        grad: Same shape, never written.
-        moments: The tensors of exp_avg, exp_avg_sq and exp_dev_sq: the values, or (codes, scale).
-        row: Scalars, see `_scalar_rows.COLUMNS`, in the dtype of the arithmetic.
-        key: 0-dim int32, see `_rounding.rounding_key`; None where nothing is rounded.
-        offset: 0-dim int64, global index of the first element; None where nothing is rounded.
-        plan: What is compiled in.
+    Any shape; a matrix (or several) where a moment is in codes. The scalars are those of
+    `_scalars.COLUMNS` in the dtype of the arithmetic, 0-dim or one per row. `restore` gives the
+    factor of the gated update from the ungated and the gated one (`preserve_norm`).
     """
-    c = dict(zip(COLUMNS, row.unbind(), strict=True))
-    dtype = row.dtype
-    exp_avg, exp_avg_sq, exp_dev_sq = (
-        _load(tensors, name, kind, dtype)
-        for tensors, name, kind in zip(moments, MOMENTS, plan.formats, strict=True)
-    )
-    g = grad.to(dtype)
+    # low-precision parameters and states are updated in float32 and rounded once, at the end
+    dtype = c["keep"].dtype
+    exp_avg, exp_avg_sq, exp_dev_sq = _loaded(moments, plan, dtype)
+    p, g = param.to(dtype), grad.to(dtype)
     if plan.on_device:
         # zeros instead of a non-finite gradient, so that 0 * g is 0
         g = torch.where(c["keep"] > 0, g * c["grad_factor"], 0.0)
     if plan.maximize:
         g = -g
 
+    # update noise variance, before the mean moves
     if plan.gated:
         deviation = g - c["mean_scale"] * exp_avg
         exp_dev_sq = exp_dev_sq * c["dev_decay"] + c["dev_weight"] * deviation * deviation
+
+    # decay the first and second moment running average coefficient
     exp_avg = torch.lerp(exp_avg, g, c["mean_weight"])
     exp_avg_sq = exp_avg_sq * c["sq_decay"] + c["sq_weight"] * g * g
     denom = exp_avg_sq.sqrt() / c["bias_correction2_sqrt"] + c["eps"]
 
-    update, gate = exp_avg, None
+    # gate
+    gate = None
+    update = exp_avg
     if plan.gated:
         gate, _, _ = _gate(exp_avg, exp_dev_sq, c, plan)
         update = exp_avg * gate
-    p = param.to(dtype)
+        if restore is not None:
+            update = update * restore(exp_avg / denom, update / denom)
+
+    # decoupled weight decay, ungated unless the group asks for it
     if plan.gate_decay and gate is not None:
         p = p * (1 - c["weight_decay"] * gate)
     else:
         p = p * c["param_scale"]
-    p = p - c["step_size"] * update / denom
 
-    _store(param, moments, (p, exp_avg, exp_avg_sq, exp_dev_sq), c["keep"], key, offset, plan)
-
-
-def sampled_sums(moments: tuple[tuple[Tensor, ...], ...], row: Tensor, plan: FusedPlan) -> Tensor:
-    """Columns of the gate statistics, from the states after a step.
-
-    Of a tensor above `SAMPLE_NUMEL` elements, some at regular distances are looked at, and their
-    sums scaled up: reductions in the compiled step would cost more than the step.
-
-    Args:
-        moments: As in `fused_update`.
-        row: As in `fused_update`.
-        plan: As in `fused_update`.
-
-    Returns:
-        `_gate_stats.COLUMNS`, the learning rate missing.
-    """
-    numel = moments[0][0].numel()
-    # odd: not one column of a matrix
-    distance = max(1, numel // SAMPLE_NUMEL) | 1
-    exp_avg, exp_avg_sq, exp_dev_sq = (
-        _load(tensors, name, kind, row.dtype).reshape(-1)[::distance]
-        for tensors, name, kind in zip(moments, MOMENTS, plan.formats, strict=True)
-    )
-    c = dict(zip(COLUMNS, row.unbind(), strict=True))
-    direction = exp_avg / (exp_avg_sq.sqrt() / c["bias_correction2_sqrt"] + c["eps"])
-    gate = mean_sq = torch.ones_like(exp_avg)
-    noise = torch.full_like(exp_avg, -1.0)
-    if plan.gated:
-        gate, mean_sq, noise = _gate(exp_avg, exp_dev_sq, c, plan)
-        # ungated counts as open, for alpha = 0 too
-        noise = torch.where(c["blend"] > 0, noise, -1.0)
-        mean_sq = torch.where(c["blend"] > 0, mean_sq, 1.0)
-    sums = parameter_sums(mean_sq, noise, gate, direction, c["boundary"], 0.0)
-    return sums * (numel / exp_avg.numel())
+    # apply
+    return p - c["step_size"] * update / denom, exp_avg, exp_avg_sq, exp_dev_sq
 
 
 def _gate(
-    exp_avg: Tensor, exp_dev_sq: Tensor, c: dict[str, Tensor], plan: FusedPlan
+    exp_avg: Tensor, exp_dev_sq: Tensor, c: Scalars, plan: FusedPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W q + 1 - w, m^2 and s; see `core.gate.gate_factor`."""
+    """Returns w q + 1 - w, m^2 and s; see `core.gate.gate_factor`."""
     mean_sq = exp_avg * exp_avg
     noise = exp_dev_sq
     if not plan.centered:
@@ -179,40 +142,164 @@ def _gate(
     return c["blend"] * q + (1 - c["blend"]), mean_sq, noise
 
 
-def _load(tensors: tuple[Tensor, ...], name: str, kind: str, dtype: torch.dtype) -> Tensor:
-    return decode_blocks(tensors[0], tensors[1], name) if kind == "8bit" else tensors[0].to(dtype)
+def _loaded(moments: Parts, plan: FusedPlan, dtype: torch.dtype) -> list[Tensor]:
+    return [
+        decode_blocks(tensors[0], tensors[1], name) if kind == "8bit" else tensors[0].to(dtype)
+        for tensors, name, kind in zip(moments, MOMENTS, plan.formats, strict=True)
+    ]
 
 
-def _store(
-    param: Tensor,
-    moments: tuple[tuple[Tensor, ...], ...],
-    values: tuple[Tensor, Tensor, Tensor, Tensor],
+def stored(
+    values: Values,
+    moments: Parts,
     keep: Tensor,
-    key: Tensor | None,
-    offset: Tensor | None,
     plan: FusedPlan,
-) -> None:
+    key: Tensor | None,
+    index: Tensor | None,
+) -> tuple[Tensor, Parts]:
+    """The values of `fused_update` in the formats of the parameter and of its `moments` before.
+
+    `key` is that of `rounding_key`, `index` of `global_index`; None where nothing is rounded.
+    """
+
     def draw(stream: str) -> Tensor:
         assert key is not None
-        assert offset is not None
-        index = torch.arange(param.numel(), device=param.device) + offset
-        return uniform16(index.to(torch.int32).view(param.shape), key, stream)
+        assert index is not None
+        return uniform16(index, key, stream)
 
-    if plan.rounds_param:
-        round_to_bfloat16_(param, values[0], draw("param"))
-    else:
-        param.copy_(values[0])
-    for tensors, name, kind, value in zip(moments, MOMENTS, plan.formats, values[1:], strict=True):
+    param = to_bfloat16(values[0], draw("param")) if plan.rounds_param else values[0]
+    result: list[tuple[Tensor, ...]] = []
+    for before, name, kind, value in zip(moments, MOMENTS, plan.formats, values[1:], strict=True):
         if name == "exp_dev_sq" and not plan.gated:
-            continue
-        if kind == "8bit":
+            result.append(before)
+        elif kind == "8bit":
             codes, scale = encode_blocks(value, name, draw(name))
-            if plan.on_device:
-                codes = torch.where(keep > 0, codes, tensors[0])
-                scale = torch.where(keep > 0, scale, tensors[1])
-            tensors[0].copy_(codes)
-            tensors[1].copy_(scale)
-        elif kind == "bfloat16":
-            round_to_bfloat16_(tensors[0], value, draw(name))
+            if plan.on_device:  # codes do not survive a round trip
+                codes = torch.where(keep > 0, codes, before[0])
+                scale = torch.where(keep > 0, scale, before[1])
+            result.append((codes, scale))
         else:
-            tensors[0].copy_(value)
+            result.append((to_bfloat16(value, draw(name)) if kind == "bfloat16" else value,))
+    return param, tuple(result)
+
+
+def sampled_sums(
+    moments: Parts, c: Scalars, plan: FusedPlan, lr: float | Tensor, sample: int = SAMPLE_NUMEL
+) -> Tensor:
+    """Columns of the gate statistics, from the states after a step.
+
+    Of a tensor above `sample` elements, some at regular distances are looked at, and their sums
+    scaled up: reductions in the compiled step would cost more than the step.
+    """
+    numel = moments[0][0].numel()
+    # odd: not one column of a matrix
+    distance = max(1, numel // sample) | 1 if sample else 1
+    exp_avg, exp_avg_sq, exp_dev_sq = _loaded(moments, plan, c["keep"].dtype)
+    if distance > 1:
+        exp_avg, exp_avg_sq, exp_dev_sq = (
+            t.reshape(-1)[::distance] for t in (exp_avg, exp_avg_sq, exp_dev_sq)
+        )
+    direction = exp_avg / (exp_avg_sq.sqrt() / c["bias_correction2_sqrt"] + c["eps"])
+    share = numel / exp_avg.numel()
+    if not plan.gated:
+        return ungated_sums(direction, lr) * share
+    gate, mean_sq, noise = _gate(exp_avg, exp_dev_sq, c, plan)
+    # a step that is ungated yet counts as open, for alpha = 0 too
+    noise = torch.where(c["blend"] > 0, noise, -1.0)
+    mean_sq = torch.where(c["blend"] > 0, mean_sq, 1.0)
+    return parameter_sums(mean_sq, noise, gate, direction, c["boundary"], lr) * share
+
+
+def capturable_poprisk_adamw(
+    work: GroupWork,
+    options: GroupOptions,
+    sums: list[Tensor] | None,
+    keep: Tensor,
+    grad_scale: Tensor | None,
+) -> None:
+    """Step of one group on its device, without a host sync; arguments as in `step_group`."""
+    rows, counts = scalar_rows(options, work.steps, work.dev_steps, keep, grad_scale)
+    row_of = rows.unbind()
+    keys: tuple[Tensor, ...] | None = None
+    for part in work.parts(lambda i: _likeness(work, i)):
+        alike, plan = work.only(part), FusedPlan.of(options, work, part[0], on_device=True)
+        if plan.rounds and keys is None:
+            positions = positions_on(counts.device, work.positions)
+            keys = rounding_key(counts, positions, options.rounding_seed).unbind()
+        key = torch.stack([keys[i] for i in part]) if keys is not None else None
+        _step_alike(alike, torch.stack([row_of[i] for i in part]), key, options, plan, sums)
+
+
+def _likeness(work: GroupWork, index: int) -> Hashable:
+    """Equal for parameters that one launch can take together."""
+    param, owner = work.params[index], work.owners[index]
+    formats = tuple(moment.kind for moment in work.moments(index))
+    dtypes = param.dtype, work.grads[index].dtype, work.exp_avgs[index].tensors[0].dtype
+    size = tuple(param.shape) if "8bit" in formats else param.numel()
+    layout = None
+    if is_dtensor(owner):
+        layout = owner.shape, owner.device_mesh, owner.placements  # type: ignore[attr-defined]
+    return param.device, dtypes, formats, size, layout
+
+
+def _step_alike(
+    work: GroupWork,
+    rows: Tensor,
+    key: Tensor | None,
+    options: GroupOptions,
+    plan: FusedPlan,
+    sums: list[Tensor] | None,
+) -> None:
+    """Parameters of one size as the rows of one tensor."""
+    first = work.params[0]
+    if first.numel() == 0:
+        return
+    shape = plan.shape_of(first)
+    ones = (1,) * len(shape)
+
+    def together(tensors: list[Tensor], like: tuple[int, ...] = shape) -> Tensor:
+        views = [tensor.reshape(like) for tensor in tensors]
+        return views[0].unsqueeze(0) if len(views) == 1 else torch.stack(views)
+
+    lists = [
+        [[m.tensors[k] for m in moments] for k in range(len(moments[0].tensors))]
+        for moments in (work.exp_avgs, work.exp_avg_sqs, work.exp_dev_sqs)
+    ]
+    moments = tuple(
+        (together(values), *(together(scale, tuple(scale[0].shape)) for scale in scales))
+        for values, *scales in lists
+    )
+    is_wide = moments[0][0].dtype == torch.float64
+    rows = rows.to(torch.float64 if is_wide else torch.float32)
+    c = {name: row.view(-1, *ones) for name, row in zip(COLUMNS, rows.unbind(1), strict=True)}
+
+    def restore(ungated: Tensor, gated: Tensor) -> Tensor:
+        squares = [update.square().flatten(1).sum(1) for update in (ungated, gated)]
+        total = sum_over_shards(torch.stack(squares), work.owners)
+        return norm_restoring_scale(total[0], total[1]).view(-1, *ones)
+
+    values = fused_update(
+        together(work.params),
+        together(work.grads),
+        moments,
+        c,
+        plan,
+        restore if options.preserve_norm else None,
+    )
+    index = None
+    if plan.rounds:
+        index = global_index(work.owners[0], first).reshape(shape)
+        key = None if key is None else key.view(-1, *ones)
+    param, parts = stored(values, moments, c["keep"], plan, key, index)
+    _copy(work.params, param)
+    for targets, part in zip(lists[: 3 if plan.gated else 2], parts, strict=False):
+        for target, value in zip(targets, part, strict=True):
+            _copy(target, value)
+    if sums is not None:
+        sums.append(sampled_sums(parts, c, plan, options.lr, sample=0))
+
+
+def _copy(targets: list[Tensor], rows: Tensor) -> None:
+    torch._foreach_copy_(
+        targets, [row.view(t.shape) for row, t in zip(rows.unbind(), targets, strict=True)]
+    )

@@ -6,8 +6,8 @@ parameters see it before it is accumulated and before it is reduced over ranks.
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +16,16 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from poprisk_integrations.core.noise import deviation_scale, gradient_scale, sum_variance
-from poprisk_integrations.distributed import is_dtensor, world_size
-from poprisk_integrations.optim._flat_reduce import same_on_all_ranks, sum_over_ranks
-from poprisk_integrations.optim._work import GroupWork
+from poprisk_integrations.distributed import (
+    is_dtensor,
+    same_on_all_ranks,
+    sum_over_ranks,
+    world_size,
+)
+from poprisk_integrations.optim._options import uses_pieces
+from poprisk_integrations.optim._work import GroupWork, real_view
 
-__all__ = ["NoiseSource", "uses_pieces"]
+__all__ = ["NoiseSource"]
 
 PROBES = 16  # coordinates per parameter that tell how the sum was rescaled
 # Share of the gradient's square that its pieces may leave unexplained. Rounding of bfloat16
@@ -30,40 +35,68 @@ UNEQUAL = 1e-6  # the same for replicas, which are equal bit for bit
 _NOT_SHOWN = "has a gradient that no backward pass has shown"
 
 
-def uses_pieces(group: dict[str, Any]) -> bool:
-    """Whether a group's noise comes from pieces and is needed at all."""
-    gated = group["gate"] != "none" and group["gate_blend"] > 0.0
-    return bool(gated and group["noise_source"] != "temporal")
-
-
 @dataclass(slots=True, eq=False)
 class _Record:
-    """What was seen of one parameter since the last step.
-
-    Attributes:
-        param: The parameter.
-        name: For messages.
-        source: "microbatch" or "ranks".
-        handle: Its hook's.
-        sums: sum_k y_k^2 ("microbatch") or sum_k y_k over this rank's passes ("ranks").
-        probe: sum_k y_k at a few coordinates.
-        passes: Backward passes that reached the parameter.
-        is_late: The hook was set in a step, after the backward pass.
-        is_verified: Its pieces were once found to add up to the gradient.
-    """
+    """What a hook on one parameter has seen of its gradient since the last step."""
 
     param: Tensor
-    name: str
-    source: str
-    handle: RemovableHandle
-    sums: Tensor | None = None
-    probe: Tensor | None = None
-    passes: int = 0
-    is_late: bool = False
-    is_verified: bool = False
+    name: str  # for messages
+    source: str  # "microbatch" or "ranks"
+    is_late: bool  # the hook was set in a step, after the backward pass
+    handle: RemovableHandle = field(init=False)
+    sums: Tensor | None = None  # sum_k y_k^2 ("microbatch") or sum_k y_k ("ranks"), of this rank
+    probe: Tensor | None = None  # sum_k y_k at a few coordinates
+    passes: int = 0  # backward passes that reached the parameter
+    is_verified: bool = False  # its pieces were once found to add up to the gradient
+
+    def __post_init__(self) -> None:
+        # The hook knows this record and no optimizer, so it keeps none alive.
+        @unserializable_hook  # type: ignore[untyped-decorator]
+        @_disable_dynamo
+        def take_piece(grad: Tensor) -> None:
+            with torch.no_grad():
+                self.take(grad)
+
+        self.handle = self.param.register_hook(take_piece)  # type: ignore[no-untyped-call]
+
+    def take(self, grad: Tensor) -> None:
+        """Add one piece."""
+        if grad.is_sparse:
+            return  # refused by the step
+        if self.param.grad is None:
+            self.clear()  # what was left of a step that never came, e.g. for an overflow
+        piece = real_view(grad)
+        dtype = torch.promote_types(piece.dtype, torch.float32)
+        probe = _probe(piece)
+        if self.sums is None or self.probe is None:
+            self.sums, self.probe = piece.to(dtype, copy=True), probe.to(dtype, copy=True)
+            if self.source == "microbatch":
+                self.sums.square_()
+        else:
+            if self.source == "microbatch":
+                self.sums.addcmul_(piece, piece)
+            else:
+                self.sums.add_(piece)
+            self.probe.add_(probe)
+        self.passes += 1
 
     def clear(self) -> None:
         self.sums, self.probe, self.passes = None, None, 0
+
+    def squares(self) -> Tensor:
+        """This rank's share of sum_k y_k^2; zeros where no pass reached the parameter."""
+        if self.sums is None:
+            param = real_view(self.param)
+            return torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
+        return self.sums if self.source == "microbatch" else self.sums.square_()
+
+    def problem(self, what: str) -> str:
+        """The message of a refusal."""
+        return (
+            f"noise_source={self.source!r}: {self.name} {what}. Gradients must come from "
+            "backward() on the very parameters of the optimizer, as with one process or DDP; "
+            "FSDP1 and DeepSpeed hide them. Use noise_source='temporal' there."
+        )
 
 
 class NoiseSource:
@@ -96,12 +129,7 @@ class NoiseSource:
     def watch(self, groups: list[dict[str, Any]], *, is_late: bool = False) -> None:
         """Set hooks on the parameters of the groups, and remove those no longer needed.
 
-        Args:
-            groups: All parameter groups.
-            is_late: The gradients of the next step exist already.
-
-        Raises:
-            ValueError: For DTensor parameters, whose gradients arrive reduced.
+        `is_late`: the gradients of the next step exist already.
         """
         wanted = dict(_wanted(groups))
         for param, name, source in wanted.values():
@@ -117,23 +145,13 @@ class NoiseSource:
                 del self._records[key]
         for key, (param, name, source) in wanted.items():
             if key not in self._records:
-                handle = param.register_hook(  # type: ignore[no-untyped-call]
-                    _hook(weakref.ref(self), key)
-                )
-                self._records[key] = _Record(param, name, source, handle, is_late=is_late)
+                self._records[key] = _Record(param, name, source, is_late)
 
     def check(self, groups: list[dict[str, Any]], *, is_fresh: bool) -> None:
         """Refuse a step whose pieces cannot be what the option promises.
 
-        Called before anything changes; only counts and shapes on the host are looked at.
-
-        Args:
-            groups: All parameter groups.
-            is_fresh: No state exists yet. (A resumed run may start with a short step.)
-
-        Raises:
-            ValueError: For DTensor parameters.
-            RuntimeError: If a source has too few pieces, or none were seen.
+        Called before anything changes; only counts and shapes on the host are looked at. A run
+        with states already (not `is_fresh`) was resumed, and may start with a short step.
         """
         self.watch(groups, is_late=True)
         due = [r for r in self._records.values() if r.param.grad is not None]
@@ -146,12 +164,12 @@ class NoiseSource:
                     "noise_source='ranks' needs at least 2 ranks of torch.distributed, found "
                     f"{world}. Use 'microbatch' with gradient accumulation, or 'temporal'."
                 )
-            if record.sums is not None and record.sums.shape != _real(record.param).shape:
-                raise RuntimeError(_unseen(record, "has pieces of another shape"))
+            if record.sums is not None and record.sums.shape != real_view(record.param).shape:
+                raise RuntimeError(record.problem("has pieces of another shape"))
         passes = max(r.passes for r in due)
         # A step on zero gradients materialises states (checkpoint templates): it has no pieces.
         if passes == 0 and any(bool(r.param.grad.any()) for r in due):  # type: ignore[union-attr]
-            raise RuntimeError(_unseen(due[0], _NOT_SHOWN))
+            raise RuntimeError(due[0].problem(_NOT_SHOWN))
         counts = [r.passes for r in due if r.source == "microbatch"]
         if world == 1 and counts and max(counts) == 1:
             # Trainers end an epoch with a short step: one of them is no misuse.
@@ -174,49 +192,14 @@ class NoiseSource:
     ) -> None:
         """Take the step's pieces into s, and forget them.
 
-        Args:
-            works: The gathered groups.
-            groups: Their options.
-            keep: 0-dim, 1 if the step counts, 0 if it must leave no trace; None without any
-                gradient.
-            grad_scale: Loss scale that gradients and pieces still carry, or None.
-
-        Raises:
-            RuntimeError: At the first step, if the pieces do not add up to the gradient, or the
-                ranks do not hold the same parameters.
+        `keep` and `grad_scale` are those of the step; no `keep` means no gradient. Once per
+        parameter it is checked that the pieces add up to the gradient, with a host read.
         """
         if keep is not None:
             self._update(works, groups, keep, grad_scale)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the pieces seen so far."""
         for record in self._records.values():
             record.clear()
             record.is_late = False
-
-    def record(self, key: int, grad: Tensor) -> None:
-        """Take one piece; called by the hooks."""
-        record = self._records.get(key)
-        if record is None or grad.is_sparse:
-            return
-        if record.param.grad is None:
-            record.clear()  # what was left of a step that never came, e.g. for an overflow
-        piece = _real(grad)
-        dtype = torch.promote_types(piece.dtype, torch.float32)
-        probe = _probe(piece)
-        if record.sums is None or record.probe is None:
-            record.sums = piece.to(dtype, copy=True)
-            if record.source == "microbatch":
-                record.sums.square_()
-            record.probe = probe.to(dtype, copy=True)
-        else:
-            if record.source == "microbatch":
-                record.sums.addcmul_(piece, piece)
-            else:
-                record.sums.add_(piece)
-            record.probe.add_(probe)
-        record.passes += 1
 
     def _update(
         self,
@@ -226,9 +209,11 @@ class NoiseSource:
         grad_scale: Tensor | None,
     ) -> None:
         world = world_size()
-        records = [r for r in self._records.values() if not r.is_late]
-        if world == 1:
-            records = [r for r in records if r.param.grad is not None]
+        records = [
+            record
+            for record in self._records.values()
+            if not record.is_late and (world > 1 or record.param.grad is not None)
+        ]
         if not records:
             return
         is_first = not all(r.is_verified for r in records)
@@ -238,10 +223,10 @@ class NoiseSource:
             if record.param.grad is None:
                 record.clear()  # left of a step that never came; this one has nothing for it
         count = len(records)
-        device = _real(records[0].param).device
+        device = records[0].param.device
         passes = max((r.passes for r in records if r.source == "microbatch"), default=0)
-        flat = [_squares(r) for r in records]
-        flat += [_probe(_real(r.param)) * 0.0 if r.probe is None else r.probe for r in records]
+        flat = [r.squares() for r in records]
+        flat += [_probe(real_view(r.param)) * 0.0 if r.probe is None else r.probe for r in records]
         flat.append(torch.full((1,), float(passes), device=device))  # no copy from the host
         flat = sum_over_ranks(flat)
         squares = dict(zip((id(r.param) for r in records), flat[:count], strict=True))
@@ -263,9 +248,10 @@ class NoiseSource:
             for i, owner in enumerate(work.owners):
                 if id(owner) not in squares:
                     continue
-                sum_sq = squares[id(owner)]
-                factor = scale.to(sum_sq)
-                variance = sum_variance(sum_sq, work.grads[i], _on(pieces[source], sum_sq), factor)
+                sum_sq, count_of = squares[id(owner)], pieces[source]
+                if isinstance(count_of, Tensor):
+                    count_of = count_of.to(sum_sq)
+                variance = sum_variance(sum_sq, work.grads[i], count_of, scale.to(sum_sq))
                 if grad_scale is not None:
                     variance = variance / grad_scale.to(variance).square()
                 _take(work, i, variance, counts_now.to(sum_sq.device), group)
@@ -273,10 +259,7 @@ class NoiseSource:
     def _verify(self, records: list[_Record], total: Tensor, explained: Tensor) -> None:
         """Once per parameter, with a host read: do the pieces make up the gradient?
 
-        Args:
-            records: The same parameters on all ranks.
-            total: Some coordinates of the gradient.
-            explained: c times the sum of the pieces there.
+        Compares some coordinates of the gradient with c times the sum of the pieces there.
         """
         passes = torch.stack([total.new_full((), float(r.passes)) for r in records])
         mean, all_passes = sum_over_ranks([total / world_size(), passes])
@@ -286,7 +269,7 @@ class NoiseSource:
         for record, count in zip(records, seen, strict=True):
             grad = record.param.grad
             if not record.is_verified and not count and grad is not None and bool(grad.any()):
-                raise RuntimeError(_unseen(record, _NOT_SHOWN))
+                raise RuntimeError(record.problem(_NOT_SHOWN))
         if unequal > UNEQUAL:
             raise RuntimeError(
                 f"noise_source={source!r} needs gradients that are averaged over ranks, as DDP "
@@ -337,14 +320,6 @@ def _check_same_layout(records: list[_Record]) -> None:
         )
 
 
-def _squares(record: _Record) -> Tensor:
-    """This rank's share of sum_k y_k^2; zeros where no pass reached the parameter."""
-    if record.sums is None:
-        param = _real(record.param)
-        return torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
-    return record.sums if record.source == "microbatch" else record.sums.square_()
-
-
 def _wanted(groups: list[dict[str, Any]]) -> Iterator[tuple[int, tuple[Tensor, str, str]]]:
     for index, group in enumerate(groups):
         if not uses_pieces(group):
@@ -356,26 +331,6 @@ def _wanted(groups: list[dict[str, Any]]) -> Iterator[tuple[int, tuple[Tensor, s
                 if names:
                     name = f"{names[offset]!r} ({name})"
                 yield id(param), (param, name, group["noise_source"])
-
-
-def _unseen(record: _Record, problem: str) -> str:
-    return (
-        f"noise_source={record.source!r}: {record.name} {problem}. Gradients must come from "
-        "backward() on the very parameters of the optimizer, as with one process or DDP; FSDP1 "
-        "and DeepSpeed hide them. Use noise_source='temporal' there."
-    )
-
-
-def _hook(source: "weakref.ref[NoiseSource]", key: int) -> Callable[[Tensor], None]:
-    @unserializable_hook  # type: ignore[untyped-decorator]
-    @_disable_dynamo
-    def record_piece(grad: Tensor) -> None:
-        target = source()
-        if target is not None:
-            with torch.no_grad():
-                target.record(key, grad)
-
-    return record_piece  # type: ignore[no-any-return]
 
 
 def _remove_hooks(records: dict[int, _Record]) -> None:
@@ -395,13 +350,4 @@ def _probe(tensor: Tensor) -> Tensor:
 
 def _grad_probe(record: _Record) -> Tensor:
     grad = record.param.grad
-    return _probe(_real(record.param)) * 0.0 if grad is None else _probe(_real(grad))
-
-
-def _real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return torch.view_as_real(tensor.resolve_conj()) if torch.is_complex(tensor) else tensor
-
-
-def _on(value: float | Tensor, like: Tensor) -> float | Tensor:
-    return value.to(like) if isinstance(value, Tensor) else value
+    return _probe(real_view(record.param)) * 0.0 if grad is None else _probe(real_view(grad))

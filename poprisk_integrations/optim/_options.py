@@ -1,264 +1,252 @@
-"""Options of one parameter group: checked when the group is added, resolved at each step."""
+"""Options of a parameter group: declared once, checked when a group is added, read at each step."""
 
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from poprisk_integrations.core.alpha import resolve_alpha
-from poprisk_integrations.core.gate import GATES, default_lambda_pop
-from poprisk_integrations.core.noise import noise_is_ready
-from poprisk_integrations.optim._moments import MOMENTS, STATE_FORMATS
+from poprisk_integrations.core.gate import GATES, default_lambda_pop, resolve_alpha
 
-__all__ = ["GroupOptions", "StepScalars", "check_group", "resolve_group", "step_scalars"]
+__all__ = [
+    "DEFAULTS",
+    "MOMENTS",
+    "STATE_FORMATS",
+    "GroupOptions",
+    "check_gradients",
+    "check_group",
+    "check_params",
+    "needs_device_step",
+    "resolve_group",
+    "uses_pieces",
+]
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "exp_dev_sq")
+STATE_FORMATS = ("float32", "bfloat16", "8bit")
 NOISE_MEANS = ("bias_corrected", "raw")
-FLAGS = (
-    "preserve_norm",
-    "gate_decay",
-    "maximize",
-    "stochastic_rounding",
-    "capturable",
-    "skip_nonfinite",
+PIECES = ("microbatch", "ranks")  # sources that are measured within a step, `_noise_source.py`
+NOISE_SOURCES = ("temporal", *PIECES)
+
+
+def _is_number(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and low <= float(value) < high
+
+
+def _is_count(value: Any, low: int = 0, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < high
+
+
+def _is_rate(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        # reading a number of a device would wait for it
+        return value.numel() == 1 and (value.device.type != "cpu" or _is_number(float(value)))
+    return _is_number(value)
+
+
+def _are_betas(value: Any) -> bool:
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return is_pair and all(_is_number(beta, high=1.0) for beta in value)
+
+
+def _is_state_dtype(value: Any) -> bool:
+    chosen = value if isinstance(value, dict) else {MOMENTS[0]: value}
+    return all(k in MOMENTS and v in (None, *STATE_FORMATS) for k, v in chosen.items())
+
+
+def _rule(holds: Callable[[Any], bool], allowed: str, name: str | None = None) -> dict[str, Any]:
+    """Metadata of an option: what it may be, for the computer and in words."""
+    return {"holds": holds, "allowed": allowed, "name": name}
+
+
+def _or_none(rule: dict[str, Any]) -> dict[str, Any]:
+    return _rule(lambda v: v is None or rule["holds"](v), f"{rule['allowed']}, or None")
+
+
+def _one_of(allowed: tuple[str, ...]) -> dict[str, Any]:
+    return _rule(lambda v: v in allowed, f"one of {allowed}")
+
+
+_RATE = _rule(_is_rate, "a number >= 0, or a tensor of one", "learning rate")
+_BETAS = _rule(_are_betas, "two numbers in [0, 1)")
+_NUMBER = _rule(_is_number, "a number >= 0")
+_DECAY = _rule(lambda v: _is_number(v, high=1.0), "in [0, 1)")
+_SHARE = _rule(lambda v: _is_number(v) and v <= 1, "in [0, 1]")
+_COUNT = _rule(_is_count, "an integer >= 0")
+_SIZE = _or_none(_rule(lambda v: _is_count(v, low=1), "an integer >= 1"))
+_SEED = _rule(lambda v: _is_count(v, high=1 << 31), "an integer >= 0, below 2^31")
+_FLAG = _rule(lambda v: isinstance(v, bool), "True or False")
+_CHOICE = _rule(lambda v: v is None or isinstance(v, bool), "None, True or False")
+_FORMATS = _rule(
+    _is_state_dtype, f"one of {(None, *STATE_FORMATS)} or a dict with keys from {MOMENTS}"
 )
-NOISE_SOURCES = ("temporal", "microbatch", "ranks")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupOptions:
-    """Numbers that one step of one group needs; names as in `PopRiskAdamW`."""
+    """Every option of a group: its default, and what it may be; meanings are in `PopRiskAdamW`.
 
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    gate: str
-    alpha: float
-    lambda_pop: float
-    gate_eps: float
-    rho: float
-    gate_warmup: int
-    gate_blend: float
-    gate_decay: bool
-    preserve_norm: bool
-    centered: bool
-    from_pieces: bool
-    maximize: bool
-    capturable: bool
-    stochastic_rounding: bool
-    rounding_seed: int
+    Types are those of `resolve_group`, in which `alpha` and `lambda_pop` are numbers.
+    """
+
+    lr: float | Tensor = field(default=1e-3, metadata=_RATE)
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=_BETAS)
+    eps: float = field(default=1e-8, metadata=_NUMBER)
+    weight_decay: float = field(default=1e-2, metadata=_NUMBER)
+    gate: str = field(default="soft", metadata=_one_of(GATES))
+    # `core.gate.resolve_alpha` checks these two
+    alpha: float = "calibrated"  # type: ignore[assignment]
+    false_open_rate: float = 0.3173
+    lambda_pop: float = field(default=None, metadata=_or_none(_NUMBER))  # type: ignore[assignment]
+    rho: float = field(default=0.99, metadata=_DECAY)
+    gate_warmup: int = field(default=0, metadata=_COUNT)
+    gate_blend: float = field(default=1.0, metadata=_SHARE)
+    preserve_norm: bool = field(default=False, metadata=_FLAG)
+    batch_size: int | None = field(default=None, metadata=_SIZE)
+    dataset_size: int | None = field(default=None, metadata=_SIZE)
+    maximize: bool = field(default=False, metadata=_FLAG)
+    foreach: bool | None = field(default=None, metadata=_CHOICE)
+    fused: bool | None = field(default=None, metadata=_CHOICE)
+    capturable: bool = field(default=False, metadata=_FLAG)
+    state_dtype: str | dict[str, str] | None = field(default=None, metadata=_FORMATS)
+    gate_decay: bool = field(default=False, metadata=_FLAG)
+    gate_eps: float = field(default=0.0, metadata=_NUMBER)
+    noise_mean: str = field(default="bias_corrected", metadata=_one_of(NOISE_MEANS))
+    noise_source: str = field(default="temporal", metadata=_one_of(NOISE_SOURCES))
+    stochastic_rounding: bool = field(default=True, metadata=_FLAG)
+    rounding_seed: int = field(default=0, metadata=_SEED)
+    skip_nonfinite: bool = field(default=True, metadata=_FLAG)
+    collect_stats_every: int = field(default=0, metadata=_COUNT)
+
+    @property
+    def beta1(self) -> float:
+        """Decay of the first moment."""
+        return self.betas[0]
+
+    @property
+    def beta2(self) -> float:
+        """Decay of the second moment."""
+        return self.betas[1]
 
     @property
     def gated(self) -> bool:
         """Whether this group's update can differ from AdamW's."""
         return self.gate != "none" and self.gate_blend > 0.0
 
+    @property
+    def centered(self) -> bool:
+        """Whether deviations are taken from the bias-corrected mean; the published rule's not."""
+        return self.noise_mean == "bias_corrected"
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepScalars:
-    """Scalars of one parameter at one step, known on the host.
-
-    Attributes:
-        mean_scale: m_hat_{t-1} = mean_scale * m_{t-1} (1 for the published rule); None while
-            there is no mean to deviate from, or where none is needed.
-        bias_correction1: 1 - beta1^t.
-        bias_correction2_sqrt: sqrt(1 - beta2^t).
-        noise_scale: bias_correction1^2 / (1 - rho^k), k = deviations seen, this step's included:
-            the gate of m^2 and noise_scale * s is the gate of m_hat^2 and s_hat.
-        gate_is_active: False while the update is ungated (first step, warm-up).
-        noise_is_signal: The published rule's first step, where s_hat = m_hat^2 by algebra (and
-            noise_scale is 1).
-    """
-
-    mean_scale: float | None
-    bias_correction1: float
-    bias_correction2_sqrt: float
-    noise_scale: float
-    gate_is_active: bool
-    noise_is_signal: bool
+    @property
+    def from_pieces(self) -> bool:
+        """Whether s is up to date before the step, see `_noise_source.py`."""
+        return self.noise_source in PIECES
 
 
-def step_scalars(options: GroupOptions, step: float, dev_step: float) -> StepScalars:
-    """Scalars of a step from its number and from the deviations seen before it."""
-    previous = 1.0 - options.beta1 ** (step - 1)
-    mean_scale: float | None = 1.0
-    if options.from_pieces:
-        mean_scale = None  # s and its count are up to date: see `_noise_source.py`
-    elif options.centered:
-        mean_scale = 1.0 / previous if previous > 0.0 else None
-    seen = dev_step + (mean_scale is not None)
-    bias_correction1 = 1.0 - options.beta1**step
-    noise_is_signal = not options.centered and step == 1
-    # Pieces measure the noise from the first step on; the gate starts at the same step as without.
-    measured = int(seen) - options.from_pieces
-    is_ready = noise_is_ready(measured, options.gate_warmup, centered=options.centered)
-    noise_scale = 1.0
-    if is_ready and not noise_is_signal:
-        noise_scale = bias_correction1**2 / (1.0 - options.rho**seen)
-    return StepScalars(
-        mean_scale=mean_scale,
-        bias_correction1=bias_correction1,
-        bias_correction2_sqrt=(1.0 - options.beta2**step) ** 0.5,
-        noise_scale=noise_scale,
-        gate_is_active=options.gated and is_ready,
-        noise_is_signal=noise_is_signal,
-    )
+DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GroupOptions)}
+
+
+def needs_device_step(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the parameter's step counts live on its device."""
+    return group["capturable"] or param.device.type != "cpu"
+
+
+def uses_pieces(group: dict[str, Any]) -> bool:
+    """Whether a group's noise comes from pieces of the gradient, and is needed at all."""
+    gated = group["gate"] != "none" and group["gate_blend"] > 0.0
+    return bool(gated and group["noise_source"] in PIECES)
 
 
 def resolve_group(group: dict[str, Any]) -> GroupOptions:
-    """Numbers of a step from the group's options.
-
-    Args:
-        group: A parameter group, complete (every option present).
-
-    Raises:
-        ValueError: If `alpha` cannot be resolved, e.g. "finite" without sizes.
-    """
-    beta1, beta2 = group["betas"]
+    """The options of a complete group, with numbers for `alpha` and `lambda_pop`."""
+    chosen = {name: group[name] for name in DEFAULTS}
     alpha = resolve_alpha(
         group["alpha"],
-        beta1=beta1,
+        beta1=group["betas"][0],
         false_open_rate=group["false_open_rate"],
         batch_size=group["batch_size"],
         dataset_size=group["dataset_size"],
     )
-    lambda_pop = group["lambda_pop"]
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
-        lr = float(lr)  # no device is waited for
-    return GroupOptions(
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        gate=group["gate"],
-        alpha=alpha,
-        lambda_pop=default_lambda_pop(group["gate"], alpha) if lambda_pop is None else lambda_pop,
-        gate_eps=group["gate_eps"],
-        rho=group["rho"],
-        gate_warmup=group["gate_warmup"],
-        gate_blend=group["gate_blend"],
-        gate_decay=group["gate_decay"],
-        preserve_norm=group["preserve_norm"],
-        centered=group["noise_mean"] == "bias_corrected",
-        from_pieces=group["noise_source"] != "temporal",
-        maximize=group["maximize"],
-        capturable=group["capturable"],
-        stochastic_rounding=group["stochastic_rounding"],
-        rounding_seed=group["rounding_seed"],
-    )
+    chosen["alpha"] = alpha
+    if group["lambda_pop"] is None:
+        chosen["lambda_pop"] = default_lambda_pop(group["gate"], alpha)
+    if isinstance(group["lr"], Tensor):
+        lr = group["lr"].reshape(())
+        chosen["lr"] = float(lr) if lr.device.type == "cpu" else lr  # no device is waited for
+    return GroupOptions(**chosen)
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Refuse options that cannot mean what the user wants.
-
-    Args:
-        group: A parameter group, complete.
-
-    Raises:
-        ValueError: Naming the argument, its value and the allowed values.
-    """
-    _check_lr(group["lr"])
-    betas = group["betas"]
-    if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
-        raise ValueError(f"Invalid betas: {betas!r}. Must be two numbers in [0, 1).")
-    for index, beta in enumerate(betas):
-        if not _in_range(beta, 0.0, 1.0, right_open=True):
-            raise ValueError(
-                f"Invalid beta parameter at index {index}: {beta}. Must be a float in [0, 1)."
-            )
-    for name in ("eps", "weight_decay", "gate_eps"):
-        if not _in_range(group[name], 0.0, math.inf, right_open=True):
-            raise ValueError(f"Invalid {name} value: {group[name]}. Must be a number >= 0.")
-    choices = (("gate", GATES), ("noise_mean", NOISE_MEANS), ("noise_source", NOISE_SOURCES))
-    for name, allowed in choices:
-        if group[name] not in allowed:
-            raise ValueError(f"Invalid {name}: {group[name]!r}. Must be one of {allowed}.")
-    if group["noise_source"] != "temporal" and group["noise_mean"] == "raw":
+    """Refuse options that cannot mean what the user wants."""
+    for option in fields(GroupOptions):
+        rule, value = option.metadata, group[option.name]
+        if rule and not rule["holds"](value):
+            name = rule["name"] or option.name
+            raise ValueError(f"Invalid {name}: {value!r}. Must be {rule['allowed']}.")
+    if group.get("differentiable"):
         raise ValueError(
-            f"Invalid noise_source: {group['noise_source']!r}. Must be 'temporal' with "
-            "noise_mean='raw', the published rule."
+            "Invalid differentiable: True. Must be False: a step is not differentiated through."
         )
     if "adaptive" in group:
         raise ValueError(
             "Invalid groups: 'adaptive' is an option of SAM, whose 'rho' (a radius) stands in the "
             "same groups as PopRiskAdamW's (a decay). Rename SAM's rho, and use no 'adaptive'."
         )
-    if not _in_range(group["rho"], 0.0, 1.0, right_open=True):
-        raise ValueError(f"Invalid rho: {group['rho']}. Must be in [0, 1).")
-    if not _in_range(group["gate_blend"], 0.0, 1.0):
-        raise ValueError(f"Invalid gate_blend: {group['gate_blend']}. Must be in [0, 1].")
-    lambda_pop = group["lambda_pop"]
-    if lambda_pop is not None and not _in_range(lambda_pop, 0.0, math.inf, right_open=True):
-        raise ValueError(f"Invalid lambda_pop: {lambda_pop}. Must be a number >= 0, or None.")
-    for name in ("gate_warmup", "collect_stats_every", "rounding_seed"):
-        value = group[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= 0.")
-    if group["rounding_seed"] >= 1 << 31:
-        raise ValueError(f"Invalid rounding_seed: {group['rounding_seed']}. Must be below 2^31.")
-    for name in ("batch_size", "dataset_size"):
-        value = group[name]
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"Invalid {name}: {value!r}. Must be an integer >= 1, or None.")
-    for name in (
-        "preserve_norm",
-        "gate_decay",
-        "maximize",
-        "stochastic_rounding",
-        "capturable",
-        "skip_nonfinite",
-    ):
-        if not isinstance(group[name], bool):
-            raise ValueError(f"Invalid {name}: {group[name]!r}. Must be True or False.")
-    if group["foreach"] not in (None, True, False):
-        raise ValueError(f"Invalid foreach: {group['foreach']!r}. Must be None, True or False.")
-    if group["fused"] not in (None, True, False):
-        raise ValueError(f"Invalid fused: {group['fused']!r}. Must be None, True or False.")
     if group["foreach"] and group["fused"]:
         raise ValueError("Invalid foreach and fused: both True. At most one of them may be.")
-    if group.get("differentiable"):
+    source, stored = group["noise_source"], group["state_dtype"]
+    if source in PIECES and group["noise_mean"] == "raw":
         raise ValueError(
-            "Invalid differentiable: True. Must be False: a step is not differentiated through."
+            f"Invalid noise_source: {source!r}. Must be 'temporal' with noise_mean='raw', the "
+            "published rule."
         )
-    _check_state_dtype(group["state_dtype"])
-    stored = group["state_dtype"]
     stored = stored.get("exp_dev_sq") if isinstance(stored, dict) else stored
-    if group["noise_source"] != "temporal" and stored not in (None, "float32"):
+    if source in PIECES and stored not in (None, "float32"):
         raise ValueError(
             f"Invalid state_dtype: {stored!r} for exp_dev_sq. Must be None or 'float32' with "
-            f"noise_source={group['noise_source']!r}."
+            f"noise_source={source!r}."
         )
     resolve_group(group)
 
 
-def _check_lr(lr: Any) -> None:
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if lr.device.type != "cpu":
-            return  # reading it would wait for the device
-        lr = float(lr)
-    if not _in_range(lr, 0.0, math.inf, right_open=True):
-        raise ValueError(f"Invalid learning rate: {lr}. Must be a number >= 0.")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128)
 
 
-def _check_state_dtype(value: Any) -> None:
-    chosen = value if isinstance(value, dict) else {"exp_avg": value}
-    allowed = (None, *STATE_FORMATS)
-    if all(k in MOMENTS and v in allowed for k, v in chosen.items()):
-        return
-    raise ValueError(
-        f"Invalid state_dtype: {value!r}. Must be one of {allowed} or a dict with keys from "
-        f"{MOMENTS}."
+def check_params(params: Sequence[Tensor]) -> None:
+    """Refuse parameters of one group that cannot be trained together or at all."""
+    for param in params:
+        is_trainable = param.is_floating_point() or param.is_complex()
+        if is_trainable and param.dtype not in _DTYPES:
+            raise ValueError(_wrong_dtype(param))
+    devices = sorted({str(param.device) for param in params})
+    if len(devices) > 1:
+        raise ValueError(f"Invalid parameter devices: {devices}. One group must be on one device.")
+
+
+def check_gradients(groups: Iterable[dict[str, Any]]) -> None:
+    """Refuse sparse gradients, and parameters converted to float16 since they were checked.
+
+    By RuntimeError, torch's type for both.
+    """
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.dtype not in _DTYPES:
+                raise RuntimeError(_wrong_dtype(param))
+            if param.grad.is_sparse:
+                raise RuntimeError(
+                    "PopRiskAdamW does not support sparse gradients: a row's noise cannot be "
+                    "told from its absence. Use sparse=False for embeddings."
+                )
+
+
+def _wrong_dtype(param: Tensor) -> str:
+    return (
+        f"Invalid parameter dtype: {param.dtype}. Small updates round to nothing in it: use "
+        "float32 parameters with autocast, or bfloat16."
     )
-
-
-def _in_range(value: Any, low: float, high: float, *, right_open: bool = False) -> bool:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return False
-    return low <= float(value) < high if right_open else low <= float(value) <= high

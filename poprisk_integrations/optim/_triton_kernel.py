@@ -9,7 +9,7 @@ Imported on the first fused step only: importing the package must not import Tri
 import triton
 import triton.language as tl
 
-from poprisk_integrations.optim._scalar_rows import COLUMNS
+from poprisk_integrations.optim._scalars import COLUMNS
 
 __all__ = ["BLOCK", "PARTIALS", "VECTOR_NUMEL", "poprisk_adamw_kernel"]
 
@@ -80,51 +80,29 @@ def _stored(x, draw, TYPE: tl.constexpr, ROUND: tl.constexpr):
 
 @triton.jit
 def poprisk_adamw_kernel(
-    table,
-    layout,
-    blocks,
-    rows,
-    keys,
-    partials,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    V: tl.constexpr,
-    S: tl.constexpr,
-    GATE: tl.constexpr,
+    table,  # int64 (tensors, 5): addresses of parameter, gradient, m, v, s
+    layout,  # int64 (tensors, 3): elements, row in `rows` and `keys`, index of the first element
+    blocks,  # int32 (programs, 2): tensor, and which block of it
+    rows,  # float32 (parameters, columns), see `_scalars`
+    keys,  # int32 (parameters, 2): `rounding_key`, and its hash for the second pair of streams
+    partials,  # float32 (programs, 5), sums of the statistics; not touched unless COLLECT
+    P: tl.constexpr,  # dtype of the parameters: float32 or bfloat16
+    G: tl.constexpr,  # of the gradients
+    M: tl.constexpr,  # of the first moments
+    V: tl.constexpr,  # of the second moments
+    S: tl.constexpr,  # of the noise variances
+    GATE: tl.constexpr,  # "soft", "hard", "snr", or "none", which neither reads nor writes s
     GATE_DECAY: tl.constexpr,
     HAS_GATE_EPS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    ROUND_PARAM: tl.constexpr,
+    ROUND_PARAM: tl.constexpr,  # stochastically, if bfloat16; bfloat16 states always are
     COLLECT: tl.constexpr,
+    # Every address is a multiple of 16 bytes and every number of elements one of `VECTOR_NUMEL`,
+    # so that no mask splits the 16 bytes that a thread moves at once.
     VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements of a program
 ):
-    """One step on one block of one tensor per program, computed in float32.
-
-    Args:
-        table: int64 (tensors, 5), addresses of parameter, gradient, m, v, s.
-        layout: int64 (tensors, 3): number of elements, row in `rows` and `keys`, global index of
-            the first element.
-        blocks: int32 (programs, 2): tensor, and which block of it.
-        rows: float32 (parameters, columns), see `_scalar_rows`.
-        keys: int32 (parameters, 2): `rounding_key`, and its hash for the second pair of streams.
-        partials: float32 (programs, 5), sums of the statistics; not touched unless COLLECT.
-        P: Triton dtype of the parameters: float32 or bfloat16.
-        G: Of the gradients.
-        M: Of the first moments.
-        V: Of the second moments.
-        S: Of the noise variances.
-        GATE: "soft", "hard", "snr", or "none", which neither reads nor writes s.
-        GATE_DECAY: Whether weight decay is gated.
-        HAS_GATE_EPS: Whether the gate has an absolute constant.
-        MAXIMIZE: Whether gradients are negated.
-        ROUND_PARAM: Round bfloat16 parameters stochastically. bfloat16 states always are.
-        COLLECT: Whether statistics are summed.
-        VECTOR: Whether every address is a multiple of 16 bytes and every number of elements one of
-            `VECTOR_NUMEL`, so that no mask splits the 16 bytes that a thread moves at once.
-        BLOCK: Elements of a program.
-    """
+    """One step on one block of one tensor per program, computed in float32."""
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(blocks + program * 2).to(tl.int64)
     start = tl.load(blocks + program * 2 + 1).to(tl.int64) * BLOCK
@@ -162,7 +140,8 @@ def poprisk_adamw_kernel(
         deviation = g - m * tl.load(row + _MEAN_SCALE)
         s = s * tl.load(row + _DEV_DECAY) + tl.load(row + _DEV_WEIGHT) * deviation * deviation
 
-    # moments; the second form of the interpolation is exact at weight 1
+    # decay the first and second moment running average coefficient; the second form of the
+    # interpolation is exact at weight 1
     weight = tl.load(row + _MEAN_WEIGHT)
     m = tl.where(weight < 0.5, m + weight * (g - m), g - (1.0 - weight) * (g - m))
     v = v * tl.load(row + _SQ_DECAY) + tl.load(row + _SQ_WEIGHT) * g * g
@@ -194,9 +173,11 @@ def poprisk_adamw_kernel(
         p = p * (1.0 - tl.load(row + _WEIGHT_DECAY) * gate)
     else:
         p = p * tl.load(row + _PARAM_SCALE)
+
+    # apply
     p = p - tl.load(row + _STEP_SIZE) * tl.div_rn(update, denom)
 
-    # draws of `_rounding.uniform16`: the streams of a hash are its halves
+    # round: draws of `_rounding.uniform16`: the streams of a hash are its halves
     place = (first + start).to(tl.uint32) + lane.to(tl.uint32)
     ROUND_M: tl.constexpr = M == tl.bfloat16
     ROUND_V: tl.constexpr = V == tl.bfloat16

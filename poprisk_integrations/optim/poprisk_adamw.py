@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from inspect import Parameter, signature
 from typing import Any, cast
 
 import torch
@@ -12,19 +11,21 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from typing_extensions import Self
 
 from poprisk_integrations.distributed import local_tensor
-from poprisk_integrations.optim._checkpoint import (
-    adopt_group_options,
-    check_foreign_state,
-    restore_states,
+from poprisk_integrations.optim._checkpoint import loading
+from poprisk_integrations.optim._gate_stats import StepRecord, named_ratios
+from poprisk_integrations.optim._noise_source import NoiseSource
+from poprisk_integrations.optim._options import (
+    DEFAULTS,
+    GroupOptions,
+    check_gradients,
+    check_group,
+    check_params,
+    needs_device_step,
+    resolve_group,
 )
-from poprisk_integrations.optim._finite import agreed_keep, all_finite
-from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
-from poprisk_integrations.optim._noise_source import NoiseSource, uses_pieces
-from poprisk_integrations.optim._options import check_group, resolve_group
-from poprisk_integrations.optim._params import check_gradients, check_params
-from poprisk_integrations.optim._paths import needs_device_step, path_of, step_group
-from poprisk_integrations.optim._state import fit_state
-from poprisk_integrations.optim._work import GroupWork
+from poprisk_integrations.optim._paths import path_of, step_group
+from poprisk_integrations.optim._states import fit_state
+from poprisk_integrations.optim._work import GroupWork, verdict
 
 __all__ = ["PopRiskAdamW"]
 
@@ -85,8 +86,8 @@ class PopRiskAdamW(Optimizer):
         batch_size: Global batch size b, for alpha="finite".
         dataset_size: Number of training examples n, for alpha="finite".
         maximize: Maximise the objective.
-        foreach: True for horizontally fused kernels: torch's on CPU (slower there than one tensor
-            at a time), on accelerators the Triton kernel, which they take anyway.
+        foreach: True for horizontally fused kernels on CPU (slower there than one tensor at a
+            time). On accelerators all paths are.
         fused: True for one pass over memory per step: compiled by torch.compile on CPU (some 15
             seconds of CPU time, once, announced in the log; needs a C++ compiler, else a warning
             and the eager path). None, with `foreach=None`, takes the fastest path that works: on
@@ -130,65 +131,38 @@ class PopRiskAdamW(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        lr: float | Tensor = GroupOptions.lr,
+        betas: tuple[float, float] = GroupOptions.betas,
+        eps: float = GroupOptions.eps,
+        weight_decay: float = GroupOptions.weight_decay,
         *,
-        gate: str = "soft",
-        alpha: float | str = "calibrated",
-        false_open_rate: float = 0.3173,
-        lambda_pop: float | None = None,
-        rho: float = 0.99,
-        gate_warmup: int = 0,
-        gate_blend: float = 1.0,
-        preserve_norm: bool = False,
-        batch_size: int | None = None,
-        dataset_size: int | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        state_dtype: str | dict[str, str] | None = None,
+        gate: str = GroupOptions.gate,
+        alpha: float | str = GroupOptions.alpha,
+        false_open_rate: float = GroupOptions.false_open_rate,
+        lambda_pop: float | None = GroupOptions.lambda_pop,
+        rho: float = GroupOptions.rho,
+        gate_warmup: int = GroupOptions.gate_warmup,
+        gate_blend: float = GroupOptions.gate_blend,
+        preserve_norm: bool = GroupOptions.preserve_norm,
+        batch_size: int | None = GroupOptions.batch_size,
+        dataset_size: int | None = GroupOptions.dataset_size,
+        maximize: bool = GroupOptions.maximize,
+        foreach: bool | None = GroupOptions.foreach,
+        fused: bool | None = GroupOptions.fused,
+        capturable: bool = GroupOptions.capturable,
+        state_dtype: str | dict[str, str] | None = GroupOptions.state_dtype,
         differentiable: bool = False,
-        gate_decay: bool = False,
-        gate_eps: float = 0.0,
-        noise_mean: str = "bias_corrected",
-        noise_source: str = "temporal",
-        stochastic_rounding: bool = True,
-        rounding_seed: int = 0,
-        skip_nonfinite: bool = True,
-        collect_stats_every: int = 0,
+        gate_decay: bool = GroupOptions.gate_decay,
+        gate_eps: float = GroupOptions.gate_eps,
+        noise_mean: str = GroupOptions.noise_mean,
+        noise_source: str = GroupOptions.noise_source,
+        stochastic_rounding: bool = GroupOptions.stochastic_rounding,
+        rounding_seed: int = GroupOptions.rounding_seed,
+        skip_nonfinite: bool = GroupOptions.skip_nonfinite,
+        collect_stats_every: int = GroupOptions.collect_stats_every,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "gate": gate,
-            "alpha": alpha,
-            "false_open_rate": false_open_rate,
-            "lambda_pop": lambda_pop,
-            "rho": rho,
-            "gate_warmup": gate_warmup,
-            "gate_blend": gate_blend,
-            "preserve_norm": preserve_norm,
-            "batch_size": batch_size,
-            "dataset_size": dataset_size,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "state_dtype": state_dtype,
-            "gate_decay": gate_decay,
-            "gate_eps": gate_eps,
-            "noise_mean": noise_mean,
-            "noise_source": noise_source,
-            "stochastic_rounding": stochastic_rounding,
-            "rounding_seed": rounding_seed,
-            "skip_nonfinite": skip_nonfinite,
-            "collect_stats_every": collect_stats_every,
-        }
+        given = locals()
+        defaults = {name: given[name] for name in DEFAULTS}
         check_group({**defaults, "differentiable": differentiable})
         super().__init__(params, defaults)
 
@@ -232,7 +206,7 @@ class PopRiskAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             check_params(self.param_groups[-1]["params"])
-            self._watch_pieces()
+            self._noise_source.watch(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -241,12 +215,12 @@ class PopRiskAdamW(Optimizer):
         super().__setstate__(state)
         # Options newer than a pickle take the constructor's defaults. Only our own: torch keeps
         # other names in `defaults`, which groups never had.
-        for name, value in _constructor_defaults().items():
+        for name, value in DEFAULTS.items():
             self.defaults.setdefault(name, value)
             for group in self.param_groups:
                 group.setdefault(name, self.defaults[name])
         if "defaults" in state:  # a copy or a pickle; `load_state_dict` brings none
-            self._watch_pieces()
+            self._noise_source.watch(self.param_groups)
 
     @_disable_dynamo
     @torch.inference_mode(False)
@@ -258,8 +232,8 @@ class PopRiskAdamW(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.requires_grad:
-                    self._init_param_state(param, group)
-                    self._skipped(local_tensor(param).device)
+                    fit_state(self.state[param], param, group)
+                    self._record.skipped_on(local_tensor(param).device)
 
     @property
     def path(self) -> str:
@@ -310,26 +284,22 @@ class PopRiskAdamW(Optimizer):
     @torch.no_grad()
     def _update(self) -> None:
         check_gradients(self.param_groups)
-        noise_source = self._watch_pieces(in_step=True)
+        self._noise_source.check(self.param_groups, is_fresh=not self.state)
         works = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
         # GradScaler hands these over where `_step_supports_amp_scaling`.
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
-        if found_inf is None:
-            checked = [group["skip_nonfinite"] for group in self.param_groups]
-            keep = all_finite(works, checked)
-        else:
-            keep = agreed_keep(works, found_inf)
-        if noise_source is not None:
-            noise_source.update(works, self.param_groups, keep, grad_scale)
-        counters = self._counters()
+        checked = [group["skip_nonfinite"] for group in self.param_groups]
+        keep = verdict(works, checked, found_inf)
+        self._noise_source.update(works, self.param_groups, keep, grad_scale)
+        record = self._record
         if keep is None:
-            idle = counters["idle"] = counters.get("idle", 0) + 1
-            if idle == IDLE_STEPS and "skipped" not in counters:
-                logger.warning(_IDLE, idle)
+            record.idle += 1
+            if record.idle == IDLE_STEPS and record.skipped is None:
+                logger.warning(_IDLE, record.idle)
             return
         # In place, so that a captured graph counts at each replay.
-        skipped = self._skipped(keep.device)
+        skipped = record.skipped_on(keep.device)
         skipped += (1.0 - keep).to(skipped.device)
         for index, (work, group) in enumerate(zip(works, self.param_groups, strict=True)):
             if not work.params:
@@ -337,10 +307,11 @@ class PopRiskAdamW(Optimizer):
             # `keep` is on the CPU here unless one model is split over CPU and accelerator.
             if not needs_device_step(work.params[0], group) and not keep:
                 continue
-            sums: list[Tensor] | None = [] if self._is_sampled(index, group) else None
+            is_sampled = record.is_sampled(index, group["collect_stats_every"])
+            sums: list[Tensor] | None = [] if is_sampled else None
             step_group(path_of(group), work, resolve_group(group), sums, keep, grad_scale)
             if sums:
-                self._samples()[index] = torch.stack([s.to(sums[0]) for s in sums]).sum(0)
+                record.samples[index] = torch.stack([s.to(sums[0]) for s in sums]).sum(0)
 
     @_disable_dynamo
     def gate_sums(self) -> Tensor:
@@ -351,17 +322,7 @@ class PopRiskAdamW(Optimizer):
             number of skipped steps and 1 (a count of ranks). Rows of groups that were not
             sampled are zero. Nothing is read from the device.
         """
-        samples = self._samples()
-        skipped = self._counters().get("skipped")
-        like = next(iter(samples.values()), skipped)
-        device = like.device if isinstance(like, Tensor) else torch.device("cpu")
-        rows = torch.zeros(len(self.param_groups), len(COLUMNS) + 2, device=device)
-        for index, row in samples.items():
-            rows[index, : len(COLUMNS)] = row.to(rows)
-        if isinstance(skipped, Tensor):
-            rows[:, -2] = skipped.to(rows)
-        rows[:, -1] = 1
-        return rows
+        return self._record.sums(len(self.param_groups))
 
     @_disable_dynamo
     def gate_stats(self, sums: Tensor | None = None) -> dict[str, Tensor]:
@@ -378,21 +339,15 @@ class PopRiskAdamW(Optimizer):
         Returns:
             0-dim CPU tensors; empty before the first sampled step. One device sync.
         """
-        if not self._samples():
+        if not self._record.samples:
             return {}
-        host = (self.gate_sums() if sums is None else sums).double().cpu()
-        columns = host[:, : len(COLUMNS)]
-        stats = gate_ratios(columns.sum(0))
-        stats["skipped_nonfinite"] = host[0, -2] / host[0, -1]
-        for index, row in enumerate(columns):
-            if row[0] > 0:
-                stats.update(gate_ratios(row, f"group{index}/"))
-        return stats
+        return named_ratios(self.gate_sums() if sums is None else sums)
 
     @property
     def skipped_nonfinite(self) -> int:
         """Steps skipped for a non-finite gradient in this process (reads the device)."""
-        return int(self._counters().get("skipped", 0))
+        skipped = self._record.skipped
+        return 0 if skipped is None else int(skipped)
 
     @_disable_dynamo
     @torch.inference_mode(False)
@@ -411,81 +366,29 @@ class PopRiskAdamW(Optimizer):
             ValueError: If it is another optimizer's state, its shapes do not fit or an option has a
                 value that it cannot have. Nothing is loaded then.
         """
-        before = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        final: dict[str, Any] = {}
-
-        def capture(_: Optimizer, incoming: dict[str, Any]) -> None:
-            check_foreign_state(self.param_groups, incoming)
-            final.update(incoming)
-
-        def restore(_: Optimizer) -> None:
-            adopt_group_options(self.param_groups, before, final["param_groups"])
-            restore_states(self, final, needs_device_step)
-            self._watch_pieces()
-
-        # The first post hook, so that a user's hooks already see the restored states.
-        pre = self.register_load_state_dict_pre_hook(capture)
-        post = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
+        with loading(self):
             super().load_state_dict(state_dict)
-        finally:
-            pre.remove()
-            post.remove()
+        self._noise_source.watch(self.param_groups)
 
     def _gather(self, group_index: int, group: dict[str, Any]) -> GroupWork:
         work = GroupWork()
-        position = sum(len(g["params"]) for g in self.param_groups[:group_index])
-        for offset, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is None:
-                continue
-            state = self._init_param_state(param, group)
-            work.append(param, grad, position + offset, state)
+        first = sum(len(g["params"]) for g in self.param_groups[:group_index])
+        for position, param in enumerate(group["params"], start=first):
+            if param.grad is not None:
+                state = fit_state(self.state[param], param, group)
+                work.append(param, param.grad, position, state)
         return work
 
-    def _init_param_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = cast("dict[str, Tensor]", self.state[param])
-        on_device = needs_device_step(param, group)
-        fit_state(state, param, group["state_dtype"], counts_on_device=on_device)
-        return state
-
-    # Hooks belong to this process's parameters: never checkpointed, and copies set their own.
-    def _watch_pieces(self, *, in_step: bool = False) -> NoiseSource | None:
-        source = cast("NoiseSource | None", self.__dict__.get("_poprisk_noise_source"))
-        if source is None and not any(uses_pieces(group) for group in self.param_groups):
-            return None
+    # Neither is checkpointed, and copies make their own: hooks belong to the parameters of this
+    # process, and sampling is not part of the trajectory.
+    @property
+    def _noise_source(self) -> NoiseSource:
+        source = self.__dict__.get("_poprisk_noise_source")
         if source is None:
             source = self.__dict__["_poprisk_noise_source"] = NoiseSource()
-        if in_step:
-            source.check(self.param_groups, is_fresh=not self.state)
-        else:
-            source.watch(self.param_groups)
-        return source
+        return cast("NoiseSource", source)
 
-    def _skipped(self, device: torch.device) -> Tensor:
-        counters = self._counters()
-        if "skipped" not in counters:
-            counters["skipped"] = torch.zeros((), device=device)
-        return cast("Tensor", counters["skipped"])
-
-    # Sampling is not part of the trajectory: it is not checkpointed, and copies start anew.
-    def _counters(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", self.__dict__.setdefault("_poprisk_counters", {}))
-
-    def _samples(self) -> dict[int, Tensor]:
-        return cast("dict[int, Tensor]", self.__dict__.setdefault("_poprisk_samples", {}))
-
-    def _is_sampled(self, index: int, group: dict[str, Any]) -> bool:
-        every = group["collect_stats_every"]
-        if not every:
-            return False
-        offered = self._counters().setdefault("offered", {})
-        offered[index] = offered.get(index, 0) + 1
-        return bool((offered[index] - 1) % every == 0)
-
-
-def _constructor_defaults() -> dict[str, Any]:
-    parameters = signature(PopRiskAdamW.__init__).parameters.values()
-    options = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
-    del options["differentiable"]  # checked, not kept
-    return options
+    @property
+    def _record(self) -> StepRecord:
+        record = self.__dict__.setdefault("_poprisk_record", StepRecord())
+        return cast("StepRecord", record)

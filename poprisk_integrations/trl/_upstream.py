@@ -11,13 +11,12 @@ import torch
 import trl
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from trl.trainer.utils import selective_log_softmax, use_adapter
-
-from poprisk_integrations.trl.forward_recorder import ForwardRecorder
-from poprisk_integrations.trl.pair_log_ratios import pair_log_ratios
 
 __all__ = [
     "LIGER_HIDES_LOG_PROBS",
+    "ForwardRecorder",
     "add_metric",
     "batch_log_ratios",
     "current_mode",
@@ -40,11 +39,7 @@ def add_metric(trainer: Any, name: str, value: float) -> None:
 
 
 def pair_term(trainer: Any) -> tuple[float, bool]:
-    """Weight of the term `sigmoid` in the loss, and whether it is the only term.
-
-    Raises:
-        ValueError: If there is no such term.
-    """
+    """Weight of the term `sigmoid` in the loss, and whether it is the only term."""
     weight = float(trainer.loss_weights[trainer.loss_types.index("sigmoid")])
     auxiliary = getattr(trainer, "aux_loss_enabled", False)  # TRL 1.0 has none for DPO
     return weight, len(trainer.loss_types) == 1 and not auxiliary
@@ -54,8 +49,7 @@ def pair_term(trainer: Any) -> tuple[float, bool]:
 def reference_model(trainer: Any) -> Iterator[nn.Module]:
     """What computes as the reference inside the block, by the rule of `DPOTrainer._compute_loss`.
 
-    Raises:
-        ValueError: If the trainer keeps no reference.
+    Raises ValueError where the trainer keeps no reference.
     """
     if trainer.ref_model is not None:
         yield trainer.accelerator.unwrap_model(trainer.ref_model)
@@ -67,20 +61,67 @@ def reference_model(trainer: Any) -> Iterator[nn.Module]:
         yield model
 
 
+class ForwardRecorder:
+    """Context manager: inside it, the first output of the policy and of the reference are kept.
+
+    No pass is added. The reference may be a module of its own, the same module (an adapter switched
+    off for a second pass), or the module inside the policy's wrapper. Hooks are gone after the
+    block, whatever happened in it.
+
+    Example:
+        >>> policy, reference = nn.Identity(), nn.Identity()
+        >>> with ForwardRecorder(policy, reference) as recorder:
+        ...     _ = policy(torch.tensor(1.0)), reference(torch.tensor(2.0))
+        >>> recorder.policy_output.item(), recorder.reference_output.item()
+        (1.0, 2.0)
+    """
+
+    def __init__(self, policy: nn.Module, reference: nn.Module) -> None:
+        self.policy_output: Any = None  # None: was not called
+        self.reference_output: Any = None
+        self._policy = policy
+        self._reference = reference
+        self._depth = 0  # > 0 while the policy's own forward runs
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "ForwardRecorder":
+        # On the outermost module: wrappers (DDP) may call inner modules in their own way.
+        self._handles = [
+            self._policy.register_forward_pre_hook(self._before_policy),
+            self._policy.register_forward_hook(self._after_policy),
+        ]
+        if self._reference is not self._policy:
+            self._handles.append(self._reference.register_forward_hook(self._after_reference))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_policy(self, module: nn.Module, args: Any) -> None:
+        self._depth += 1
+
+    def _after_policy(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self.policy_output is None:
+            self.policy_output = output
+        elif self._reference is self._policy and self.reference_output is None:
+            self.reference_output = output
+
+    def _after_reference(self, module: nn.Module, args: Any, output: Any) -> None:
+        # Deeper, the call is on behalf of the policy's wrapper, and not the reference's.
+        if self._depth == 0 and self.reference_output is None:
+            self.reference_output = output
+
+
 def batch_log_ratios(
     trainer: Any, inputs: dict[str, Any], recorder: ForwardRecorder
 ) -> Tensor | None:
-    """Log-ratios of one batch from what its forward passes returned.
+    """Log-ratios log pi(y | x) - log pi_ref(y | x) of one batch, from what its passes returned.
 
-    Args:
-        trainer: The trainer whose loss was computed.
-        inputs: The batch as the collator made it: 2B rows, first all chosen, then all rejected.
-        recorder: The outputs of its forward passes.
-
-    Returns:
-        Shape (B, 2), see `pair_log_ratios`, with gradients where the policy's output has them;
-        None where the configuration does not give them. That depends on the configuration alone,
-        so all ranks agree on it.
+    `inputs` is the batch as the collator made it: 2B rows, first all chosen, then all rejected.
+    Shape (B, 2), fp32, chosen then rejected; gradients flow to the policy. None where the
+    configuration does not give them: that depends on it alone, so all ranks agree.
     """
     policy = _sequence_log_probs(recorder.policy_output, inputs)
     if policy is None:
@@ -91,7 +132,9 @@ def batch_log_ratios(
         reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     else:
         reference = None  # precomputed with LD-DPO's token weights: not the same quantity
-    return None if reference is None else pair_log_ratios(policy, reference)
+    if reference is None:
+        return None
+    return torch.stack((policy.float() - reference.detach().float()).chunk(2), dim=1)
 
 
 def _sequence_log_probs(output: Any, inputs: dict[str, Any]) -> Tensor | None:

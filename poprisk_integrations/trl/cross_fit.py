@@ -1,7 +1,5 @@
 """Flip report from models that never saw the pairs they judge."""
 
-# mypy: disable-error-code="no-untyped-call"
-
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,14 +8,12 @@ import torch
 from datasets import Dataset
 
 from poprisk_integrations.core.noise_rate import NoiseRateEstimate
-from poprisk_integrations.trl.label_noise import LabelNoise
-from poprisk_integrations.trl.labelled_pairs import flip_report
-from poprisk_integrations.trl.pair_checks import pair_ids
-from poprisk_integrations.trl.pair_columns import ROW_COLUMN, add_pair_columns
-from poprisk_integrations.trl.pair_loss import PairLoss
+from poprisk_integrations.trl.flip_report import FlipReport
+from poprisk_integrations.trl.label_noise import LabelNoise, PairLoss
+from poprisk_integrations.trl.pair_records import reward_margins
+from poprisk_integrations.trl.pairs import ROW_COLUMN, LabelledPairs
 
 if TYPE_CHECKING:
-    from poprisk_integrations.trl.flip_report import FlipReport
     from poprisk_integrations.trl.poprisk_dpo_trainer import PopRiskDPOTrainer
 
 __all__ = ["cross_fit_flip_report"]
@@ -30,7 +26,7 @@ def cross_fit_flip_report(
     pair_id_column: str | None = None,
     folds: int = 2,
     seed: int = 0,
-) -> tuple["FlipReport", NoiseRateEstimate]:
+) -> tuple[FlipReport, NoiseRateEstimate]:
     """Train once per fold on the other folds, and judge the pairs of the fold.
 
     Costs `folds - 1` times the training of one model and a forward pass over all pairs. The report
@@ -38,7 +34,7 @@ def cross_fit_flip_report(
     come from a trained one, on fewer pairs. After two epochs at 10 / 20 / 30 % wrong labels: AUC
     0.92 / 0.91 / 0.87 against 0.90 / 0.88 / 0.85, error of the noise rate 0.027 / 0.024 / 0.030
     against 0.042 / 0.040 / 0.026; after eight epochs the folds have been memorised and it is worse
-    (`recipes/benchmarks/noisy_dpo/cross_fit.py`).
+    (`recipes/benchmarks/noisy_dpo`).
 
     Args:
         make_trainer: Gets the pairs to train on and the pairs to judge, and returns a trainer with
@@ -58,23 +54,21 @@ def cross_fit_flip_report(
     """
     if not 2 <= folds <= len(dataset):
         raise ValueError(f"Invalid folds: {folds}. Must be in [2, {len(dataset)}].")
-    ids = pair_ids(dataset, pair_id_column)
-    rows = list(range(len(dataset)))
-    random.Random(seed).shuffle(rows)
+    pairs = LabelledPairs(dataset, pair_id_column)
+    places = list(range(len(dataset)))
+    random.Random(seed).shuffle(places)
     noise = LabelNoise(len(dataset), loss=PairLoss())
-    numbered = add_pair_columns(dataset)
     for fold in range(folds):
-        held_out = sorted(rows[fold::folds])
-        others = sorted(set(rows) - set(held_out))
-        trainer = make_trainer(dataset.select(others), numbered.select(held_out))
+        held_out = sorted(places[fold::folds])
+        others = sorted(set(places) - set(held_out))
+        trainer = make_trainer(dataset.select(others), pairs.dataset.select(held_out))
         trainer.train()
         found, margins = _judge(trainer)
         noise.margins.record(found, margins, step=trainer.state.global_step)
         del trainer  # its model and optimizer, before the next one is made
-    noise.update_estimate(step=0)
-    assert noise.estimate is not None
-    dropped = set(rows) - set(torch.nonzero(noise.margins.seen).squeeze(1).tolist())
-    return flip_report(noise, ids, dropped, dataset=dataset), noise.estimate
+    estimate = noise.update_estimate(step=0)
+    pairs.dropped = set(places) - set(torch.nonzero(noise.margins.seen).squeeze(1).tolist())
+    return pairs.flip_report(noise), estimate
 
 
 def _judge(trainer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,4 +79,4 @@ def _judge(trainer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     for inputs in trainer.get_eval_dataloader():
         trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
     log_ratios, rows = trainer.take_log_ratios("eval")
-    return rows, trainer.args.beta * (log_ratios[:, 0] - log_ratios[:, 1])
+    return rows, reward_margins(log_ratios, trainer.args.beta)

@@ -35,20 +35,15 @@ ACTIONS = ("swap", "drop", "review", "keep", "not_judged", "unseen", "too_long")
 _UNREADABLE = (ValueError, csv.Error, OSError, TypeError, LookupError, NotImplementedError)
 
 _COLUMNS = ("pair_id", "row", "probability_wrong", "margin", "step", "action")
+_NUMBERS = {"row": int, "step": int, "probability_wrong": float, "margin": float}
 _TEXTS = ("prompt", "chosen", "rejected")
 _CALIBRATED = "calibrated"  # a column of the files, where it is false
 
 
 def suggested_actions(probability_wrong: Sequence[float], calibrated: bool = True) -> list[str]:
-    """What to do with pairs, by the probability that their label is wrong.
+    """What to do with pairs, by the probability that their label is wrong; NaN where no margin is.
 
-    Args:
-        probability_wrong: Each in [0, 1], or NaN where no margin was taken.
-        calibrated: Whether they are probabilities. A mere ranking changes no data.
-
-    Returns:
-        "swap" from 0.9 on, "drop" from 0.5, "review" from 0.3, "keep" below; "unseen" for NaN. If
-        they are not calibrated "review" stands for the first two as well.
+    A mere ranking, which is not calibrated, changes no data: "review" is then the strongest.
 
     Example:
         >>> suggested_actions([0.95, 0.9, 0.5, 0.3, 0.1, math.nan])
@@ -226,8 +221,7 @@ class FlipReport:
         """
         file = _find(Path(path))
         try:
-            columns = _read_parquet(file) if file.suffix == ".parquet" else _read_csv(file)
-            return cls(**columns)
+            return cls(**_arguments(_READERS[file.suffix](file)))
         except _UNREADABLE as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the system's, such as no permission; pyarrow's have no number
@@ -262,69 +256,59 @@ def _integers(name: str, values: Sequence[int], smallest: int) -> np.ndarray:
 
 
 def _check(frame: pd.DataFrame) -> None:
-    for name in ("pair_id", "row"):
-        twice = frame[name].duplicated()
-        if twice.any():
-            value = frame[name][twice].tolist()[0]
-            raise ValueError(f"Invalid {name}: {value!r} occurs more than once.")
-    p, margin = frame["probability_wrong"], frame["margin"]
-    _refuse("probability_wrong", p[~(p.isna() | p.between(0, 1))], "Must be in [0, 1], or NaN.")
-    _refuse("margin", margin[np.isinf(margin)], "Must be finite, or NaN.")
-    _refuse("probability_wrong", p[p.notna() & margin.isna()], "There is no margin to it.")
-    _refuse("margin", margin[margin.notna() & (frame["step"] < 0)], "There is no step to it.")
-    action = frame["action"]
-    _refuse("action", action[~action.isin(ACTIONS)], f"Must be one of {', '.join(ACTIONS)}.")
-
-
-def _refuse(name: str, wrong: pd.Series, rule: str) -> None:
-    if len(wrong):
-        raise ValueError(f"Invalid {name}: {wrong.tolist()[0]!r}. {rule}")
+    """Raise ValueError for the first rule that a row breaks."""
+    p, margin, action = frame["probability_wrong"], frame["margin"], frame["action"]
+    broken = {
+        ("pair_id", "Must occur once."): frame["pair_id"].duplicated(),
+        ("row", "Must occur once."): frame["row"].duplicated(),
+        ("probability_wrong", "Must be in [0, 1], or NaN."): ~(p.isna() | p.between(0, 1)),
+        ("margin", "Must be finite, or NaN."): np.isinf(margin),
+        ("probability_wrong", "There is no margin to it."): p.notna() & margin.isna(),
+        ("margin", "There is no step to it."): margin.notna() & (frame["step"] < 0),
+        ("action", f"Must be one of {', '.join(ACTIONS)}."): ~action.isin(ACTIONS),
+    }
+    for (name, rule), rows in broken.items():
+        if rows.any():
+            raise ValueError(f"Invalid {name}: {frame[name][rows].tolist()[0]!r}. {rule}")
 
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        for suffix in (".parquet", ".csv"):
+        for suffix in _READERS:
             if (path / f"{FLIP_REPORT}{suffix}").is_file():
                 return path / f"{FLIP_REPORT}{suffix}"
         raise FileNotFoundError(f"no {FLIP_REPORT}.parquet or {FLIP_REPORT}.csv in {str(path)!r}")
     if not path.is_file():
         raise FileNotFoundError(f"no flip report at {str(path)!r}")
-    if path.suffix not in (".parquet", ".csv"):
+    if path.suffix not in _READERS:
         raise ValueError(f"{str(path)!r} is not a flip report: neither .parquet nor .csv.")
     return path
 
 
-def _read_parquet(path: Path) -> dict[str, Any]:
+def _read_parquet(path: Path) -> dict[str, list[Any]]:
     frame = pd.read_parquet(path)
-    _require_columns(list(frame.columns))
-    columns = {name: frame[name].tolist() for name in frame.columns}
-    return _with_extras(columns, {name: columns[name] for name in _COLUMNS})
+    return {name: frame[name].tolist() for name in frame.columns}
 
 
-def _read_csv(path: Path) -> dict[str, Any]:
+def _read_csv(path: Path) -> dict[str, list[Any]]:
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
         text = file.read()
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = next(lines, [])
-    _require_columns(header)
-    records = [line for line in lines if line]
+    lines = [line for line in csv.reader(io.StringIO(text, newline=""), strict=True) if line]
+    header, records = (lines[0], lines[1:]) if lines else ([], [])
     for number, record in enumerate(records, start=1):
         if len(record) != len(header):
             raise ValueError(f"record {number} has {len(record)} of {len(header)} values.")
-    found = {name: [record[place] for record in records] for place, name in enumerate(header)}
-    columns: dict[str, list[Any]] = {name: found[name] for name in _COLUMNS}
-    numbers: dict[str, type] = {
-        "row": int,
-        "step": int,
-        "probability_wrong": float,
-        "margin": float,
+    found: dict[str, list[Any]] = {
+        name: [record[place] for record in records] for place, name in enumerate(header)
     }
-    for name, kind in numbers.items():
-        columns[name] = _parsed(name, columns[name], kind)
-    quoted = header[0] == "pair_id" and text.partition("\n")[2].startswith('"')
-    if not quoted:  # integers of ours, or anything that a spreadsheet has saved again
-        columns["pair_id"] = _integer_ids(columns["pair_id"])
-    return _with_extras(found, columns)
+    quoted = header[:1] == ["pair_id"] and text.partition("\n")[2].startswith('"')
+    if "pair_id" in found and not quoted:
+        # Integers of ours, or anything that a spreadsheet has saved again.
+        found["pair_id"] = _integer_ids(found["pair_id"])
+    return found
+
+
+_READERS = {".parquet": _read_parquet, ".csv": _read_csv}
 
 
 def _integer_ids(ids: list[str]) -> list[int] | list[str]:
@@ -337,8 +321,14 @@ def _integer_ids(ids: list[str]) -> list[int] | list[str]:
     return numbers if plain and all(-(2**63) <= n < 2**64 for n in numbers) else ids
 
 
-def _with_extras(found: dict[str, list[Any]], columns: dict[str, Any]) -> dict[str, Any]:
-    """The columns with what the file has beyond them."""
+def _arguments(found: dict[str, list[Any]]) -> dict[str, Any]:
+    """Of the class, from the columns of a file."""
+    missing = [name for name in _COLUMNS if name not in found]
+    if missing:
+        raise ValueError(f"it has no column {' and no column '.join(map(repr, missing))}.")
+    columns: dict[str, Any] = {name: found[name] for name in _COLUMNS}
+    for name, kind in _NUMBERS.items():
+        columns[name] = [_parsed(name, value, kind) for value in columns[name]]
     flags = found.get(_CALIBRATED, [])
     columns["calibrated"] = all(str(flag).lower() not in ("false", "0") for flag in flags)
     if all(name in found for name in _TEXTS):
@@ -348,17 +338,11 @@ def _with_extras(found: dict[str, list[Any]], columns: dict[str, Any]) -> dict[s
     return columns
 
 
-def _parsed(name: str, values: list[str], kind: type) -> list[Any]:
-    parsed = []
-    for value in values:
-        try:
-            parsed.append(math.nan if value == "" and kind is float else kind(value))
-        except ValueError:
-            raise ValueError(f"Invalid {name}: {value!r} is no {kind.__name__}.") from None
-    return parsed
-
-
-def _require_columns(found: list[str]) -> None:
-    missing = [name for name in _COLUMNS if name not in found]
-    if missing:
-        raise ValueError(f"it has no column {' and no column '.join(map(repr, missing))}.")
+def _parsed(name: str, value: Any, kind: type) -> Any:
+    """A number of a CSV file; empty is NaN."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return math.nan if value == "" and kind is float else kind(value)
+    except ValueError:
+        raise ValueError(f"Invalid {name}: {value!r} is no {kind.__name__}.") from None

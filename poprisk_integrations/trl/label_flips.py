@@ -1,15 +1,17 @@
-"""Swaps the labels of some preference pairs, for studies of label noise."""
+"""Swaps the labels of some preference pairs: for studies of label noise, and to correct them."""
 
 import math
 import random
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["flip_preferences", "flipped_rows"]
+__all__ = ["EXCHANGED", "flip_preferences", "flipped_rows", "swap_labels"]
 
-_COLUMNS = (
+# Whatever else TRL's trainer reads of each completion goes with it.
+EXCHANGED = (
     ("chosen", "rejected"),
     ("chosen_ids", "rejected_ids"),
     ("ref_chosen_logps", "ref_rejected_logps"),
@@ -17,18 +19,9 @@ _COLUMNS = (
 
 
 def flipped_rows(num_rows: int, rate: float, seed: int = 0) -> list[int]:
-    """Rows whose labels are to be swapped: an exact count, drawn without replacement.
+    """Rows whose labels are to be swapped, ascending: `num_rows * rate` of them, rounded half up.
 
-    Args:
-        num_rows: Number of pairs.
-        rate: Share of them in [0, 1]; the count is `num_rows * rate`, rounded half up.
-        seed: Of the draw. The same arguments give the same rows on every machine and rank.
-
-    Returns:
-        Row numbers, ascending.
-
-    Raises:
-        ValueError: If `rate` is outside [0, 1].
+    The same arguments give the same rows on every machine and rank.
 
     Example:
         >>> len(flipped_rows(10, rate=0.3))
@@ -41,30 +34,46 @@ def flipped_rows(num_rows: int, rate: float, seed: int = 0) -> list[int]:
 
 
 def flip_preferences(dataset: "Dataset", rate: float, seed: int = 0) -> tuple["Dataset", list[int]]:
-    """Swap `chosen` and `rejected` in a share of the rows, and what TRL keeps of both.
-
-    Args:
-        dataset: Preference pairs; it is not changed.
-        rate: Share of the rows in [0, 1].
-        seed: Of the draw.
-
-    Returns:
-        The new data set, same order and columns, and the rows that were swapped.
-
-    Raises:
-        ValueError: If `rate` is outside [0, 1].
-    """
+    """Swap the labels of a share of the rows; the new data set, and the rows that were swapped."""
     rows = flipped_rows(len(dataset), rate, seed)
-    swapped = set(rows)
-    columns = [(a, b) for a, b in _COLUMNS if {a, b} <= set(dataset.column_names)]
+    return swap_labels(dataset, rows), rows
 
-    def swap(example: dict[str, Any], index: int) -> dict[str, Any]:
-        first, second = (1, 0) if index in swapped else (0, 1)
-        values = [(example[pair[first]], example[pair[second]]) for pair in columns]
-        return {
-            name: value
-            for pair, both in zip(columns, values, strict=True)
-            for name, value in zip(pair, both, strict=True)
-        }
 
-    return dataset.map(swap, with_indices=True, desc="Swapping labels"), rows
+def swap_labels(dataset: "Dataset", rows: Collection[int]) -> "Dataset":
+    """Exchange chosen and rejected in some rows; order and other columns are kept.
+
+    What TRL computes of each completion, token ids and log-probabilities of the reference, is
+    exchanged with it. ValueError if the two columns are not of one type.
+    """
+    if not rows:
+        return dataset
+    features = dataset.features
+    pairs = [pair for pair in EXCHANGED if all(name in features for name in pair)]
+    for first, second in pairs:
+        if _kind(features[first]) != _kind(features[second]):
+            raise ValueError(
+                f"cannot swap: {first!r} and {second!r} are of different types, {features[first]} "
+                f"and {features[second]}."
+            )
+    names = [name for pair in pairs for name in pair]
+    wanted = frozenset(rows)
+
+    def swapped(*values: Any) -> dict[str, Any]:
+        *cells, row = values
+        if row in wanted:
+            cells = [cells[index ^ 1] for index in range(len(cells))]  # 1 0 3 2 ...
+        return dict(zip(names, cells, strict=True))
+
+    return dataset.map(
+        swapped,
+        with_indices=True,
+        input_columns=names,  # the others, images for one, are not decoded
+        features=features,
+        load_from_cache_file=False,
+        desc="Swapping labels",
+    )
+
+
+def _kind(feature: Any) -> Any:
+    is_text = getattr(feature, "dtype", None) in ("string", "large_string")
+    return "text" if is_text else feature

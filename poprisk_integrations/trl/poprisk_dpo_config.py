@@ -6,15 +6,17 @@
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig
 
+from poprisk_integrations.diagnostics.stop_options import StopOptions
 from poprisk_integrations.huggingface.optim_args import parse_optim_args
 from poprisk_integrations.trl._upstream import LIGER_HIDES_LOG_PROBS
-from poprisk_integrations.trl.early_stopping import stopping_callback
-from poprisk_integrations.trl.pair_loss import AUTO_MODE, MODES, PairLoss
+from poprisk_integrations.trl.label_noise import AUTO_MODE, MODES, PairLoss
 
 __all__ = ["PopRiskDPOConfig"]
 
@@ -22,10 +24,23 @@ logger = logging.getLogger(__name__)
 
 # The losses of TRL that read `label_smoothing`. All others ignore it without a word.
 _SMOOTHED_LOSSES = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
-# The gate that was measured on preferences with wrong labels.
-_BOUNDARY = "false_open_rate=0.05"
 # Options of TRL under which the margin of a pair is not DPO's.
 _OTHER_MARGINS = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
+# The options of the stop, `stop_criterion` and so on.
+_STOP = (
+    "criterion", "sit_out", "patience", "action", "restore", "window", "kappa", "threshold",
+    "min_steps",
+)  # fmt: skip
+# The gate that was measured on preferences with wrong labels.
+_BOUNDARY = "false_open_rate=0.05"
+
+
+def _option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
+    """A field as the command line shows it."""
+    metadata: dict[str, Any] = {"help": help}
+    if choices:
+        metadata["choices"] = list(choices)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -70,19 +85,32 @@ class PopRiskDPOConfig(DPOConfig):
         holder_gamma: g of "holder", > 0.
         on_policy_kl_samples: Prompts from which to sample, at the end of training and after each
             evaluation, for `poprisk/kl_on_policy`; 0 for none.
+        auto_learning_rate: Search for the learning rate before training, from `learning_rate` on
+            and without an eval set, see `suggest_learning_rate`: four or five short trainings, a
+            line, and `poprisk_learning_rate.json` in `output_dir`. A resumed run keeps its rate.
         stop: Add `PopRiskEarlyStoppingCallback`, with the options below, unless one was passed to
-            the trainer.
-        stop_kappa: Stop at this multiple of the onset time, >= 1. The default is 1, where the
-            callback's own is 2: on noisy preferences the accuracy on clean pairs is best at the
-            onset (`recipes/benchmarks/noisy_dpo`). The reward of samples goes on rising for a
-            while, and with it the distance from the reference: for that use 2.
-        stop_window: Optimizer steps per window of the statistic, >= 4, or "auto": a third of an
-            epoch, at least 8.
-        stop_threshold: The onset is where the statistic falls below this, > 0.
+            the trainer. It estimates loss, reward accuracy and reward margin on pairs that were
+            never trained on, along the run and without an eval set.
+        stop_criterion: "risk" (the run ends where the estimated test loss has been above its
+            smallest value), "signal" (where the gradients carry only noise), or "auto": "risk"
+            where it can be had, else "signal".
+        stop_sit_out: Of "risk": share of the pairs that are trained on late, and are measured
+            before, in (0, 0.5].
+        stop_patience: Of "risk": windows without a smaller estimate before the stop, >= 1.
+        stop_kappa: Of "signal": stop at this multiple of the onset time, >= 1. The default is 1,
+            where the callback's own is 2: on noisy preferences the accuracy on clean pairs is best
+            at the onset (`recipes/benchmarks/noisy_dpo`). The reward of samples goes on rising for
+            a while, and with it the distance from the reference: for that use 2.
+        stop_window: Of "signal": optimizer steps per window of the statistic, >= 4, or "auto": a
+            third of an epoch, at least 8.
+        stop_threshold: Of "signal": the onset is where the statistic falls below this, > 0.
         stop_min_steps: No stop before this many optimizer steps.
-        stop_action: "stop" ends the run, "monitor" only logs.
-        stop_restore: Which checkpoint is the run's best: "stop", "onset" or None ("none" in YAML
-            and on the command line), see `PopRiskEarlyStoppingCallback`.
+        stop_action: "stop" ends the run; "cooldown" goes back to the best weights, anneals the
+            learning rate to zero and then ends it; "monitor" only logs (pairs still sit out). None:
+            "cooldown" with the estimate (under DeepSpeed "stop"), "stop" with
+            `stop_criterion="signal"`, and where "auto" cannot have the estimate nothing is ended.
+        stop_restore: Which checkpoint is the run's best: "best", "stop", "onset" or None ("none" in
+            YAML and on the command line), see `PopRiskEarlyStoppingCallback`.
 
     Raises:
         ValueError: If an option is outside its range, without effect (`label_smoothing` with
@@ -93,71 +121,64 @@ class PopRiskDPOConfig(DPOConfig):
         default="poprisk_adamw",
         metadata={"help": "The optimizer: any name that transformers knows."},
     )
-    noise: str = field(
-        default="auto",
-        metadata={"help": "What to do about wrong labels in the loss.", "choices": list(MODES)},
+    noise: str = _option("auto", "What to do about wrong labels in the loss.", MODES)
+    noise_rate: float | None = _option(
+        None, "Share of wrong labels in [0, 0.5); left out, it is estimated."
     )
-    noise_rate: float | None = field(
-        default=None,
-        metadata={"help": "Share of wrong labels in [0, 0.5); left out, it is estimated."},
+    pair_id_column: str | None = _option(
+        None, "Column with a unique id per pair, for the flip report."
     )
-    pair_id_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with a unique id per pair, for the flip report."},
+    pair_weight_column: str | None = _option(
+        None, "Column with a weight >= 0 per pair, a factor of its loss."
     )
-    pair_weight_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with a weight >= 0 per pair, a factor of its loss."},
+    rdpo_max_margin: float | None = _option(
+        4.0, "Margin at which the push of noise='rdpo' ends, reward units."
     )
-    rdpo_max_margin: float | None = field(
-        default=4.0,
-        metadata={"help": "Margin at which the push of noise='rdpo' ends, reward units."},
+    holder_gamma: float = _option(
+        2.0, "Exponent of noise='holder'; larger forgives contradictions earlier."
     )
-    holder_gamma: float = field(
-        default=2.0,
-        metadata={"help": "Exponent of noise='holder'; larger forgives contradictions earlier."},
+    on_policy_kl_samples: int = _option(
+        0, "Prompts from which to sample for the on-policy KL; 0 for none."
     )
-    on_policy_kl_samples: int = field(
-        default=0,
-        metadata={"help": "Prompts from which to sample for the on-policy KL; 0 for none."},
+    auto_learning_rate: bool = _option(
+        False, "Search for the learning rate before training, from learning_rate on."
     )
-    stop: bool = field(
-        default=True,
-        metadata={"help": "Stop without validation data, when the gradients carry only noise."},
+    stop: bool = _option(
+        True, "Estimate the test loss without an eval set, and stop where it rises."
     )
-    stop_kappa: float = field(
-        default=1.0,
-        metadata={"help": "Stop at this multiple of the time at which the signal faded, >= 1."},
+    stop_criterion: str = _option(
+        "auto",
+        "'risk' (the estimated test loss), 'signal' (the gradients carry only noise), or 'auto': "
+        "'risk' where it can be had.",
+        ("auto", "risk", "signal"),
+    )
+    stop_sit_out: float = _option(
+        0.15, "Share of the pairs that are trained on late, and measured before."
+    )
+    stop_patience: int = _option(10, "Windows without a smaller estimate before the stop, >= 1.")
+    stop_kappa: float = _option(
+        1.0, "Stop at this multiple of the time at which the signal faded, >= 1."
     )
     # `int | str | None`, since the argument parser would read `int | str` as int alone.
-    stop_window: int | str | None = field(
-        default="auto",
-        metadata={
-            "help": "Optimizer steps per window of the statistic, or 'auto': a third of an epoch, "
-            "at least 8."
-        },
+    stop_window: int | str | None = _option(
+        "auto",
+        "Optimizer steps per window of the statistic, or 'auto': a third of an epoch, at least 8.",
     )
-    stop_threshold: float = field(
-        default=1.0,
-        metadata={"help": "The signal has faded where the statistic falls below this."},
+    stop_threshold: float = _option(
+        1.0, "The signal has faded where the statistic falls below this."
     )
-    stop_min_steps: int = field(
-        default=0,
-        metadata={"help": "No stop before this many optimizer steps."},
+    stop_min_steps: int = _option(0, "No stop before this many optimizer steps.")
+    stop_action: str | None = _option(
+        None,
+        "'stop' ends the run, 'cooldown' anneals to zero from the best weights, 'monitor' only "
+        "logs; left out, what suits the criterion.",
+        ("stop", "cooldown", "monitor"),
     )
-    stop_action: str = field(
-        default="stop",
-        metadata={
-            "help": "'stop' ends the run, 'monitor' only logs.",
-            "choices": ["stop", "monitor"],
-        },
-    )
-    stop_restore: str | None = field(
-        default="stop",
-        metadata={
-            "help": "The run's best checkpoint: that of the 'stop', of the 'onset', or 'none'.",
-            "choices": ["stop", "onset", "none"],
-        },
+    stop_restore: str | None = _option(
+        "best",
+        "The run's best checkpoint: the one at the smallest estimate ('best'), of the 'stop', of "
+        "the 'onset', or 'none'.",
+        ("best", "stop", "onset", "none"),
     )
 
     def __post_init__(self) -> None:
@@ -174,7 +195,15 @@ class PopRiskDPOConfig(DPOConfig):
             if not named and optim != "poprisk_adamw_paper":
                 self.optim_args = ",".join(filter(None, (self.optim_args, _BOUNDARY)))
         if self.on_policy_kl_samples:
-            self._check_on_policy_kl()
+            self._check_sharded(
+                f"Invalid on_policy_kl_samples: {self.on_policy_kl_samples}. Sampling needs the "
+                "whole model on each device: set it to 0 under FSDP and DeepSpeed."
+            )
+        if self.auto_learning_rate:
+            self._check_sharded(
+                "Invalid auto_learning_rate: True. Under FSDP and DeepSpeed weights cannot be put "
+                "back after a search: search on one device or under DDP."
+            )
 
     @property
     def pair_loss(self) -> PairLoss:
@@ -189,6 +218,33 @@ class PopRiskDPOConfig(DPOConfig):
             return False
         # The default must not get in anyone's way.
         return self.noise != "auto" or self._noise_obstacle() is None
+
+    @property
+    def stop_options(self) -> StopOptions:
+        """The options of the stop, checked; errors call them as they are called here."""
+        return StopOptions.named("stop_", {name: getattr(self, f"stop_{name}") for name in _STOP})
+
+    @property
+    def pair_values_refusal(self) -> str:
+        """Why a run has no loss of each pair, or none that compares between windows; or ""."""
+        unknown = self._unknown_margin()
+        if unknown is not None:
+            return f"with {unknown[0]}={unknown[1]!r} the loss of each pair is not known"
+        if getattr(self, "sync_ref_model", False):
+            return "with sync_ref_model the reference moves, and losses do not compare"
+        return ""
+
+    def _unknown_margin(self) -> tuple[str, object] | None:
+        """The option, and its value, under which the pairs have no margin of DPO, or hide it."""
+        if "sigmoid" not in self.loss_type:
+            return "loss_type", self.loss_type
+        for name, allowed in _OTHER_MARGINS.items():
+            value = getattr(self, name, allowed)
+            if getattr(value, "value", value) != allowed:
+                return name, value
+        if self.use_liger_kernel and LIGER_HIDES_LOG_PROBS:
+            return "use_liger_kernel", True
+        return None
 
     def _check_noise(self) -> None:
         noise: object = self.noise
@@ -233,34 +289,32 @@ class PopRiskDPOConfig(DPOConfig):
         what = f"noise={self.noise!r}"
         if self.noise == "auto":
             what = f"pair_weight_column={self.pair_weight_column!r}"
-        if "sigmoid" not in self.loss_type:
-            return (
-                f"Invalid loss_type: {self.loss_type}. {what} stands in for the loss 'sigmoid', "
-                "which must be among them; other losses have no form for wrong labels here. Use "
-                "loss_type='sigmoid', alone or in a list, or noise='off'."
-            )
         if len(set(self.loss_type)) < len(self.loss_type):
             return f"Invalid loss_type: {self.loss_type}. With {what} each may occur once."
-        for name, allowed in _OTHER_MARGINS.items():
-            value = getattr(self, name, allowed)
-            if getattr(value, "value", value) != allowed:
-                return (
-                    f"Invalid {name}: {value!r}. Under it the margin of a pair is not DPO's, which "
-                    f"{what} needs: leave it out, or set noise='off'."
-                )
-        if self.use_liger_kernel and LIGER_HIDES_LOG_PROBS:
-            return (
-                "Invalid use_liger_kernel: True. In this version of TRL it hides the margins of "
-                f"the pairs, which {what} needs: set it to False, or noise='off', or update TRL."
+        unknown = self._unknown_margin()
+        if unknown is None:
+            return None
+        name, value = unknown
+        fault = f"Invalid {name}: {value!r}. "
+        if name == "loss_type":
+            return fault + (
+                f"{what} stands in for the loss 'sigmoid', which must be among them; other losses "
+                "have no form for wrong labels here. Use loss_type='sigmoid', alone or in a list, "
+                "or noise='off'."
             )
-        return None
+        if name == "use_liger_kernel":
+            return fault + (
+                f"In this version of TRL it hides the margins of the pairs, which {what} needs: "
+                "set it to False, or noise='off', or update TRL."
+            )
+        return fault + (
+            f"Under it the margin of a pair is not DPO's, which {what} needs: leave it out, or set "
+            "noise='off'."
+        )
 
-    def _check_on_policy_kl(self) -> None:
+    def _check_sharded(self, message: str) -> None:
         if self.fsdp or self.deepspeed_plugin is not None or os.environ.get("ACCELERATE_USE_FSDP"):
-            raise ValueError(
-                f"Invalid on_policy_kl_samples: {self.on_policy_kl_samples}. Sampling needs the "
-                "whole model on each device: set it to 0 under FSDP and DeepSpeed."
-            )
+            raise ValueError(message)
 
     def _check_label_smoothing(self) -> None:
         if not self.label_smoothing or _SMOOTHED_LOSSES & set(self.loss_type):
@@ -283,4 +337,4 @@ class PopRiskDPOConfig(DPOConfig):
             self.stop_window = "auto"
         if self.stop_restore == "none":
             self.stop_restore = None
-        stopping_callback(self)
+        _ = self.stop_options  # raises

@@ -5,42 +5,56 @@
 
 import logging
 import math
-import re
-from typing import Any
+import os
+import sys
+from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import TrainerState
 from trl import DPOTrainer
 
 from poprisk_integrations.core.preference_losses import dpo_loss
 from poprisk_integrations.distributed import mean_over_ranks
-from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
+from poprisk_integrations.huggingface import (
+    PopRiskEarlyStoppingCallback,
+    suggest_learning_rate,
+)
 from poprisk_integrations.trl._upstream import (
+    ForwardRecorder,
     add_metric,
     batch_log_ratios,
     current_mode,
     pair_term,
     reference_model,
 )
-from poprisk_integrations.trl.early_stopping import add_stop
-from poprisk_integrations.trl.end_report import describe_end
 from poprisk_integrations.trl.flip_report import FlipReport
-from poprisk_integrations.trl.forward_recorder import ForwardRecorder
 from poprisk_integrations.trl.label_noise import LabelNoise
-from poprisk_integrations.trl.label_noise_callback import LabelNoiseCallback
-from poprisk_integrations.trl.labelled_pairs import LabelledPairs
-from poprisk_integrations.trl.on_policy_kl import on_policy_kl
-from poprisk_integrations.trl.only_warns import OnlyWarns
-from poprisk_integrations.trl.pair_checks import check_vocabulary
-from poprisk_integrations.trl.pair_columns import PAIR_COLUMNS, PairCollator, take_pair_columns
-from poprisk_integrations.trl.pair_log_ratios import margin_metrics
-from poprisk_integrations.trl.pair_records import PairRecords
+from poprisk_integrations.trl.label_noise_callback import (
+    LabelNoiseCallback,
+    OnlyWarns,
+    describe_run,
+)
+from poprisk_integrations.trl.on_policy_kl import check_on_policy_kl, on_policy_kl
+from poprisk_integrations.trl.pair_records import (
+    PairRecords,
+    margin_metrics,
+    reward_accuracy,
+    reward_margins,
+)
+from poprisk_integrations.trl.pairs import (
+    PAIR_COLUMNS,
+    LabelledPairs,
+    PairCollator,
+    take_pair_columns,
+)
 from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
-from poprisk_integrations.trl.validation import check_before_work
+from poprisk_integrations.trl.validation import check_before_work, check_vocabulary
 
 __all__ = ["PopRiskDPOTrainer"]
+
+LEARNING_RATE = "poprisk_learning_rate.json"
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +123,10 @@ class PopRiskDPOTrainer(DPOTrainer):
             raise TypeError(f"args must be a PopRiskDPOConfig, not {type(args).__name__}.")
         check_before_work(args, train_dataset, eval_dataset)
         self._only_warns = OnlyWarns()
-        self._pairs = LabelledPairs(args, train_dataset)
+        self._pairs = LabelledPairs(train_dataset, args.pair_id_column, args.pair_weight_column)
         self._margins_missing = False
         self._flips_fitted: float | None = None
+        self._last_batch: tuple[Tensor, Tensor | None, Tensor | None] | None = None
         super().__init__(
             model,
             ref_model,
@@ -125,7 +140,7 @@ class PopRiskDPOTrainer(DPOTrainer):
             **kwargs,
         )
         check_vocabulary(self.model, self.ref_model, strict=args.noise != "off")
-        self._check_on_policy_kl()
+        check_on_policy_kl(self)
         self.data_collator = PairCollator(self.data_collator)
         self._pairs.note_dropped(self.train_dataset)
         self._noise = LabelNoise(len(self._pairs), loss=args.pair_loss, noise_rate=args.noise_rate)
@@ -139,7 +154,17 @@ class PopRiskDPOTrainer(DPOTrainer):
                 only_warns=self._only_warns,
             )
         )
-        self._own_stop = add_stop(self)
+        kinds = [type(callback) for callback in self.callback_handler.callbacks]
+        if args.stop and not any(issubclass(k, PopRiskEarlyStoppingCallback) for k in kinds):
+            options = args.stop_options.arguments()
+            if options["window"] == "auto":
+                # A third of a pass, however long the run: wrong labels are fitted within a few
+                # epochs, at large rates within the second, which leaves no window of a whole one.
+                # How many steps that is, is known when training starts (auto_find_batch_size).
+                options["window"] = "third"
+            stop = PopRiskEarlyStoppingCallback(**options)
+            self.add_callback(stop)
+            self._own_stop = stop
 
     def add_callback(self, callback: Any) -> None:
         """Trainer's; a stop of the user's takes the place of the one that `args.stop` added."""
@@ -168,6 +193,8 @@ class PopRiskDPOTrainer(DPOTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """TRL's loss, in training with the pairs' loss of the noise mode; keeps log-ratios."""
+        self._last_batch = None
+        is_trained_on = torch.is_grad_enabled()  # not so of pairs that sit out
         inputs, rows, weights = take_pair_columns(inputs)
         if return_outputs:
             return super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -186,10 +213,40 @@ class PopRiskDPOTrainer(DPOTrainer):
         if log_ratios is None:
             self._without_margins()
             return loss
+        if self._searches_rate:  # the pairs of a search have not been seen by the run
+            return self._replaced(loss, log_ratios, rows, weights) if replaced else loss
         if mode == "train" and not len(self._pairs):
             rows = None  # streamed: numbers of an earlier run, if any
-        self._records.add(mode, log_ratios.detach(), rows, self.state.global_step)
+        kind = "sitters" if mode == "train" and not is_trained_on else mode
+        self._records.add(kind, log_ratios.detach(), rows, self.state.global_step)
+        self._last_batch = (reward_margins(log_ratios.detach(), self.args.beta), rows, weights)
         return self._replaced(loss, log_ratios, rows, weights) if replaced else loss
+
+    def example_values(self) -> dict[str, Tensor] | None:
+        """Loss, reward accuracy and reward margin of each pair of the last batch, (B,) each.
+
+        The loss is that of the noise mode. In the first epoch it is NaN while that mode waits for
+        the noise rate: losses of two modes do not compare.
+        """
+        if self._last_batch is None:
+            return None
+        margins, rows, weights = self._last_batch
+        waits = self._noise.lacks_rate is not None and (self.state.epoch or 0.0) < 1.0
+        if weights is not None and self.args.noise == "weights":
+            waits = False  # these need no rate
+        losses = torch.full_like(margins, torch.nan)
+        if not waits:
+            with torch.no_grad():
+                losses = self._noise.losses(margins, rows, weights)
+        return {
+            "loss": losses,
+            "reward_accuracy": reward_accuracy(margins),
+            "reward_margin": margins,
+        }
+
+    def example_values_refusal(self) -> str:
+        """Why there are no `example_values` in this run, in a few words; "" if there are."""
+        return cast(PopRiskDPOConfig, self.args).pair_values_refusal
 
     def take_log_ratios(self, mode: str) -> tuple[Tensor, Tensor]:
         """Log-ratios and row numbers of the pairs of all ranks since the last log or call.
@@ -208,10 +265,22 @@ class PopRiskDPOTrainer(DPOTrainer):
             add_metric(self, name, value)
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with the on-policy KL at the end if `args.on_policy_kl_samples` asks."""
-        output = super().train(*args, **kwargs)
-        if self.args.on_policy_kl_samples:
+    @property
+    def _searches_rate(self) -> bool:
+        """Whether this training is one of `suggest_learning_rate`, which no callback watches."""
+        callbacks = self.callback_handler.callbacks
+        return not any(isinstance(callback, LabelNoiseCallback) for callback in callbacks)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, after a search and before the on-policy KL, if `args` ask for them."""
+        searches = self.args.auto_learning_rate and not self._searches_rate
+        if searches and not resume_from_checkpoint:  # a checkpoint holds its run's rate
+            found = suggest_learning_rate(self, start=self.args.learning_rate, update=True)
+            if self.is_world_process_zero():
+                tqdm.write(f"poprisk: {found}", file=sys.stderr)  # leaves progress bars whole
+                found.save(os.path.join(str(self.args.output_dir), LEARNING_RATE))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.on_policy_kl_samples and not self._searches_rate:
             self._log_on_policy_kl("")
         return output
 
@@ -239,7 +308,7 @@ class PopRiskDPOTrainer(DPOTrainer):
         places = [(rank * count + i) * len(data) // (count * ranks) for i in range(count)]
         kl = math.nan  # if it fails here, the other ranks still wait for this one
         with self._only_warns("the on-policy KL could not be sampled"):
-            kl, _ = on_policy_kl(
+            kl = on_policy_kl(
                 self.accelerator.unwrap_model(self.model),
                 lambda: reference_model(self),
                 [data[place]["prompt_ids"] for place in places],
@@ -268,21 +337,16 @@ class PopRiskDPOTrainer(DPOTrainer):
         self, loss: Tensor, log_ratios: Tensor, rows: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         """The loss with the pairs' term of the noise mode; TRL's own while that mode is off."""
-        pair_loss = self._noise.loss
         if weights is None and self.args.pair_weight_column is not None:
             raise ValueError(
                 f"Invalid pair_weight_column: {self.args.pair_weight_column!r}. A batch has no "
                 "weights: train_dataset or data_collator was replaced after the trainer was made. "
                 "Pass them to the trainer."
             )
-        if pair_loss.mode == "off" and weights is None:
+        if self._noise.loss.mode == "off" and weights is None:
             return loss
-        margins = self.args.beta * (log_ratios[:, 0] - log_ratios[:, 1])
-        p_correct = None
-        if pair_loss.mode == "weights" and self.args.pair_weight_column is None:
-            rows = torch.full_like(margins, -1, dtype=torch.int64) if rows is None else rows
-            p_correct = self._noise.p_correct(rows, margins)
-        ours = pair_loss(margins, weights, p_correct).mean()
+        margins = reward_margins(log_ratios, self.args.beta)
+        ours = self._noise.losses(margins, rows, weights).mean()
         factor, alone = pair_term(self)
         if alone:
             return factor * ours
@@ -297,17 +361,15 @@ class PopRiskDPOTrainer(DPOTrainer):
         return found
 
     def _margin_metrics(self, mode: str) -> dict[str, float]:
+        """What is to be logged of the pairs since the last log; nothing where that fails."""
+        metrics: dict[str, float] = {}
         with self._only_warns("the margins of some pairs are lost", together=True):
             log_ratios, rows = self._records.take(mode)
             with self._only_warns("poprisk/margin_* and poprisk/kl_data are not logged"):
-                return self._summary(mode, log_ratios, rows)
-        return {}
-
-    def _summary(self, mode: str, log_ratios: Tensor, rows: Tensor) -> dict[str, float]:
-        suspect = None
-        if mode == "train" and self._noise.estimate is not None and bool((rows >= 0).all()):
-            suspect = self._noise.suspects()[rows.cpu()]
-        metrics = margin_metrics(log_ratios, self.args.beta, suspect)
+                suspect = None
+                if mode == "train" and self._noise.estimate is not None and bool((rows >= 0).all()):
+                    suspect = self._noise.suspects()[rows.cpu()]
+                metrics = margin_metrics(log_ratios, self.args.beta, suspect)
         if mode == "train":
             self._flips_fitted = metrics.get("poprisk/flips_fitted", self._flips_fitted)
         return metrics
@@ -326,21 +388,6 @@ class PopRiskDPOTrainer(DPOTrainer):
                 "that of TRL."
             )
 
-    def _check_on_policy_kl(self) -> None:
-        if not self.args.on_policy_kl_samples:
-            return
-        if self.ref_model is None and not hasattr(self.model, "peft_config"):
-            raise ValueError(
-                f"Invalid on_policy_kl_samples: {self.args.on_policy_kl_samples}. With "
-                "precompute_ref_log_probs no reference model is in memory: set it to 0."
-            )
-        data = self.train_dataset
-        if not isinstance(data, Dataset) or "prompt_ids" not in data.column_names:
-            raise ValueError(
-                f"Invalid on_policy_kl_samples: {self.args.on_policy_kl_samples}. Prompts are "
-                "taken from map-style training data of texts: set it to 0."
-            )
-
     def _save_flip_report(self, directory: str) -> None:
         known = self._noise.rate_of_report is not None and bool(self._noise.margins.seen.any())
         if len(self._pairs) and known:
@@ -348,15 +395,6 @@ class PopRiskDPOTrainer(DPOTrainer):
 
     def _describe_end(self, state: TrainerState) -> str:
         self._margin_metrics("train")
-        stops = [
-            callback.diagnosis
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, PopRiskEarlyStoppingCallback)
-        ]
-        kept = re.search(r"checkpoint-(\d+)$", state.best_model_checkpoint or "")
-        return describe_end(
-            self._noise,
-            flips_fitted=self._flips_fitted,
-            diagnosis=stops[0] if stops else None,
-            kept_step=None if kept is None else int(kept.group(1)),
+        return describe_run(
+            self._noise, self.callback_handler.callbacks, state, flips_fitted=self._flips_fitted
         )

@@ -1,4 +1,4 @@
-"""Checks of preference data and of the output directory, before any work starts."""
+"""Checks of preference data, models and the output directory, before any work starts."""
 
 import logging
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from torch import nn
 from transformers.trainer_utils import SaveStrategy
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ __all__ = [
     "check_before_work",
     "check_output_dir",
     "check_preferences",
+    "check_vocabulary",
     "scan_pairs",
-    "unusable_rows",
 ]
 
 logger = logging.getLogger(__name__)
@@ -28,34 +29,21 @@ _TOKENIZED_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 
 @dataclass(kw_only=True, slots=True)
 class PairScan:
-    """What one pass over preference pairs found.
+    """What one pass over preference pairs found."""
 
-    Attributes:
-        empty: Rows with an empty chosen or rejected, or no prompt.
-        identical: Rows whose completions are the same.
-        repeated: How many pairs are copies of an earlier one.
-        both_ways: How many pairs of completions are labelled in one direction and in the other.
-    """
-
+    # Rows with an empty chosen or rejected, or no prompt.
     empty: list[int] = field(default_factory=list)
-    identical: list[int] = field(default_factory=list)
-    repeated: int = 0
+    identical: list[int] = field(default_factory=list)  # rows whose completions are the same
+    repeated: int = 0  # how many pairs are copies of an earlier one
+    # How many pairs of completions are labelled in one direction and in the other.
     both_ways: int = 0
 
 
 def check_before_work(args: "PopRiskDPOConfig", train_dataset: Any, eval_dataset: Any) -> None:
-    """All checks of this module, in the order of their cost.
+    """Everything that can be refused before a model is loaded, in the order of its cost.
 
-    With `noise="off"` nothing is refused that `trl.DPOTrainer` trains on: there are warnings.
-
-    Args:
-        args: Settings of the run.
-        train_dataset: Checked if it is a map-style `datasets.Dataset`.
-        eval_dataset: Same, or a dict of them, or None.
-
-    Raises:
-        OSError: If `args.output_dir` cannot be written.
-        ValueError: If the data do not pass.
+    With `noise="off"` nothing is refused that `trl.DPOTrainer` trains on: there are warnings. Only
+    map-style data are looked at.
     """
     if args.should_save:
         check_output_dir(
@@ -73,6 +61,8 @@ def check_before_work(args: "PopRiskDPOConfig", train_dataset: Any, eval_dataset
                 len(train_dataset),
                 scan.both_ways,
             )
+    elif train_dataset is not None:
+        _refuse_streamed(args)
     eval_sets = {"eval_dataset": eval_dataset}
     if isinstance(eval_dataset, dict):
         eval_sets = {f"eval_dataset[{key!r}]": value for key, value in eval_dataset.items()}
@@ -81,38 +71,40 @@ def check_before_work(args: "PopRiskDPOConfig", train_dataset: Any, eval_dataset
             check_preferences(dataset, name, strict=strict)
 
 
+def _refuse_streamed(args: "PopRiskDPOConfig") -> None:
+    for name in ("pair_id_column", "pair_weight_column"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"Invalid {name}: {getattr(args, name)!r}. It needs map-style training data, not "
+                "streamed ones."
+            )
+    if args.noise in ("cdpo", "rdpo", "weights") and args.noise_rate is None:
+        raise ValueError(
+            f"Invalid noise_rate: None. With noise={args.noise!r} it is estimated from map-style "
+            "training data; these are streamed. Give the rate."
+        )
+
+
 def check_preferences(
     dataset: Dataset, name: str = "train_dataset", *, strict: bool = True
 ) -> PairScan:
-    """Refuse a preference data set that no method could learn from.
+    """Refuse preference data that no method could learn from; the error calls them `name`.
 
-    The formats are those of TRL: text or conversations (lists of messages), with a `prompt`
-    column or with the prompt as the common start of `chosen` and `rejected`. One pass over the
-    two or three columns.
-
-    Args:
-        dataset: A map-style data set.
-        name: How the error should call it.
-        strict: False for a warning where rows are empty or completions the same: TRL trains on
-            such data.
-
-    Raises:
-        ValueError: If `chosen` or `rejected` is missing, a row is empty, or the two completions of
-            a row are the same. The message counts the rows and names the first.
+    Not strict, empty rows and equal completions are a warning: TRL trains on such data.
     """
     scan = scan_pairs(dataset, name)
     faults = []
     if scan.empty:
         faults.append(
             f"{name} has {_rows(scan.empty)} with an empty prompt, chosen or rejected. Remove them "
-            "(in a recipe of `poprisk dpo`: drop_unusable_pairs: true)."
+            "(in a config of `poprisk dpo`: drop_unusable_pairs: true)."
         )
     if scan.identical:
         faults.append(
             f"{name} has {_rows(scan.identical)} whose chosen and rejected are the same: they "
             "express no preference. Remove them, e.g. with "
             'dataset.filter(lambda row: row["chosen"] != row["rejected"]) '
-            "(in a recipe of `poprisk dpo`: drop_unusable_pairs: true)."
+            "(in a config of `poprisk dpo`: drop_unusable_pairs: true)."
         )
     if faults and strict:
         raise ValueError(faults[0])
@@ -121,42 +113,18 @@ def check_preferences(
     return scan
 
 
-def unusable_rows(dataset: Dataset, name: str = "train_dataset") -> tuple[list[int], list[int]]:
-    """Rows that express no preference, see `scan_pairs`.
-
-    Args:
-        dataset: A map-style data set in one of TRL's formats.
-        name: How an error should call it.
-
-    Returns:
-        Rows with an empty chosen or rejected (or no prompt), and rows whose completions are the
-        same.
-
-    Example:
-        >>> data = {"chosen": ["a", "b", ""], "rejected": ["c", "b", "d"]}
-        >>> unusable_rows(Dataset.from_dict(data))
-        ([2], [1])
-    """
-    scan = scan_pairs(dataset, name)
-    return scan.empty, scan.identical
-
-
 def scan_pairs(dataset: Dataset, name: str = "train_dataset") -> PairScan:
-    """Look at every pair once.
+    """Look at every pair once: one pass over the two or three columns.
 
-    Args:
-        dataset: A map-style data set in one of TRL's formats. Data that are tokenized already, or
-            made on the fly by `set_transform`, are not looked at.
-        name: How an error should call it.
-
-    Raises:
-        ValueError: If a column is missing, or a completion is neither text nor messages.
+    The formats are those of TRL: text or conversations (lists of messages), with a `prompt` column
+    or with the prompt as the common start of `chosen` and `rejected`. Data that are tokenized
+    already, or made on the fly by `set_transform`, are not looked at.
 
     Example:
         >>> data = {"chosen": ["a", "a", "b"], "rejected": ["b", "b", "a"]}
         >>> scan = scan_pairs(Dataset.from_dict(data))
-        >>> scan.repeated, scan.both_ways
-        (1, 1)
+        >>> scan.repeated, scan.both_ways, scan.empty
+        (1, 1, [])
     """
     scan = PairScan()
     columns = dataset.column_names
@@ -196,46 +164,16 @@ def scan_pairs(dataset: Dataset, name: str = "train_dataset") -> PairScan:
     return scan
 
 
-def check_output_dir(path: str | os.PathLike[str], *, needed: bool = True) -> None:
-    """Refuse a directory that cannot be written, now and not at the first checkpoint.
-
-    Args:
-        path: Directory that is to be written; it need not exist, and is not created.
-        needed: False where Trainer writes nothing into a directory that exists: then there is a
-            warning.
-
-    Raises:
-        NotADirectoryError: If the path, or a part of it, is a file.
-        PermissionError: If it, or the nearest existing part of it, is not writable.
-    """
-    nearest = Path(path).absolute()
-    exists = os.path.lexists(nearest)
-    while not os.path.lexists(nearest):
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"output_dir {str(path)!r}: {str(nearest)!r} is not a directory.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        problem = f"output_dir {str(path)!r}: no permission to write to {str(nearest)!r}."
-        if needed or not exists:
-            raise PermissionError(problem)
-        logger.warning("%s No report is written.", problem)
-
-
 def _check_completion(completion: Any, where: str) -> None:
     """Raise unless it is text, messages, or None."""
     if completion is None or isinstance(completion, str):
         return
+    wanted = f"{where}: chosen and rejected must be text or lists of messages"
     if not isinstance(completion, list):
-        raise ValueError(
-            f"{where}: chosen and rejected must be text or lists of messages, not "
-            f"{type(completion).__name__}."
-        )
+        raise ValueError(f"{wanted}, not {type(completion).__name__}.")
     for message in completion:
         if not isinstance(message, dict):
-            raise ValueError(
-                f"{where}: chosen and rejected must be text or lists of messages, not lists of "
-                f"{type(message).__name__}."
-            )
+            raise ValueError(f"{wanted}, not lists of {type(message).__name__}.")
         if "role" not in message:
             raise ValueError(
                 f"{where}: a message needs 'role' and 'content', and has {sorted(message)}."
@@ -254,3 +192,48 @@ def _is_empty(completion: Any) -> bool:
 def _rows(indices: list[int]) -> str:
     noun = "row" if len(indices) == 1 else "rows"
     return f"{len(indices)} {noun} (first: row {indices[0]})"
+
+
+def check_output_dir(path: str | os.PathLike[str], *, needed: bool = True) -> None:
+    """Refuse a directory that cannot be written, now and not at the first checkpoint.
+
+    It need not exist, and is not created. Where it exists and Trainer writes nothing into it
+    (`needed=False`) there is a warning.
+    """
+    nearest = Path(path).absolute()
+    exists = os.path.lexists(nearest)
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"output_dir {str(path)!r}: {str(nearest)!r} is not a directory.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        problem = f"output_dir {str(path)!r}: no permission to write to {str(nearest)!r}."
+        if needed or not exists:
+            raise PermissionError(problem)
+        logger.warning("%s No report is written.", problem)
+
+
+def check_vocabulary(
+    model: nn.Module | None, ref_model: nn.Module | None, *, strict: bool = True
+) -> None:
+    """Refuse a reference whose tokens are not the policy's.
+
+    Not strict, it is a warning: embeddings may only be padded to different sizes.
+    """
+    sizes = [_vocabulary_size(one) for one in (model, ref_model)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        problem = (
+            f"Invalid ref_model: its vocabulary has {sizes[1]} tokens, that of the model "
+            f"{sizes[0]}. Log-ratios between them mean nothing: use a reference with the same "
+            "tokenizer."
+        )
+        if strict:
+            raise ValueError(problem)
+        logger.warning("%s", problem)
+
+
+def _vocabulary_size(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "vocab_size", None)

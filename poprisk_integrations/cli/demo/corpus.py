@@ -1,10 +1,26 @@
-"""The text of the demo: Python's language reference as it ships with every interpreter."""
+"""Text of the demo, Python's language reference as it ships, and the preference pairs from it."""
+
+# transformers leaves some of its functions untyped.
+# mypy: disable-error-code="no-untyped-call"
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CorpusSplit", "TextWindow", "cut_windows", "reference_texts", "split_corpus"]
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from poprisk_integrations.cli.demo.settings import DemoSettings
+
+__all__ = [
+    "PreferencePair",
+    "TextWindow",
+    "make_pairs",
+    "reference_texts",
+    "split_corpus",
+    "starts_word",
+    "train_tokenizer",
+]
 
 # Typographic quotes, dashes and the ellipsis; the few other characters are dropped.
 _ASCII = {
@@ -16,6 +32,7 @@ _ASCII = {
     0x2014: "-",
     0x2026: "...",
 }
+_SPACE = "\u0120"  # how byte-level BPE writes a leading space
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +47,20 @@ class TextWindow:
 
 
 @dataclass(frozen=True, slots=True)
-class CorpusSplit:
-    """Windows by use; no token of the corpus is in two of the lists."""
+class PreferencePair:
+    """A prompt with two continuations."""
 
-    finetuning: list[TextWindow]
-    train: list[TextWindow]
-    heldout: list[TextWindow]
+    prompt: str
+    human: str  # the continuation in the corpus: the better one
+    sample: str  # the model's own
+    swapped: bool = False  # whether the training label says that the sample is the better one
+
+    def row(self) -> dict[str, str]:
+        """In TRL's preference format, as the label says."""
+        better, worse = self.human, self.sample
+        if self.swapped:
+            better, worse = worse, better
+        return {"prompt": self.prompt, "chosen": better, "rejected": worse}
 
 
 def reference_texts() -> list[str]:
@@ -53,6 +78,33 @@ def reference_texts() -> list[str]:
     return [text for text in texts if text]
 
 
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE with `<pad>` and `<eos>`; the same texts give the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def starts_word(tokenizer: PreTrainedTokenizerFast) -> list[bool]:
+    """By token id, whether the token starts with a space.
+
+    BPE never merges across such a start: text cut there keeps its tokens on either side.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [token.startswith(_SPACE) for token in tokens]
+
+
 def cut_windows(
     tokens: Sequence[int],
     starts_word: Sequence[bool],
@@ -64,13 +116,7 @@ def cut_windows(
     A continuation starts at a word and is the longest run of whole words with at most
     `continuation_tokens` tokens (runs of under half of that are left out). Its prompt is the
     shortest run of whole words before it with at least `prompt_tokens` tokens, so prompts
-    overlap the continuation before.
-
-    Args:
-        tokens: Token ids.
-        starts_word: By token id, whether the token starts a word.
-        prompt_tokens: Least length of a prompt.
-        continuation_tokens: Greatest length of a continuation.
+    overlap the continuation before. `starts_word` tells it by token id.
 
     Example:
         >>> window, = cut_windows([1, 2, 1, 2, 1, 2, 1], [False, True, False], 2, 4)
@@ -95,45 +141,45 @@ def cut_windows(
 def split_corpus(
     documents: Sequence[Sequence[int]],
     starts_word: Sequence[bool],
-    *,
-    block_tokens: int,
-    prompt_tokens: int,
-    continuation_tokens: int,
-    train: int,
-    heldout: int,
+    settings: DemoSettings,
+    counts: Sequence[int],
     seed: int,
-) -> CorpusSplit:
-    """Deal blocks of text out to held-out pairs, training pairs and fine-tuning, in that order.
+) -> list[list[TextWindow]]:
+    """Deal the text out to so many windows each, and the rest; no token is in two of these lists.
 
-    Args:
-        documents: Token ids of each document.
-        starts_word: By token id, whether the token starts a word.
-        block_tokens: Tokens of a block; a window never leaves its block.
-        prompt_tokens: See `cut_windows`.
-        continuation_tokens: See `cut_windows`.
-        train: Windows for training pairs.
-        heldout: Windows for held-out pairs.
-        seed: Of the shuffle.
-
-    Raises:
-        ValueError: If the text is too short to leave windows for fine-tuning.
+    It is dealt in shuffled blocks of `block_tokens` tokens, which no window leaves.
     """
+    size, lengths = settings.block_tokens, (settings.prompt_tokens, settings.continuation_tokens)
     blocks = [
-        cut_windows(document[i : i + block_tokens], starts_word, prompt_tokens, continuation_tokens)
+        cut_windows(document[i : i + size], starts_word, *lengths)
         for document in documents
-        for i in range(0, len(document), block_tokens)
+        for i in range(0, len(document), size)
     ]
     random.Random(seed).shuffle(blocks)
-    taken: list[list[TextWindow]] = []
-    for count in (heldout, train):
+    dealt: list[list[TextWindow]] = []
+    for count in counts:
         windows: list[TextWindow] = []
         while blocks and len(windows) < count:
             windows += blocks.pop()
-        taken.append(windows[:count])
+        dealt.append(windows[:count])
     rest = [window for block in blocks for window in block]
     if not rest:
-        raise ValueError(
-            f"The corpus has too few windows for {train} training pairs and {heldout} held-out "
-            "pairs."
+        raise ValueError(f"The corpus has too few windows for {' and '.join(map(str, counts))}.")
+    return [*dealt, rest]
+
+
+def make_pairs(
+    tokenizer: PreTrainedTokenizerFast,
+    windows: Sequence[TextWindow],
+    samples: Sequence[Sequence[int]],
+) -> list[PreferencePair]:
+    """Decode windows and a sample for each; a sample equal to the human text makes no pair."""
+    pairs = [
+        PreferencePair(
+            prompt=str(tokenizer.decode(list(window.prompt))),
+            human=str(tokenizer.decode(list(window.continuation))),
+            sample=str(tokenizer.decode(list(sample))),
         )
-    return CorpusSplit(finetuning=rest, train=taken[1], heldout=taken[0])
+        for window, sample in zip(windows, samples, strict=True)
+    ]
+    return [pair for pair in pairs if pair.sample != pair.human]

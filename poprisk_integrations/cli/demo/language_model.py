@@ -4,9 +4,9 @@
 # mypy: disable-error-code="no-untyped-call,misc"
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
     LlamaConfig,
@@ -16,10 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from poprisk_integrations.cli.demo.corpus import TextWindow
+from poprisk_integrations.cli.demo.corpus import TextWindow, starts_word
 from poprisk_integrations.cli.demo.progress import StepProgress
-from poprisk_integrations.cli.demo.settings import DemoSettings
-from poprisk_integrations.cli.demo.tokenizer import starts_word
+from poprisk_integrations.cli.demo.settings import QUIET_RUN, DemoSettings
 
 __all__ = ["build_model", "fine_tune", "sample_continuations"]
 
@@ -29,13 +28,7 @@ _SAMPLE_BATCH = 200
 def build_model(
     settings: DemoSettings, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> LlamaForCausalLM:
-    """A Llama with random weights, input and output embeddings tied.
-
-    Args:
-        settings: Sizes.
-        tokenizer: Gives the vocabulary size and the special tokens.
-        seed: Of the weights.
-    """
+    """A Llama with random weights, input and output embeddings tied."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -62,21 +55,11 @@ def fine_tune(
     *,
     seed: int,
     scratch: str,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None],
 ) -> float:
     """Next-token training on whole windows, each closed by the end-of-sequence token.
 
-    Args:
-        model: Trained in place.
-        tokenizer: For the special tokens.
-        windows: Text to train on.
-        settings: Steps, batch size and learning rate.
-        seed: Of the order of the windows.
-        scratch: A directory for Trainer; nothing is saved to it.
-        on_step: Called with the number of steps done.
-
-    Returns:
-        Mean training loss of the run in nats per token.
+    The model is trained in place; the mean training loss in nats per token is returned.
     """
     rows = [
         {"input_ids": [*window.prompt, *window.continuation, tokenizer.eos_token_id]}
@@ -92,16 +75,12 @@ def fine_tune(
         weight_decay=0.1,
         optim="adamw_torch",
         seed=seed,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
+        **QUIET_RUN,
     )
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Rows(rows),
+        train_dataset=Dataset.from_list(rows),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         callbacks=[StepProgress(on_step)],
     )
@@ -118,20 +97,12 @@ def sample_continuations(
     max_tokens: int,
     *,
     seed: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None],
 ) -> list[list[int]]:
     """One sample per prompt at temperature 1, cut by the rule that cuts the human text.
 
     It starts at a word and ends after the last whole word within `max_tokens` tokens, so neither
     length nor a broken word tells a sample from the human continuation.
-
-    Args:
-        model: Fine-tuned model.
-        tokenizer: Its tokenizer; pads on the left.
-        prompts: Token ids.
-        max_tokens: Greatest length of a sample.
-        seed: Of the draws.
-        on_batch: Called with the number of prompts done.
     """
     word_start = starts_word(tokenizer)
     not_first = [index for index, is_start in enumerate(word_start) if not is_start]
@@ -156,17 +127,5 @@ def sample_continuations(
         for row in drawn[:, batch["input_ids"].shape[1] :].tolist():
             ends = [i for i in range(1, len(row)) if word_start[row[i]]]
             samples.append(row[: ends[-1]] if ends else row[:max_tokens])
-        if on_batch is not None:
-            on_batch(len(samples))
+        on_batch(len(samples))
     return samples
-
-
-class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]

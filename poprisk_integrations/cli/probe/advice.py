@@ -3,35 +3,25 @@
 import math
 
 from poprisk_integrations.core import Diagnosis, diagnose
-from poprisk_integrations.diagnostics.gradient_probe import GradientProbe
-from poprisk_integrations.diagnostics.preset_probe import (
-    DEFAULT_PRESET,
-    STRICT_PRESET,
-    PresetProbe,
-)
-from poprisk_integrations.diagnostics.stop_outlook import StopOutlook
+from poprisk_integrations.core.sit_out_schedule import smallest_pool
+from poprisk_integrations.diagnostics.probe import DEFAULT_PRESET, STRICT_PRESET, GradientProbe
+from poprisk_integrations.diagnostics.run_length import StopOutlook
 
 __all__ = ["advise", "noise_scale_text"]
 
 _MOSTLY_OPEN = 0.9
+_SHARE = 0.15  # of the examples, which the stop has join late
+_FEW = 30  # examples that measure the test loss in the last pass
 
 
 def advise(probe: GradientProbe, stop: StopOutlook, optimizer: str = "AdamW") -> tuple[str, str]:
-    """What to do, as a function of the numbers alone.
+    """What to do, as a function of the numbers alone; `optimizer` where no gate is advised.
 
     On the gate: none where no signal was found, where nearly all coordinates would pass it, or
     where less than half of the signal would; else as a choice beside a tuned AdamW, which no
     benchmark of this package has seen it beat.
-
-    Args:
-        probe: The gradients.
-        stop: The run's length.
-        optimizer: What to take where no gate is advised.
-
-    Returns:
-        Two sentences.
     """
-    can_stop = stop.verdict in ("works", "coarse")
+    can_stop = stop.verdict not in ("unknown", "single_pass")
     plain = f"plain {optimizer}" + (" with the stop" if can_stop else "")
     return _on_gate(probe, plain), _on_stop(probe, stop)
 
@@ -73,50 +63,46 @@ def _on_gate(probe: GradientProbe, plain: str) -> str:
             f"and {_percent(strict.signal_kept)} (false_open_rate=0.05) of it and mostly slow the "
             f"training down, so take {plain}."
         )
-    also = (
-        f"false_open_rate=0.05 keeps {_percent(strict.signal_kept)}{_step_length(strict)}"
-        if strict.verdict == "selective"
-        else f"false_open_rate=0.05 would lose most of it (keeps {_percent(strict.signal_kept)})"
-    )
+
+    def steps_of(ratio: float) -> str:
+        return "" if math.isnan(ratio) else f", with steps {ratio:.2f} times as long as Adam's"
+
+    also = f"would lose most of it (keeps {_percent(strict.signal_kept)})"
+    if strict.verdict == "selective":
+        length = steps_of(strict.measured.update_norm_ratio)
+        also = f"keeps {_percent(strict.signal_kept)}{length}"
     return (
         f"The default gate of PopRiskAdamW would keep {_percent(default.signal_kept)} of the "
         f"signal and shut out {_percent(1 - default.noise_open)} of pure noise"
-        f"{_step_length(default)} ({also}): worth a run where labels may be wrong or the learning "
-        f"rate is not tuned, while a well-tuned {plain} should do as well."
+        f"{steps_of(default.measured.update_norm_ratio)} (false_open_rate=0.05 {also}): worth a "
+        f"run where labels may be wrong or the learning rate is not tuned, while a well-tuned "
+        f"{plain} should do as well."
     )
 
 
 def _on_stop(probe: GradientProbe, stop: StopOutlook) -> str:
-    if stop.verdict == "unknown":
+    if stop.verdict == "unknown" or stop.epoch_steps is None:
         return (
             "Whether the stop can work depends on the length of an epoch: give --batch-size and "
             "--dataset-size, and --total-steps."
         )
-    if stop.verdict == "full_batch":
-        return (
-            "The stop cannot work: each step takes the whole data set, so there is no noise of "
-            "batches to compare the gradient with."
-        )
     if stop.verdict == "single_pass":
         return (
             f"The stop will not act: the run's {stop.total_steps} steps are at most one pass over "
-            "the data, in which no example can be memorised."
+            "the data, in which the training loss before each step is the test loss."
         )
-    if stop.verdict == "too_short":
-        return (
-            f"The stop cannot act: its first window of {stop.window} steps on data seen before "
-            f"would end at step {stop.first_step}, the run at {stop.total_steps}."
-        )
-    fit = (
-        f"the run has {stop.windows} windows of {stop.window} steps"
-        if stop.windows is not None
-        else f"in a run of more than {stop.first_step} steps, with windows of {stop.window}"
-    )
-    can = "The stop can work" if stop.verdict == "works" else "The stop can work, if coarsely"
-    few = "" if stop.verdict == "works" else f", at {stop.epoch_steps} batches per epoch"
+    passes = None if stop.total_steps is None else stop.total_steps / stop.epoch_steps
+    in_all = "" if passes is None else f" of {passes:.3g}"
+    examples = probe.dataset_size or stop.epoch_steps * (probe.batch_size or 0)
+    few = ""
+    if examples and passes is not None:
+        last = smallest_pool(examples, share=_SHARE, epochs=passes)
+        band = ", so its band will be wide there" if last < _FEW else ""
+        few = f", in the last pass from {last:.0f} of the {examples:,} examples{band}"
     return (
-        f"{can}{few}: {fit}, and it may act from step {stop.first_step} on, once batches agree no "
-        f"more than chance explains; in the probed steps: {_finding(probe, stop)}."
+        "The stop can estimate the test loss without validation data, once per pass"
+        f"{in_all} over the data{few}, where the loader tells which example is which; in the "
+        f"probed steps: {_finding(probe, stop)}."
     )
 
 
@@ -135,11 +121,6 @@ def _finding(probe: GradientProbe, stop: StopOutlook) -> Diagnosis:
         "reused": passes > 1.0,
     }
     return diagnose([row])
-
-
-def _step_length(preset: PresetProbe) -> str:
-    ratio = preset.measured.update_norm_ratio
-    return "" if math.isnan(ratio) else f", with steps {ratio:.2f} times as long as Adam's"
 
 
 def _percent(share: float) -> str:

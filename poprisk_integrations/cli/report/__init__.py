@@ -1,15 +1,12 @@
 """`poprisk report`: one page about one or more runs, made from their own text logs.
 
-    run_files           which files of a directory belong to the run
-    read_json, stop_file, trainer_state, metrics_csv, labels, settings    one source each
-    run                 all of a run's sources together
-    curve, key_names    logged numbers over steps, and what their names mean
-    chart               what a chart shows, and the same in words
-    loss_charts, stop_charts, gate_charts, preference_charts, other_charts    which charts there are
-    findings            what happened, in sentences and key figures
-    palette, draw, svg  a chart as picture: PNG, or SVG that follows the page's colours
-    html_tree, page_style, page    the page
+    command   what is asked for, checked and printed
+    sources   which files belong to a run, and what they say; never a pickle
+    run       all of it together; numbers, names and texts made fit to be shown
+    charts    the table of all charts, and how what was logged or measured becomes one
+    findings  what happened, in sentences and key figures
+    draw      a chart as PNG, or as SVG that follows the page's colours
+    page      what is written: pictures, and the page by page.html.j2, page.css and page.js
 
-Pickles are never read: no `training_args.bin`, no checkpoint. Nothing is imported here; only
-`draw` and `svg` need matplotlib.
+Nothing is imported here, nor by `command` before it runs: the rest needs matplotlib and pandas.
 """

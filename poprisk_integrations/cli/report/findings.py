@@ -1,191 +1,226 @@
 """What happened, in sentences and in a few figures."""
 
-import math
+import shlex
 from collections.abc import Sequence
 
-from poprisk_integrations.cli.report.loss_charts import learning_rate_bases
-from poprisk_integrations.cli.report.plain_text import NOTHING, number, plain, shown
-from poprisk_integrations.cli.report.run import Run
+import numpy as np
 
-__all__ = ["headline", "key_figures", "sentences"]
+from poprisk_integrations.cli.report.charts import RATES, matching
+from poprisk_integrations.cli.report.run import NOTHING, Run, finite, number, plain, shown
+
+__all__ = ["headline", "key_figures", "label_lines", "sentences"]
 
 
 def headline(run: Run) -> str:
     """How the run ended: one short sentence."""
-    planned = "" if run.planned_steps is None else f" of {run.planned_steps}"
-    stop = run.stop
+    stop, last, planned = run.stop, run.last_step, run.planned_steps
+    ends = f"the log ends at step {_steps(run)}"
+    if stop is not None and stop.cooldown_step is not None:
+        back, best = shown(stop.cooldown_step), shown(stop.best_step)
+        return (
+            f"Went back at step {back} to the weights of step {best} and let the learning rate go "
+            f"to zero; {ends}."
+        )
     if stop is not None and stop.stop_step is not None:
-        if stop.stopped and stop.stop_step == run.planned_steps:
-            return f"Stopped at step {shown(stop.stop_step)}, which was the last one planned."
-        if stop.stopped:
-            return f"Stopped early at step {shown(stop.stop_step)}{planned}."
-        return (
-            f"Would have stopped at step {shown(stop.stop_step)}, but only watched; the log ends "
-            f"at step {_step(run)}{planned}."
-        )
-    if run.last_step is None:
+        step = shown(stop.stop_step)
+        if not stop.stopped:
+            return f"Would have stopped at step {step}, but only watched; {ends}."
+        if stop.stop_step == planned:
+            return f"Stopped at step {step}, which was the last one planned."
+        return f"Stopped early at step {step}{'' if planned is None else f' of {planned}'}."
+    if last is None:
         return "No step was logged."
-    if run.planned_steps is not None and run.last_step >= run.planned_steps:
-        return f"Ran all {run.planned_steps} planned steps."
-    if run.planned_steps is not None:
-        return (
-            f"The log ends at step {run.last_step}{planned}: still running, interrupted, or ended "
-            "by something else."
-        )
-    return f"The log ends at step {run.last_step}."
+    if planned is not None and last >= planned:
+        return f"Ran all {planned} planned steps."
+    more = "" if planned is None else ": still running, interrupted, or ended by something else"
+    return f"T{ends[1:]}{more}."
 
 
 def sentences(run: Run) -> list[str]:
     """All that is worth saying before any chart."""
-    found = [_stop(run), _diagnosis(run), _kept(run), *_losses(run), _gate(run), _noise(run)]
+    found = [*_stop(run), *_losses(run), _gate(run)]
+    if run.noise.get("diagnosis"):
+        found.append(f"Labels: {plain(run.noise['diagnosis'])}.")
+    elif _rate(run) != NOTHING:
+        found.append(f"Estimated noise rate {_rate(run)}.")
     return [text for text in found if text] + [plain(note) for note in run.notes]
 
 
-def _step(run: Run) -> str:
-    return NOTHING if run.last_step is None else str(run.last_step)
-
-
-def _stop(run: Run) -> str:
-    if run.stop is None:
-        return "No early-stopping callback of this package left a report."
-    return f"Early stopping: {run.stop.reason}." if run.stop.reason else ""
-
-
-def _diagnosis(run: Run) -> str:
-    if run.stop is None or not run.stop.history:
-        return ""
-    found = run.stop.diagnosis
-    said = str(found)
-    return f"{said[:1].upper()}{said[1:]}. What to do: {found.advice}."
-
-
-def _kept(run: Run) -> str:
-    if run.stop is None or not run.stop.best:
-        return ""
-    return f"Kept as the result: {run.stop.best.replace(chr(92), '/').rpartition('/')[2]}."
+def _stop(run: Run) -> list[str]:
+    stop = run.stop
+    if stop is None:
+        return ["No early-stopping callback of this package left a report."]
+    found = [f"Early stopping: {stop.reason}." if stop.reason else ""]
+    if not stop.windows.empty:
+        said = str(stop.diagnosis)
+        found.append(f"{said[:1].upper()}{said[1:]}. What to do: {stop.diagnosis.advice}.")
+    if stop.best:
+        name = stop.best.replace("\\", "/").rpartition("/")[2]
+        found.append(f"Kept as the result: {name}.")
+    return found
 
 
 def _losses(run: Run) -> list[str]:
     found = []
     for key, curve in run.family("loss"):
-        finite = curve.finite()
-        bad = [s for s, v in zip(curve.steps, curve.values, strict=True) if not math.isfinite(v)]
-        if bad:
-            found.append(f"{key.split.capitalize()} loss is not finite at step {shown(bad[0])}.")
-        if len(finite.values) < 2 or key.kind == "step":
+        good, bad = finite(curve), curve[~np.isfinite(curve)]
+        split = key.split.capitalize()
+        if bad.size:
+            found.append(f"{split} loss is not finite at step {shown(bad.index[0])}.")
+        if len(good) < 2 or key.kind == "step":
             continue
-        text = (
-            f"{key.split.capitalize()} loss went from {shown(finite.values[0])} to "
-            f"{shown(finite.values[-1])}"
-        )
+        text = f"{split} loss went from {shown(good.iloc[0])} to {shown(good.iloc[-1])}"
         if key.split != "train":
-            lowest = min(finite.values)
-            step = finite.steps[finite.values.index(lowest)]
-            text += f"; its lowest was {shown(lowest)} at step {shown(step)}"
+            text += f"; its lowest was {shown(good.min())} at step {shown(good.idxmin())}"
         found.append(f"{text}.")
     return found
 
 
 def _gate(run: Run) -> str:
-    open_fraction = run.last("poprisk/open_fraction")
-    if open_fraction is None:
+    names = ("open_fraction", "closed_noise", "closed_zero_grad", "update_norm_ratio")
+    share, noise, dead, ratio = (run.last(f"poprisk/{name}") for name in names)
+    if share is None:
         return ""
-    text = f"The gate was last open for {_percent(open_fraction)} of the coordinates"
-    noise = run.last("poprisk/closed_noise")
-    dead = run.last("poprisk/closed_zero_grad")
+    text = f"The gate was last open for {100 * share:.3g} % of the coordinates"
     if noise is not None and dead is not None:
-        text += f", closed for {_percent(noise)} as noise and {_percent(dead)} without a gradient"
-    ratio = run.last("poprisk/update_norm_ratio")
+        text += f", closed for {100 * noise:.3g} % as noise"
+        text += f" and {100 * dead:.3g} % without a gradient"
     if ratio is not None:
         text += f"; gated updates had {shown(ratio, 3)} of the ungated norm"
     return f"{text}."
 
 
-def _noise(run: Run) -> str:
-    noise = run.noise
-    if noise is None:
-        return ""
-    parts = [f"Labels: {plain(noise['diagnosis'])}" if noise.get("diagnosis") else ""]
-    rate = _rate(run)
-    if not parts[0] and rate != NOTHING:
-        parts = [f"Estimated noise rate {rate}"]
-    return f"{parts[0]}." if parts[0] else ""
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.3g} %"
-
-
 def _rate(run: Run) -> str:
-    """Noise rate with its interval."""
-    noise = run.noise or {}
-    rate = number(noise.get("rate"))
+    rate, low, high = (number(run.noise.get(name)) for name in ("rate", "low", "high"))
     if rate is None:
         return NOTHING
-    low, high = number(noise.get("low")), number(noise.get("high"))
     interval = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f} %)"
     return f"{100 * rate:.0f} %{interval}"
 
 
-def key_figures(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Name, and a value for each run; names that no run has a value for are left out."""
-    rates = learning_rate_bases(runs)
-    rows: list[tuple[str, list[str]]] = [
-        ("steps", [_steps(run) for run in runs]),
-        ("onset", [shown(run.stop.onset_step) if run.stop else NOTHING for run in runs]),
-        ("stop", [shown(run.stop.stop_step) if run.stop else NOTHING for run in runs]),
-        ("last F", [_last_ratio(run) for run in runs]),
-        ("train loss", [shown(run.last("loss")) for run in runs]),
-        ("mean train loss", [shown(run.totals.get("train_loss")) for run in runs]),
-        ("eval loss", [shown(run.last("loss", "eval")) for run in runs]),
-        ("lowest eval loss", [_lowest(run) for run in runs]),
-        ("learning rate", [shown(run.last(rates[0]) if rates else None) for run in runs]),
-    ]
-    for base, name in (
-        ("open_fraction", "open fraction"),
-        ("mean_gate", "mean gate"),
-        ("update_norm_ratio", "norm ratio"),
-        ("reward_accuracy", "reward accuracy"),
-    ):
-        rows.append((name, [shown(run.last(f"poprisk/{base}"), 3) for run in runs]))
-    rows += [
-        ("eval reward accuracy", [_eval_accuracy(run) for run in runs]),
-        ("noise rate (95 %)", [_rate(run) for run in runs]),
-        ("suspected flips", [str(r.suspects.num_likely) if r.suspects else NOTHING for r in runs]),
-        ("run time", [_time(run.totals.get("train_runtime")) for run in runs]),
-    ]
-    return [(name, values) for name, values in rows if any(value != NOTHING for value in values)]
+def label_lines(run: Run) -> list[str]:
+    """What is known of wrong labels; nothing where nothing is."""
+    return [*_noise(run), *_suspect_lines(run)]
+
+
+def _noise(run: Run) -> list[str]:
+    names = ("rate", "low", "high", "num_pairs", "estimated_at_step", "rate_in_use")
+    rate, low, high, pairs, step, used = (number(run.noise.get(name)) for name in names)
+    if not run.noise:
+        return []
+    if rate is None and high is None:
+        return ["The noise rate was not estimated."]
+    interval = f"{100 * (low or 0.0):.1f} to {100 * (high or 0.0):.1f} %"
+    if rate is None:
+        text = f"The margins do not tell how many labels are wrong: {interval}"
+    else:
+        text = f"Estimated noise rate {100 * rate:.1f} %"
+        text += "" if low is None or high is None else f", 95 % interval {interval}"
+    text += "" if pairs is None else f", from {shown(pairs)} pairs"
+    lines = [f"{text}." if step is None else f"{text}, at step {shown(step)}."]
+    if run.noise.get("method"):
+        lines.append(f"Method: {plain(run.noise['method'])}.")
+    loss, text = run.noise.get("loss"), ""
+    if used is not None and loss in ("cdpo", "rdpo", "weights"):
+        text = f", with noise rate {shown(used)}"
+        if rate is not None and used < rate:
+            text += " (no larger one is used: too large a rate does more harm than too small)"
+    return [*lines, f"Loss mode: {plain(loss)}{text}."] if loss else lines
+
+
+def _suspect_lines(run: Run) -> list[str]:
+    suspects = run.suspects
+    if suspects is None:
+        return []
+    counts = ", ".join(f"{count} {action}" for action, count in suspects.actions.items())
+    found = f"{suspects.num_pairs} pairs, {len(suspects.pairs)} of them judged"
+    clean = f"poprisk flips {shlex.quote(str(run.directory))} --dataset DATA --write clean.jsonl"
+    likely = suspects.likely
+    if suspects.calibrated:
+        expected = suspects.pairs["probability_wrong"].sum()
+        lines = [
+            f"{found}; {expected:.0f} wrong labels expected, {len(likely)} pairs more probably "
+            "wrong than right.",
+            f"Suggested actions: {counts}.",
+            "What to do next: look at the pairs below. If they are wrong, leave out the surest: "
+            f"{clean} --min-probability 0.9",
+        ]
+    else:
+        lines = [
+            f"{found}; they are ranked by their margins. How many are wrong is not known, so the "
+            "column 'probability wrong' is a ranking and no probability.",
+            f"Suggested actions: {counts}.",
+            "What to do next: look at the pairs below before anything is changed. Margins out of "
+            "fold (cross_fit_flip_report) judge better; some hundred pairs labelled twice tell "
+            "the rate (double_annotation_rate).",
+        ]
+    if suspects.num_swapped is not None:
+        among = (
+            f"; {likely['swapped'].sum()} of the {len(likely)} pairs that are more probably wrong "
+            "than right are among them"
+        )
+        among = among if suspects.calibrated else ""
+        lines.append(f"{suspects.num_swapped} labels were swapped on purpose{among}.")
+    return lines
 
 
 def _steps(run: Run) -> str:
     planned = "" if run.planned_steps is None else f" of {run.planned_steps}"
-    return f"{_step(run)}{planned}"
-
-
-def _last_ratio(run: Run) -> str:
-    rows = run.stop.history if run.stop is not None else []
-    values = [v for v in (number(row.get("signal_ratio")) for row in rows) if v is not None]
-    return shown(values[-1] if values else run.last("poprisk/signal_ratio"), 3)
-
-
-def _lowest(run: Run) -> str:
-    curves = [c.finite() for k, c in run.family("loss") if k.split == "eval"]
-    points = [pair for c in curves for pair in zip(c.values, c.steps, strict=True)]
-    if not points:
-        return NOTHING
-    value, step = min(points)
-    return f"{shown(value)} at {shown(step)}"
-
-
-def _eval_accuracy(run: Run) -> str:
-    return shown(run.last("poprisk/reward_accuracy", "eval"), 3)
+    return f"{NOTHING if run.last_step is None else run.last_step}{planned}"
 
 
 def _time(seconds: float | None) -> str:
-    if seconds is None:
+    if seconds is None or not np.isfinite(seconds):
         return NOTHING
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
+
+
+def _figures(run: Run) -> dict[str, str]:
+    def last(name: str, split: str = "train", digits: int = 4) -> str:
+        return shown(run.last(name, split), digits)
+
+    def estimate(name: str, *, lowest: bool = False) -> str:
+        values = run.curve(f"poprisk/estimated_test_{name}")
+        if values.empty or run.stop is None:
+            return NOTHING
+        at = values.idxmin() if lowest else values.index[-1]
+        error = run.errors(f"poprisk/estimated_test_{name}")[at]
+        step = f" at {shown(run.stop.best_step)}" if lowest else ""
+        return f"{shown(values[at])} +- {shown(error, 2)}{step}"
+
+    held_out = [finite(curve) for key, curve in run.family("loss") if key.split == "eval"]
+    lowest = min(((c.min(), c.idxmin()) for c in held_out if c.size), default=None)
+    rates = matching([run], RATES)
+    return {
+        "steps": _steps(run),
+        "lowest estimated test loss": estimate("loss", lowest=True),
+        "last estimated test loss": estimate("loss"),
+        "last estimated test accuracy": estimate("accuracy"),
+        "onset": shown(run.stop.onset_step if run.stop else None),
+        "stop": shown(run.stop.stop_step if run.stop else None),
+        "last F": last("poprisk/signal_ratio", digits=3),
+        "train loss": last("loss"),
+        "mean train loss": shown(run.totals.get("train_loss")),
+        "eval loss": last("loss", "eval"),
+        "lowest eval loss": NOTHING if lowest is None else " at ".join(map(shown, lowest)),
+        "learning rate": last(rates[0]) if rates else NOTHING,
+        "open fraction": last("poprisk/open_fraction", digits=3),
+        "mean gate": last("poprisk/mean_gate", digits=3),
+        "norm ratio": last("poprisk/update_norm_ratio", digits=3),
+        "reward accuracy": last("poprisk/reward_accuracy", digits=3),
+        "eval reward accuracy": last("poprisk/reward_accuracy", "eval", 3),
+        "noise rate (95 %)": _rate(run),
+        "suspected flips": NOTHING if run.suspects is None else str(len(run.suspects.likely)),
+        "run time": _time(run.totals.get("train_runtime")),
+    }
+
+
+def key_figures(runs: Sequence[Run]) -> list[list[str]]:
+    """Name, and a value for each run; names that no run has a value for are left out."""
+    found = [_figures(run) for run in runs]
+    rows = [[name, *(one[name] for one in found)] for name in found[0]]
+    return [row for row in rows if {*row[1:]} != {NOTHING}]

@@ -1,156 +1,299 @@
-"""The page: sections, charts and tables of one run or of several."""
+"""What is written of runs: the page in one file, pictures of its charts, and JSON."""
 
+import base64
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from xml.etree.ElementTree import Element
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from poprisk_integrations import __version__
-from poprisk_integrations.cli.report.chart import Chart, describe, table_of
-from poprisk_integrations.cli.report.draw import draw_chart, drawing
-from poprisk_integrations.cli.report.findings import headline, key_figures, sentences
-from poprisk_integrations.cli.report.gate_charts import group_table
-from poprisk_integrations.cli.report.html_tree import details, serialized, table, tag
-from poprisk_integrations.cli.report.label_section import label_tables
-from poprisk_integrations.cli.report.page_style import CONTENT_POLICY, SCRIPT, STYLE
-from poprisk_integrations.cli.report.plain_text import NOTHING, plain
-from poprisk_integrations.cli.report.run import Run
-from poprisk_integrations.cli.report.sections import Section
-from poprisk_integrations.cli.report.svg import svg_element
+from poprisk_integrations.cli.output import writing
+from poprisk_integrations.cli.report.charts import Chart, Line, Section, sections_of
+from poprisk_integrations.cli.report.draw import (
+    DARK,
+    LIGHT,
+    draw_charts,
+    drawing,
+    histogram_svg,
+    svg_of,
+    thinned,
+)
+from poprisk_integrations.cli.report.findings import headline, key_figures, label_lines, sentences
+from poprisk_integrations.cli.report.run import (
+    NOTHING,
+    Run,
+    Suspects,
+    finite,
+    natural,
+    plain,
+    shown,
+)
 
-__all__ = ["page_of"]
+__all__ = ["SCRIPT", "STYLE", "as_json", "page_of", "stop_charts", "write_page", "write_stops"]
+
+_HERE = Path(__file__).parent
+_OF_GROUPS = (
+    "open_fraction", "mean_gate", "update_norm_ratio", "effective_lr", "closed_noise",
+    "closed_zero_grad",
+)  # fmt: skip
+_TABLE_POINTS = 24  # of each line
+_MOST_PAIRS = 20
+_BINS = 40
+Table = tuple[str, list[str], list[list[str]]]  # caption, columns, rows
+
+
+def _variables(colours: dict[str, str]) -> str:
+    return "".join(f"--{name}:{value};" for name, value in colours.items())
+
+
+STYLE = f"""
+:root{{color-scheme:light;{_variables(LIGHT)}}}
+@media (prefers-color-scheme:dark){{
+:root:not([data-theme=light]){{color-scheme:dark;{_variables(DARK)}}}}}
+:root[data-theme=dark]{{color-scheme:dark;{_variables(DARK)}}}
+""" + (_HERE / "page.css").read_text(encoding="utf-8")
+SCRIPT = (_HERE / "page.js").read_text(encoding="utf-8")
+_TEMPLATE = Environment(
+    loader=FileSystemLoader(_HERE),
+    autoescape=True,
+    trim_blocks=True,
+    undefined=StrictUndefined,
+    keep_trailing_newline=True,
+).get_template("page.html.j2")
+
+
+def stop_charts(run: Run) -> Sequence[Chart]:
+    """What the windows of a report say: the estimated test loss, or F, C and U."""
+    if run.report is None or run.stop is None or run.stop.windows.empty:
+        return ()
+    name = "risk" if run.stop.criterion == "risk" else "stop"
+    return next(section.charts for section in sections_of([run]) if section.name == name)
+
+
+def write_stops(runs: Sequence[Run], out: Path | None) -> list[Path]:
+    """One picture for each report of a stop: beside the report, or beside `out`."""
+    written = []
+    for number, run in enumerate(runs, start=1):
+        charts = stop_charts(run)
+        if not charts or run.report_path is None or run.stop is None:
+            continue
+        path = run.report_path.with_suffix(".png")
+        if out is not None:
+            ending = f"_stop_{number}.png" if len(runs) > 1 else "_stop.png"
+            path = out if out.suffix == ".png" else out.with_name(f"{out.stem}{ending}")
+        title = f"{run.report_path.parent}\n{run.stop.verdict}"
+        written.append(_write_png(path, charts, title, columns=1))
+    return written
+
+
+def write_page(runs: Sequence[Run], path: Path) -> list[Path]:
+    """The page, and beside it a PNG of its charts, if it has any."""
+    sections = sections_of(runs)
+    text = page_of(runs, sections)
+    charts = [chart for section in sections for chart in section.charts]
+    names = ", ".join(run.name for run in runs)
+    pictures = [_write_png(path.with_suffix(".png"), charts, names)] if charts else []
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return pictures
+
+
+def _write_png(path: Path, charts: Sequence[Chart], title: str, columns: int = 3) -> Path:
+    with drawing(), writing(path) as temporary:
+        draw_charts(charts, title, columns).savefig(temporary, format="png")
+    return path
+
+
+def as_json(runs: Sequence[Run], page: Path | None, pictures: Sequence[Path]) -> dict[str, Any]:
+    """Of one run its `poprisk_stop.json`, and more; of several the same under "runs"."""
+    figures = key_figures(runs)
+    parts = [
+        {
+            **(run.report or {}),
+            "run": str(run.directory),
+            "headline": headline(run),
+            "sentences": sentences(run),
+            "figures": {row[0]: row[index] for row in figures},
+        }
+        for index, run in enumerate(runs, start=1)
+    ]
+    written = {"page": None if page is None else str(page), "pictures": [str(p) for p in pictures]}
+    whole = {**parts[0], **written} if len(runs) == 1 else {"runs": parts, **written}
+    found: dict[str, Any] = json.loads(json.dumps(whole), parse_constant=lambda _: None)  # no NaN
+    return found
 
 
 def page_of(runs: Sequence[Run], sections: Sequence[Section]) -> str:
-    """The whole page.
-
-    Args:
-        runs: At least one.
-        sections: Of charts, in order.
-    """
-    names = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
-    title = f"Training report: {names}"
-    parts = [("summary", "What happened", _summary(runs))]
-    number = 0
-    for section in sections:
-        content = [tag("p", section.intro)] if section.intro else []
-        figures = []
-        for chart in section.charts:
-            number += 1
-            figures.append(_figure(chart, f"c{number}"))
-        content += [tag("div", *figures, class_="charts")] if figures else []
-        content += [tag("p", text) for text in section.remarks]
-        content += _tables(runs, section.name)
-        if content:
-            parts.append((section.name, section.title, content))
-    parts.append(("settings", "Settings and versions", _settings(runs)))
-    main = [
-        tag("section", tag("h2", heading, id=f"{name}-head"), *content, id=name,
-            aria_labelledby=f"{name}-head")
-        for name, heading, content in parts
-    ]  # fmt: skip
-    links = [tag("li", tag("a", heading, href=f"#{name}")) for name, heading, _ in parts]
-    button = tag("button", "Dark colours", id="theme", type="button", hidden="hidden")
-    nav = tag("nav", tag("ul", *links), aria_label="Sections")
-    html = tag(
-        "html",
-        _head(title),
-        tag(
-            "body",
-            tag("a", "Skip to the report", class_="skip", href="#main"),
-            tag("header", tag("h1", title), button, nav),
-            tag("main", *main, id="main", tabindex="-1"),
-            _footer(runs),
-            tag("script", SCRIPT),
-        ),
-        lang="en",
-    )
-    return f"<!DOCTYPE html>\n{serialized(html)}\n"
-
-
-def _head(title: str) -> Element:
-    policy = {"http-equiv": "Content-Security-Policy", "content": CONTENT_POLICY}
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", **policy),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        tag("style", STYLE),
+    """The whole page: it loads nothing, and runs its one script, whatever text a log holds."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    names = [run.name for run in runs]
+    groups, labels = _groups(runs), _labels(runs)
+    filled = {"gate": groups, "labels": labels}  # also without a chart
+    return _TEMPLATE.render(
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        style=Markup(STYLE),
+        script=Markup(SCRIPT),
+        names=names,
+        headlines=list(map(headline, runs)),
+        sentences=list(map(sentences, runs)),
+        figures=key_figures(runs),
+        sections=[s for s in sections if s.charts or s.remarks or filled.get(s.name)],
+        draw=_figure,
+        groups=groups,
+        labels=labels,
+        settings=[
+            _compared("Settings", runs, [run.settings for run in runs]),
+            _compared("Versions", runs, [run.versions for run in runs]),
+        ],
+        files=[
+            [_shown_path(path, run), f"{path.stat().st_size:,} bytes", run.name]
+            for run in runs
+            for path in run.files
+        ],
+        version=__version__,
+        places=", ".join(plain(run.directory) for run in runs),
     )
 
 
-def _summary(runs: Sequence[Run]) -> list[Element]:
-    content = []
-    for run in runs:
-        heading = [tag("h3", run.name)] if len(runs) > 1 else []
-        lines = tag("ul", *(tag("li", line) for line in sentences(run)))
-        top = tag("p", headline(run), class_="headline")
-        content.append(tag("div", *heading, top, lines, class_="card"))
-    figures = key_figures(runs)
-    if len(runs) == 1:
-        pairs = [tag("div", tag("dt", name), tag("dd", values[0])) for name, values in figures]
-        return [*content, tag("dl", *pairs, class_="figures")]
-    rows = [[name, *values] for name, values in figures]
-    names = ["last value", *(run.name for run in runs)]
-    comparison = tag("div", table("The runs beside each other", names, rows), class_="card")
-    return [tag("div", *content, class_="cards"), comparison]
-
-
-def _figure(chart: Chart, name: str) -> Element:
-    with drawing():
-        svg = svg_element(draw_chart(chart), name, chart.title, describe(chart))
-    columns, rows, is_thinned = table_of(chart)
-    caption = f"{chart.title}: {'some points' if is_thinned else 'all points'}"
-    note = tag("figcaption", chart.note) if chart.note else None
-    data = details("Numbers", table(caption, columns, rows))
-    return tag("figure", tag("h3", chart.title), svg, note, data)
-
-
-def _tables(runs: Sequence[Run], section: str) -> list[Element]:
-    if section == "labels":
-        return label_tables(runs)
-    if section == "gate":
-        found = group_table(runs)
-        if found is not None:
-            return [details(f"All {len(found[1])} groups", table("Last values by group", *found))]
-    return []
-
-
-def _settings(runs: Sequence[Run]) -> list[Element]:
-    content = []
-    for heading, values in (
-        ("Settings", [run.settings for run in runs]),
-        ("Versions", [run.versions for run in runs]),
-    ):
-        names = sorted({name for one in values for name in one})
-        if not names:
-            content.append(tag("p", f"{heading}: none in the run's text files."))
-            continue
-        columns = ["name", *(run.name for run in runs)]
-        rows = [[name, *(one.get(name, NOTHING) for one in values)] for name in names]
-        if len(runs) > 1:
-            columns.append("same")
-            rows = [[*row, "yes" if len(set(row[1:])) == 1 else "differs"] for row in rows]
-        element = table(f"{heading} found in text files", columns, rows)
-        content.append(details(f"{heading} ({len(names)})", element, is_open=len(names) <= 16))
-    rows = [
-        [_relative(path, run), f"{path.stat().st_size:,} bytes", run.name]
-        for run in runs
-        for path in run.files
+def _figure(chart: Chart, name: str) -> dict[str, Any]:
+    """A chart with its numbers: of many points some."""
+    kept = [thinned(line.curve, _TABLE_POINTS) for line in chart.lines]
+    is_thinned = any(len(line.curve) > _TABLE_POINTS for line in chart.lines)
+    columns = [
+        (f"{chart.label(line)}{end}", curve)
+        for line in chart.lines
+        for end, curve in (("", line.curve), (", low", line.low), (", high", line.high))
+        if curve is not None
     ]
-    element = table("Files that were read", ["file", "size", "run"], rows)
-    return [*content, details(f"Files ({len(rows)})", element)]
+    steps = sorted({step for curve in kept for step in curve.index})
+    rows = [[shown(step, 9), *(shown(c.get(step), 5) for _, c in columns)] for step in steps]
+    caption = f"{chart.of.title}: {'some points' if is_thinned else 'all points'}"
+    return {
+        "title": chart.of.title,
+        "svg": Markup(svg_of(chart, name, _described(chart))),
+        "note": chart.of.note,
+        "numbers": (caption, ["step", *(label for label, _ in columns)], rows),
+    }
 
 
-def _relative(path: Path, run: Run) -> str:
+def _described(chart: Chart) -> str:
+    """The chart in words, for whoever does not see it."""
+    kind = "Stacked areas" if chart.of.stacked else "Line chart"
+    parts = [f"{kind} over optimizer steps."]
+    parts += [f"{chart.label(line)}: {_line_in_words(line)}." for line in chart.lines]
+    if chart.level is not None:
+        parts.append(f"Horizontal line: {chart.level[1]} at {shown(chart.level[0])}.")
+    for kind, step, run in chart.marks:
+        of = f" of run {run + 1}" if chart.is_compared else ""
+        parts.append(f"{kind.capitalize()}{of} at step {shown(step)}.")
+    return " ".join(parts)
+
+
+def _line_in_words(line: Line) -> str:
+    curve = finite(line.curve)
+    if curve.empty:
+        return "no finite value"
+    first, last = (f"{shown(curve.iloc[i])} at step {shown(curve.index[i])}" for i in (0, -1))
+    if len(curve) == 1:
+        return first
+    text = f"{len(curve)} points, from {first} to {last}"
+    for word, step in (("lowest", curve.idxmin()), ("highest", curve.idxmax())):
+        if curve[step] not in (curve.iloc[0], curve.iloc[-1]):
+            text += f", {word} {shown(curve[step])} at step {shown(step)}"
+    missing = len(line.curve) - len(curve)
+    return f"{text}, {missing} not finite" if missing else text
+
+
+def _groups(runs: Sequence[Run]) -> Table | None:
+    """Last values of the gate by parameter group; None where nothing was logged by group."""
+    rows = []
+    for run in runs:
+        found = [key for name in _OF_GROUPS for key, _ in run.family(f"poprisk/{name}")]
+        groups = {key.group for key in found if key.group and key.split == "train"}
+        for group in sorted(groups, key=natural):
+            curves = [run.curve(f"poprisk/{name}", group=group) for name in _OF_GROUPS]
+            values = [shown(curve.iloc[-1] if curve.size else None) for curve in curves]
+            rows.append([run.name, plain(group), *values])
+    columns = ["run", "group", *(name.replace("_", " ") for name in _OF_GROUPS)]
+    if len(runs) == 1:
+        columns, rows = columns[1:], [row[1:] for row in rows]
+    return ("Last values by group", columns, rows) if rows else None
+
+
+def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What is known of wrong labels, run by run: sentences, margins, and the suspect pairs."""
+    found = []
+    for index, run in enumerate(runs):
+        lines, suspects = label_lines(run), run.suspects
+        of = f", {run.name}" if len(runs) > 1 else ""
+        judged = suspects if suspects is not None and suspects.pairs.size else None
+        one = {
+            "title": f"Wrong labels{of}",
+            "lines": lines,
+            "figure": None if judged is None else _margins(judged, f"margins{index}", of),
+            "pairs": None if judged is None else _pairs(judged, of),
+        }
+        found += [one] if lines else []
+    return found
+
+
+def _pairs(suspects: Suspects, of: str) -> Table:
+    top = suspects.pairs.head(_MOST_PAIRS)
+    table = pd.DataFrame({"pair": top["pair_id"]})
+    table["probability wrong"] = top["probability_wrong"].map("{:.3f}".format)
+    table["margin"] = [shown(None if np.isnan(margin) else margin) for margin in top["margin"]]
+    table["action"] = top["action"]
+    if suspects.num_swapped is not None:
+        table["swapped on purpose"] = np.where(top["swapped"], "yes", "no")
+    texts = top[["prompt", "chosen", "rejected"]]
+    if (texts != "").to_numpy().any():
+        table = table.join(texts)
+    return f"The {len(top)} most suspect pairs{of}", list(table), table.to_numpy().tolist()
+
+
+def _margins(suspects: Suspects, name: str, of: str) -> dict[str, Any] | None:
+    """How the margins of the pairs are spread; None where there are no margins."""
+    margins, suspect = (f["margin"].dropna() for f in (suspects.pairs, suspects.likely))
+    if margins.empty:
+        return None
+    # Half a per cent at either end shares the outermost bars.
+    low, high = margins.quantile([0.005, 0.995], interpolation="nearest")
+    low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
+    edges = np.linspace(low, high, _BINS + 1)
+    kinds = {"pairs": margins, "suspect": suspect}
+    counts = {kind: np.histogram(v.clip(low, high), edges)[0] for kind, v in kinds.items()}
+    bars = pd.DataFrame(counts, index=edges[:-1])
+    note = (
+        f"{len(margins)} pairs, {(margins < 0).sum()} of them with a negative margin: the model "
+        "would have ranked them the other way round."
+    )
+    if suspect.size:
+        note += f" The {len(suspect)} suspect ones are in the second colour."
+    title = f"Margins before training{of}"
+    rows = [[shown(at, 3), str(pairs), str(wrong)] for at, pairs, wrong in bars.itertuples()]
+    svg = Markup(histogram_svg(bars, name, title, f"Histogram. {note}"))
+    numbers = f"{title}: all bars", ["margin from", *bars], rows
+    return {"title": title, "svg": svg, "note": note, "numbers": numbers}
+
+
+def _compared(heading: str, runs: Sequence[Run], values: Sequence[dict[str, str]]) -> Table:
+    """Settings or versions of all runs, with whether they are the same."""
+    rows = []
+    for name in sorted({name for one in values for name in one}):
+        row = [one.get(name, NOTHING) for one in values]
+        same = ["yes" if len(set(row)) == 1 else "differs"] if len(values) > 1 else []
+        rows.append([name, *row, *same])
+    columns = ["name", *(run.name for run in runs), *(["same"] if len(runs) > 1 else [])]
+    return heading, columns, rows
+
+
+def _shown_path(path: Path, run: Run) -> str:
     is_inside = path.is_relative_to(run.directory)
     return plain(path.relative_to(run.directory) if is_inside else path)
-
-
-def _footer(runs: Sequence[Run]) -> Element:
-    places = ", ".join(plain(run.directory) for run in runs)
-    return tag(
-        "footer",
-        tag("p", f"Made by poprisk_integrations {__version__} from {places}. Curves of more than "
-            "800 points are thinned; their minima and maxima are kept."),
-    )  # fmt: skip

@@ -1,174 +1,237 @@
-"""All that is known of one run."""
+"""One run: what is known of it, and its numbers, names and texts made fit to be shown."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from poprisk_integrations.cli.errors import UsageError
-from poprisk_integrations.cli.report.curve import Curve
-from poprisk_integrations.cli.report.key_names import Key, natural, parse_key
-from poprisk_integrations.cli.report.labels import Suspects, read_noise, read_suspects
-from poprisk_integrations.cli.report.metrics_csv import read_metrics_csv
-from poprisk_integrations.cli.report.plain_text import plain
-from poprisk_integrations.cli.report.run_files import CSV, FLIPS, NOISE, STATE, STOP, find_run
-from poprisk_integrations.cli.report.settings import read_settings
-from poprisk_integrations.cli.report.stop_file import StopRecord, load_report, stop_record
-from poprisk_integrations.cli.report.trainer_state import TrainerLog, read_trainer_state
+import numpy as np
+import pandas as pd
 
-__all__ = ["Run", "load_run", "load_runs"]
+from poprisk_integrations.core import Diagnosis
 
-LABEL_FLIPS = "label_flips.json"
+__all__ = [
+    "NOTHING",
+    "Key",
+    "Run",
+    "Stop",
+    "Suspects",
+    "curve_of",
+    "finite",
+    "floating",
+    "natural",
+    "number",
+    "parse_key",
+    "plain",
+    "short",
+    "shown",
+]
+
+NOTHING = "-"  # stands for a number that is not known
+# Controls and lone surrogates fit no page; marks that turn the writing direction make text lie.
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_SPLITS = {
+    "train": "train", "eval": "eval", "val": "eval", "valid": "eval", "validation": "eval",
+    "test": "test",
+}  # fmt: skip
+_SPLIT = re.compile(rf"({'|'.join(_SPLITS)})[_/](?=.)", re.DOTALL)
+
+
+def plain(value: Any) -> str:
+    r"""Text on one line without control characters; the page escapes what HTML means by it.
+
+    Example:
+        >>> plain("a\tb\n <c>\x00")
+        'a b <c>\ufffd'
+    """
+    return _UNFIT.sub("\ufffd", " ".join(str(value).split()))
+
+
+def short(text: str, length: int = 28) -> str:
+    """Text with its middle left out where it is too long.
+
+    Example:
+        >>> short("a-very-long-name-of-a-run", 11)
+        'a-ver…a-run'
+    """
+    head = (length - 1) // 2
+    return text if len(text) <= length else f"{text[:head]}…{text[head + 1 - length :]}"
+
+
+def floating(value: Any) -> float | None:
+    """A number, which may be NaN or infinite, or None for anything else.
+
+    Example:
+        >>> floating(10**400), floating("3"), floating(True)
+        (inf, None, None)
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(str(value)) if is_number else None  # by its digits: an integer may be too large
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else.
+
+    Example:
+        >>> number(3), number(math.nan), number("3")
+        (3.0, None, None)
+    """
+    found = floating(value)
+    return found if found is not None and math.isfinite(found) else None
+
+
+def shown(value: float | None, digits: int = 4) -> str:
+    """A number for people; a dash for none.
+
+    Example:
+        >>> shown(0.123456), shown(12000.0), shown(None)
+        ('0.1235', '12000', '-')
+    """
+    if value is None:
+        return NOTHING
+    is_count = float(value).is_integer() and abs(value) < 1e15
+    return f"{value:.0f}" if is_count else f"{value:.{digits}g}"
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key by which group2 comes before group10.
+
+    Example:
+        >>> sorted(["group10", "group2"], key=natural)
+        ['group2', 'group10']
+    """
+    parts = re.split(r"(\d+)", text)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A logged name in parts."""
+
+    base: str  # the quantity, as "loss" or "poprisk/open_fraction"
+    split: str = "train"  # or "eval", or "test"
+    group: str = ""  # of parameters, as "group0"; "" for all of them
+    kind: str = ""  # "step" or "epoch" where Lightning logs both
+
+
+@cache
+def parse_key(name: str) -> Key:
+    """Take a logged name apart.
+
+    Example:
+        >>> parse_key("val_loss_epoch")
+        Key(base='loss', split='eval', group='', kind='epoch')
+        >>> parse_key("eval_poprisk/kl_data").base
+        'poprisk/kl_data'
+        >>> parse_key("poprisk/layers/0/open_fraction")
+        Key(base='poprisk/open_fraction', split='train', group='layers/0', kind='')
+    """
+    prefix = _SPLIT.match(name)
+    base = name[prefix.end() :] if prefix else name
+    split = _SPLITS[prefix[1]] if prefix else "train"
+    if base.startswith("poprisk/"):
+        *groups, last = base.removeprefix("poprisk/").split("/")
+        return Key(f"poprisk/{last}", split, "/".join(groups))
+    kind = next((k for k in ("step", "epoch") if base.endswith(f"_{k}")), "")
+    return Key(base.removesuffix(f"_{kind}") if kind else base, split, "", kind)
+
+
+def curve_of(points: Mapping[float, float]) -> pd.Series:
+    """Logged values over ascending steps; NaN and infinities stay, as gaps."""
+    return pd.Series(dict(sorted(points.items())), dtype=float)
+
+
+def finite(curve: pd.Series) -> pd.Series:
+    """A curve without NaN and infinities."""
+    return curve[np.isfinite(curve)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run.
+class Stop:
+    """What the rule saw and decided, whichever framework wrote it."""
 
-    Attributes:
-        name: For people.
-        directory: Where its logs are.
-        curves: Logged name -> curve.
-        totals: Numbers of the whole run.
-        last_step: The last step of which anything is known.
-        planned_steps: Optimizer steps that were planned; None if unknown.
-        report: Content of `poprisk_stop.json`; None if there is none.
-        report_path: Where it is.
-        stop: The same, or what the trainer's state says while the run goes on.
-        noise: Content of `poprisk_noise.json`.
-        suspects: Of the flip report.
-        settings: Name -> value.
-        versions: Package -> version.
-        files: Those that were read.
-        notes: What a reader should know of the logs.
-    """
+    criterion: str  # "risk" (the estimated test loss) or "signal" (F), by what was measured
+    reason: str
+    stopped: bool  # ended the run; a monitor has a `stop_step` only
+    stop_step: float | None
+    best_step: float | None
+    cooldown_step: float | None
+    onset_step: float | None
+    onset_at: float | None  # where F, drawn at the middles of its windows, crossed the threshold
+    threshold: float
+    diagnosis: Diagnosis
+    best: str  # checkpoint that was kept
+    settings: Mapping[str, Any]
+    windows: pd.DataFrame  # a row per window at its middle, since a window is of all its steps
+
+    @property
+    def verdict(self) -> str:
+        """The reason, and how surely the windows say so."""
+        return self.reason if self.windows.empty else f"{self.reason}; {self.diagnosis}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspects:
+    """A flip report."""
+
+    pairs: pd.DataFrame  # those with a probability, the most suspect first
+    num_pairs: int  # all of them
+    actions: Mapping[str, int]  # how often each is suggested
+    calibrated: bool  # else the probabilities are a ranking alone
+    num_swapped: int | None  # on purpose; None if the run was no such study
+
+    @property
+    def likely(self) -> pd.DataFrame:
+        """Pairs that are more probably wrong than right; none where that is not known."""
+        return self.pairs[(self.pairs["probability_wrong"] >= 0.5) & self.calibrated]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """All that is known of a run."""
 
     name: str
     directory: Path
-    curves: dict[str, Curve]
-    totals: dict[str, float]
-    last_step: int | None
-    planned_steps: int | None
-    report: dict[str, Any] | None
-    report_path: Path | None
-    stop: StopRecord | None
-    noise: dict[str, Any] | None
-    suspects: Suspects | None
-    settings: dict[str, str]
-    versions: dict[str, str]
-    files: tuple[Path, ...]
-    notes: tuple[str, ...]
+    label: str = ""  # the name in legends of several runs
+    # Logged name -> values over steps. What the windows of a stop measured stands here under the
+    # names by which it is logged, and "poprisk/train_loss" is the training loss of a window.
+    curves: dict[str, pd.Series] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)  # of the whole run: `train_runtime`
+    last_step: int | None = None
+    planned_steps: int | None = None
+    report: dict[str, Any] | None = None  # content of `poprisk_stop.json`
+    report_path: Path | None = None
+    stop: Stop | None = None  # the same, or what the trainer's state says while the run goes on
+    noise: dict[str, Any] = field(default_factory=dict)  # content of `poprisk_noise.json`
+    suspects: Suspects | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)  # those that were read
+    notes: list[str] = field(default_factory=list)  # what a reader should know of the logs
 
-    def family(self, base: str) -> list[tuple[Key, Curve]]:
+    def family(self, base: str) -> list[tuple[Key, pd.Series]]:
         """All curves of a quantity: of each split, of all parameters and of groups, in order."""
+        splits = list(dict.fromkeys(_SPLITS.values()))
         found = [(parse_key(name), curve) for name, curve in self.curves.items()]
-        splits = ("train", "eval", "test")
         return sorted(
             ((key, curve) for key, curve in found if key.base == base),
-            key=lambda pair: (
-                splits.index(pair[0].split),
-                natural(pair[0].group),
-                pair[0].kind,
-            ),
+            key=lambda pair: (splits.index(pair[0].split), natural(pair[0].group), pair[0].kind),
         )
+
+    def curve(self, base: str, split: str = "train", group: str = "") -> pd.Series:
+        """One curve of a quantity without NaN and infinities; empty where nothing was logged."""
+        found = [c for k, c in self.family(base) if (k.split, k.group) == (split, group)]
+        return finite(found[-1]) if found else curve_of({})
 
     def last(self, base: str, split: str = "train") -> float | None:
         """The last value of a quantity, of all parameters."""
-        curves = [c for k, c in self.family(base) if k.split == split and not k.group]
-        return curves[-1].last() if curves else None
+        curve = self.curve(base, split)
+        return None if curve.empty else float(curve.iloc[-1])
 
-
-def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Several runs, with names that differ.
-
-    Raises:
-        UsageError: If a path holds no run, or is given twice.
-    """
-    resolved = [path.resolve() for path in paths]
-    if len(set(resolved)) < len(resolved):
-        raise UsageError("Invalid run_dir: one of them is given twice.")
-    runs = [load_run(path) for path in paths]
-    names = [run.name for run in runs]
-    return [
-        replace(run, name=plain(path)) if names.count(run.name) > 1 else run
-        for run, path in zip(runs, paths, strict=True)
-    ]
-
-
-def load_run(path: Path) -> Run:
-    """Read a run.
-
-    Args:
-        path: Its directory, or one of its logs.
-
-    Raises:
-        UsageError: If there is none, or one of its files is not what it should be.
-    """
-    files = find_run(path)
-    state = read_trainer_state(files.logs.get(STATE, []))
-    curves: dict[str, Curve] = {} if state is None else dict(state.curves)
-    notes = list(files.notes)
-    csv_path = files.first(CSV)
-    if csv_path is not None:
-        logged, unread = read_metrics_csv(csv_path)
-        curves = {**logged, **curves}
-        notes += unread
-    report_path = files.first(STOP)
-    report = None if report_path is None else load_report(report_path)
-    noise_path, flips_path = files.first(NOISE), files.first(FLIPS)
-    noise = None if noise_path is None else read_noise(noise_path)
-    suspects = None
-    swapped_path = None
-    if flips_path is not None:
-        swapped_path = flips_path.with_name(LABEL_FLIPS)
-        swapped_path = swapped_path if swapped_path.is_file() else None
-        suspects = read_suspects(flips_path, swapped_path)
-    if not curves and not report and noise is None and suspects is None:
-        raise UsageError(f"Invalid run_dir: {str(path)!r}. Its logs are empty so far.")
-    texts = read_settings(files.directory)
-    settings = {} if state is None else {f"trainer: {k}": v for k, v in state.settings.items()}
-    stop = _stop(report, state)
-    if stop is not None and not any(".kappa" in name for name in settings):  # not said yet
-        settings |= {f"stop: {plain(k)}": plain(v) for k, v in stop.settings.items()}
-    read = [state.path if state else None, csv_path, report_path, noise_path, flips_path]
-    return Run(
-        name=_name(path, files.directory),
-        directory=files.directory,
-        curves=curves,
-        totals={} if state is None else state.totals,
-        last_step=_last_step(state, report, curves),
-        planned_steps=None if state is None else state.planned_steps,
-        report=report,
-        report_path=report_path,
-        stop=stop,
-        noise=noise,
-        suspects=suspects,
-        settings={**settings, **texts.settings},
-        versions=texts.versions,
-        files=tuple(p for p in [*read, swapped_path, *texts.files] if p is not None),
-        notes=(*notes, *texts.notes),
-    )
-
-
-def _stop(report: dict[str, Any] | None, state: TrainerLog | None) -> StopRecord | None:
-    source = report if report is not None or state is None else state.stop
-    return None if source is None else stop_record(source)
-
-
-def _last_step(
-    state: TrainerLog | None, report: dict[str, Any] | None, curves: dict[str, Curve]
-) -> int | None:
-    if state is not None and state.last_step is not None:
-        return state.last_step
-    known = (report or {}).get("global_step")
-    if isinstance(known, int) and not isinstance(known, bool):
-        return known
-    steps = [curve.steps[-1] for curve in curves.values() if curve.steps]
-    return int(max(steps)) if steps and math.isfinite(max(steps)) else None
-
-
-def _name(path: Path, directory: Path) -> str:
-    """The last part of the path that was given; of "." what it stands for."""
-    given = path if path.is_dir() else directory
-    return plain(given.name or given.resolve().name or str(given))
+    def errors(self, base: str, group: str = "") -> pd.Series:
+        """Standard errors of a curve; zero where there are none."""
+        found = self.curve(f"{base}_se", group=group)
+        return found.reindex(self.curve(base, group=group).index).fillna(0.0)

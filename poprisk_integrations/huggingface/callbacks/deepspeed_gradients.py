@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from poprisk_integrations.diagnostics import GradientWindow
-from poprisk_integrations.diagnostics.coordinate_sample import CoordinateSample, FlatVector
-from poprisk_integrations.diagnostics.window_layout import WindowLayout
+from poprisk_integrations.diagnostics.window_layout import CoordinateSample, FlatVector
 
 __all__ = ["DeepSpeedGradients"]
 
@@ -22,21 +21,8 @@ class DeepSpeedGradients:
         m_t = beta1 m_{t-1} + (1 - beta1) g_t   <=>   g_t = (m_t - beta1 m_{t-1}) / (1 - beta1)
     at the sampled coordinates, the only ones of which m_{t-1} is kept. Any optimizer with an fp32
     `exp_avg` and a second moment beside it will do; an Adam whose weight decay is not decoupled
-    adds `weight_decay * w` to g_t, the same at each batch. What the engine clips in its step is
-    clipped in g_t, and its own global norm undoes that.
-
-    Weights are kept from before the step, for `GradientWindow` asks for them.
-
-    Args:
-        optimizer: As Trainer hands it to callbacks.
-        model: Same.
-        device: Where the sample is kept and ranks communicate.
-
-    Attributes:
-        max_norm: The engine's clipping.
-
-    Raises:
-        ValueError: If the gradients cannot be recovered.
+    adds `weight_decay * w` to g_t, the same at each batch. Raises ValueError where gradients cannot
+    be recovered.
     """
 
     @torch.no_grad()
@@ -45,6 +31,7 @@ class DeepSpeedGradients:
         self._zero = getattr(optimizer, "optimizer", optimizer)
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._check()
+        # What the engine clips in its step is clipped in g_t; its own global norm undoes that.
         self.max_norm = float(getattr(self._zero, "clip_grad", 0.0) or 0.0)
         self._group = getattr(self._zero, "dp_process_group", None)
         numels = [int(getattr(p, "ds_numel", p.numel())) for p in self._params]
@@ -52,6 +39,8 @@ class DeepSpeedGradients:
         weights = [self._fragment(p, None) for p in self._params]
         self._sample = CoordinateSample(weights, numels)
         shapes = [torch.Size([count]) for count in self._sample.counts]
+        # On the device where ranks communicate; the weights are those from before the step, which
+        # `GradientWindow` asks for.
         vectors = [FlatVector(self._sample.counts, shapes, device) for _ in range(4)]
         self._weights, self._moments, self._now, self._grads = vectors
         self._host = self._sample.zeros()
@@ -64,7 +53,13 @@ class DeepSpeedGradients:
 
     def window(self, steps: int, epoch_steps: int | None) -> GradientWindow:
         """A window of the sampled coordinates, weighted by the sizes of the whole tensors."""
-        return _WindowOfASample(steps, self._group, epoch_steps, self._numel)
+        return GradientWindow(
+            steps,
+            accumulator="sample",
+            shard_group=self._group,
+            epoch_steps=epoch_steps,
+            numel=self._numel,
+        )
 
     def norm_before_clipping(self) -> float | Tensor | None:
         """Global norm of the gradients of the last step; None if the engine does not say."""
@@ -72,12 +67,7 @@ class DeepSpeedGradients:
 
     @torch.no_grad()
     def add_to(self, window: GradientWindow, scale: float | Tensor) -> None:
-        """Add the step that the engine has just made; a skipped one as not finite.
-
-        Args:
-            window: From `window`.
-            scale: Undoes the clipping.
-        """
+        """Add the step that the engine has just made; a skipped one as not finite."""
         if self._wrapper.step_was_skipped:
             window.add(self._weights.parts, grads=self._grads.parts, scale=math.nan)
             return
@@ -158,19 +148,6 @@ class DeepSpeedGradients:
         return _unreadable(
             f"{name} has no Adam's state in fp32 ('exp_avg' and 'exp_avg_sq', one beta1)"
         )
-
-
-class _WindowOfASample(GradientWindow):
-    """A window that is offered sampled coordinates only, and knows the sizes of the tensors."""
-
-    def __init__(self, steps: int, group: Any, epoch_steps: int | None, numel: Tensor) -> None:
-        super().__init__(steps, accumulator="sample", shard_group=group, epoch_steps=epoch_steps)
-        self._numel = numel
-
-    def _layout_of(self, tensors: Any) -> WindowLayout:
-        layout = super()._layout_of(tensors)
-        layout.numel = self._numel
-        return layout
 
 
 def _without_padding(shard: Tensor, param: Any) -> Tensor:

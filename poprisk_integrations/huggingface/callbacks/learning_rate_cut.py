@@ -1,22 +1,21 @@
 """Cuts Trainer's learning rate without validation data."""
 
-import math
-import sys
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers import TrainerControl, TrainerState, TrainingArguments
-
-from poprisk_integrations.core import LearningRateCutConfig, LearningRateCutRule
+from poprisk_integrations.core import LearningRateCutConfig
 from poprisk_integrations.core.window import WindowRatio
-from poprisk_integrations.diagnostics.learning_rate_scaling import cut_factor, scale_learning_rates
-from poprisk_integrations.huggingface.callbacks.window_callback import WindowCallback
-from poprisk_integrations.huggingface.log_metrics import log_now
+from poprisk_integrations.diagnostics.stop_judge import RateCut
+from poprisk_integrations.diagnostics.stop_options import check_epoch_steps, check_window
+from poprisk_integrations.huggingface.callbacks.windows import Windows
+from poprisk_integrations.huggingface.run_callback import ResumableCallback, log_now
+from poprisk_integrations.huggingface.run_facts import Moment
 
 __all__ = ["PopRiskLRCut", "PopRiskLRCutCallback"]
 
 
-class PopRiskLRCutCallback(WindowCallback):
+@dataclass(eq=False, repr=False)
+class PopRiskLRCutCallback(ResumableCallback):
     """Multiplies the learning rate by `factor` when steps gain nothing although batches agree.
 
     `core.LearningRateCutRule` decides from two numbers of each window of optimizer steps: what
@@ -28,6 +27,7 @@ class PopRiskLRCutCallback(WindowCallback):
 
     The scheduler keeps the cut, for every learning rate that it holds is multiplied too
     (`diagnostics.learning_rate_scaling`). ReduceLROnPlateau and GreedyLR go on from the cut value.
+    A scheduler that computes its rates from constants undoes the cut, which a warning tells.
     A resumed run continues with the cuts that were made.
 
     Logs `poprisk/lr_cuts`; a cut gets a log line of its own, and one on stderr.
@@ -38,8 +38,8 @@ class PopRiskLRCutCallback(WindowCallback):
         window: Optimizer steps per window, >= 4, or "auto" as for the stop.
         max_cuts: No more cuts than this, >= 1.
         min_lr: The largest learning rate is not cut below this, >= 0; the schedule may go lower.
-        accumulator: "auto", "exact" or "sample", see `diagnostics.GradientWindow`.
-        epoch_steps: Optimizer steps of one pass over the data; None for what the loader shows.
+        epoch_steps: Optimizer steps of one pass over the data, for the length of windows where the
+            loader does not show it; None for what it shows.
 
     Raises:
         ValueError: If an argument is outside its range; at the start of training if it runs under
@@ -50,66 +50,67 @@ class PopRiskLRCutCallback(WindowCallback):
         0.5
     """
 
-    _acts = "cut the learning rate"
-    _window_name = "poprisk_lr_cut_window"
+    accumulator = "sample"  # C and U are measured on the sampled coordinates in any case
 
-    def __init__(
-        self,
-        factor: float = 0.3,
-        patience: int = 2,
-        window: int | str = "auto",
-        max_cuts: int = 3,
-        min_lr: float = 0.0,
-        *,
-        accumulator: str = "auto",
-        epoch_steps: int | None = None,
-    ) -> None:
-        if not (math.isfinite(min_lr) and min_lr >= 0):
-            raise ValueError(f"Invalid min_lr: {min_lr!r}. Must be finite and >= 0.")
-        self.factor = factor
-        self.patience = patience
-        self.max_cuts = max_cuts
-        self.min_lr = min_lr
-        config = LearningRateCutConfig(factor=factor, patience=patience, max_cuts=max_cuts)
-        self._rule = LearningRateCutRule(config)
-        super().__init__(window, accumulator, epoch_steps)
+    factor: float = 0.3
+    patience: int = 2
+    window: int | str = "auto"
+    max_cuts: int = 3
+    min_lr: float = 0.0
+    epoch_steps: int | None = field(default=None, kw_only=True)
 
-    def state(self) -> dict[str, Any]:
-        """Arguments and numbers for `trainer_state.json`."""
-        names = ("factor", "patience", "window", "max_cuts", "min_lr")
-        return self._state(*names, "accumulator", "epoch_steps")
+    def __post_init__(self) -> None:
+        check_window(self.window)
+        check_epoch_steps(self.epoch_steps)
+        self._new_cut()  # what is out of range is an error now
+        self._begin_afresh()
+
+    def _new_cut(self) -> RateCut:
+        config = LearningRateCutConfig(
+            factor=self.factor, patience=self.patience, max_cuts=self.max_cuts
+        )
+        return RateCut(config, self.min_lr)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {argument.name: getattr(self, argument.name) for argument in fields(self)}
+
+    def _join(self, now: Moment, *, is_late: bool) -> None:
+        self._part = _CutWindows(self, now, self._voice)
+        self._part.cut = self._new_cut()
+        run, window = now.state.max_steps, self._part.reader.plan.window
+        if run < 2 * window:
+            self._voice.warn(
+                f"the run has {run} steps, fewer than two windows of {window}: it can never cut "
+                "the learning rate. Set a smaller window."
+            )
+
+
+class _CutWindows(Windows):
+    """Asks the rule at the end of each window, and cuts."""
+
+    cut: RateCut
+    _stem = "poprisk_lr_cut_window"
+
+    @property
+    def rule_state(self) -> dict[str, Any]:
+        return self.cut.rule.state_dict()
 
     def metrics(self) -> dict[str, float]:
-        """How often the learning rate was cut."""
-        return {"poprisk/lr_cuts": self._rule.state.cuts}
+        return {"poprisk/lr_cuts": self.cut.rule.state.cuts}
 
-    def _after_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        window: WindowRatio | None,
-        kwargs: dict[str, Any],
-    ) -> None:
-        optimizer = kwargs["optimizer"]
-        if window is None:
-            return
-        factor = cut_factor([optimizer], self.factor, self.min_lr)
-        if factor == 1.0:
-            return
-        is_cut = self._rule.update(
-            step=state.global_step,
-            risk_decrease=window.risk_decrease,
-            risk_decrease_se=window.risk_decrease_se,
-            agreement=window.agreement,
-            agreement_se=window.agreement_se,
+    def _continue(self, rule_state: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        if rule_state:
+            self.cut.rule.load_state_dict(rule_state)
+
+    def _after_step(self, now: Moment, window: WindowRatio | None) -> None:
+        warning, is_cut = self.cut.after_step(
+            now.state.global_step, self.reader.lr, window, [now.optimizer], [now.scheduler]
         )
-        if not is_cut:
-            return
-        scale_learning_rates([optimizer], [kwargs.get("lr_scheduler")], factor)
-        log_now(args, control)
-        if state.is_world_process_zero:
-            tqdm.write(f"poprisk: {self._rule.state.reason}", file=sys.stderr)
+        if warning:
+            self._voice.warn(warning)
+        if is_cut:
+            log_now(now)
+            self._voice.say(str(self.cut.rule.state.reason))
 
 
 PopRiskLRCut = PopRiskLRCutCallback

@@ -6,28 +6,24 @@ validated and before training arguments are built: early enough for `optimizer: 
 
 from typing import Any
 
-from poprisk_integrations.huggingface.frameworks._requirement import require_framework
-from poprisk_integrations.huggingface.frameworks.stop_options import STOP_OPTIONS, stop_callbacks
+from poprisk_integrations.huggingface.frameworks import (
+    STOP_OPTIONS,
+    require_framework,
+    stop_callbacks,
+)
 from poprisk_integrations.huggingface.registration import register as register_names
 
 require_framework("axolotl", "axolotl")
 
 from axolotl.integrations.base import BasePlugin  # noqa: E402
-from pydantic import BaseModel  # noqa: E402  (axolotl's configuration is made of these)
+from pydantic import create_model  # noqa: E402  (axolotl's configuration is made of these)
 
 __all__ = ["PopRiskArgs", "PopRiskPlugin"]
 
 
-class PopRiskArgs(BaseModel):
-    """Keys of axolotl's YAML that `PopRiskPlugin` reads, see `stop_options.stop_callbacks`."""
-
-    poprisk_stop: bool | None = None
-    poprisk_stop_kappa: float | None = None
-    poprisk_stop_window: int | str | None = None
-    poprisk_stop_threshold: float | None = None
-    poprisk_stop_min_steps: int | None = None
-    poprisk_stop_action: str | None = None
-    poprisk_stop_restore: str | None = None
+# axolotl finds it by the name of its module: keys of its YAML that `PopRiskPlugin` reads.
+_KEYS: dict[str, Any] = {name: (hint | None, None) for name, hint in STOP_OPTIONS.items()}
+PopRiskArgs = create_model("PopRiskArgs", __module__=__name__, **_KEYS)
 
 
 class PopRiskPlugin(BasePlugin):  # type: ignore[misc]
@@ -45,9 +41,5 @@ class PopRiskPlugin(BasePlugin):  # type: ignore[misc]
         return f"{PopRiskArgs.__module__}.{PopRiskArgs.__name__}"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """The stop, unless `poprisk_stop: false`.
-
-        Raises:
-            ValueError: If an option is not allowed.
-        """
+        """The stop, unless `poprisk_stop: false`."""
         return list(stop_callbacks({name: getattr(cfg, name, None) for name in STOP_OPTIONS}))

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from poprisk_integrations.huggingface.frameworks._requirement import require_framework
-from poprisk_integrations.huggingface.frameworks.stop_options import stop_callbacks
+from poprisk_integrations.huggingface.frameworks import require_framework, stop_callbacks
 from poprisk_integrations.huggingface.registration import register
 
 require_framework("llamafactory", "llamafactory")
@@ -22,13 +21,7 @@ _PREFIX = "poprisk_"
 
 
 def split_options(args: Mapping[str, Any] | Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """LLaMA-Factory's part of the arguments, and ours.
-
-    Args:
-        args: A configuration, or arguments of the form `--key value`.
-
-    Raises:
-        ValueError: If arguments hold a key of ours: those belong into a file.
+    """LLaMA-Factory's part of a configuration, and ours; `--key value` cannot hold a key of ours.
 
     Example:
         >>> split_options({"stage": "dpo", "poprisk_stop_kappa": 3})
@@ -47,12 +40,7 @@ def split_options(args: Mapping[str, Any] | Sequence[str]) -> tuple[Any, dict[st
 
 
 def main() -> None:
-    """Train as `llamafactory-cli train` does, with the optimizer names known and the stop added.
-
-    Raises:
-        ValueError: If an option is not allowed.
-        SystemExit: If there are no arguments.
-    """
+    """Train as `llamafactory-cli train` does, with the optimizer names known and the stop added."""
     from llamafactory.hparams import read_args
     from llamafactory.train.tuner import run_exp
 

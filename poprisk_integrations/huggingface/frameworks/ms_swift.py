@@ -15,8 +15,11 @@ from typing import Any
 
 from transformers.training_args import OptimizerNames
 
-from poprisk_integrations.huggingface.frameworks._requirement import require_framework
-from poprisk_integrations.huggingface.frameworks.stop_options import STOP_OPTIONS, stop_callbacks
+from poprisk_integrations.huggingface.frameworks import (
+    STOP_OPTIONS,
+    require_framework,
+    stop_callbacks,
+)
 from poprisk_integrations.huggingface.optimizer import NAMES, check_training_arguments
 from poprisk_integrations.huggingface.registration import register
 
@@ -38,11 +41,7 @@ def options_from_environment() -> dict[str, str]:
 
 
 def stop_from_environment(args: Any, trainer: Any) -> Any:
-    """What ms-swift 4 calls for `--callbacks poprisk_stop`.
-
-    Raises:
-        ValueError: If an option is not allowed, or switches the stop off.
-    """
+    """What ms-swift 4 calls for `--callbacks poprisk_stop`."""
     callbacks = stop_callbacks(options_from_environment())
     if not callbacks:
         raise ValueError(

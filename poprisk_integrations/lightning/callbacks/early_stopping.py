@@ -1,11 +1,18 @@
 """Stops a Lightning Trainer without validation data."""
 
-from typing import Any, Literal
+import math
+from typing import TYPE_CHECKING, Any
 
-from poprisk_integrations.core import StoppingConfig
-from poprisk_integrations.diagnostics.guard import guarded
-from poprisk_integrations.diagnostics.stop_outlook import outlook_line, stop_outlook
+from torch import Tensor
+from torch.optim import Optimizer
+
+from poprisk_integrations.diagnostics.guard import Guarded, guarded
+from poprisk_integrations.diagnostics.risk_stop import COOLDOWN_END
+from poprisk_integrations.diagnostics.stop_options import StopArguments
+from poprisk_integrations.diagnostics.stop_report import full_row
 from poprisk_integrations.lightning._upstream import (
+    SHARDED,
+    Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
@@ -14,339 +21,458 @@ from poprisk_integrations.lightning._upstream import (
     is_fast_dev_run,
     rank_zero_info,
     rank_zero_warn,
+    refuse_strategy,
+    run_steps,
+    schedule_outlook,
+    steps_per_epoch,
+    strategy_is,
 )
-from poprisk_integrations.lightning.callbacks.arguments import (
-    check_choice,
-    check_epoch_steps,
-    check_window,
+from poprisk_integrations.lightning.callbacks.risk_stop import FitRisk
+from poprisk_integrations.lightning.callbacks.run_result import (
+    RunResult,
+    StepLog,
+    leave_report,
+    report_directory,
 )
-from poprisk_integrations.lightning.callbacks.refusals import refuse_second_stop, refuse_strategy
-from poprisk_integrations.lightning.callbacks.resume import find_state
-from poprisk_integrations.lightning.callbacks.run_length import run_steps
-from poprisk_integrations.lightning.callbacks.run_plan import setup_changes
-from poprisk_integrations.lightning.callbacks.run_result import RunResult
-from poprisk_integrations.lightning.callbacks.step_feed import StepFeed
-from poprisk_integrations.lightning.callbacks.step_log import StepLog
-from poprisk_integrations.lightning.callbacks.stop_judge import StopJudge
-from poprisk_integrations.lightning.callbacks.stop_report import report_directory, write_report
-from poprisk_integrations.lightning.callbacks.window_callback import WindowCallback
+
+if TYPE_CHECKING:
+    from poprisk_integrations.lightning.callbacks.signal_callback import SignalCallback
 
 __all__ = ["PopRiskEarlyStopping"]
 
 _NAME = "PopRiskEarlyStopping"
-_SETTINGS = ("kappa", "threshold", "min_steps")  # of the rule, not of what is measured
+_MEASURES_OR_DECIDES = (
+    *("criterion", "sit_out", "patience", "action"),
+    *("kappa", "window", "threshold", "min_steps", "accumulator", "epoch_steps"),
+)
 
 
-class PopRiskEarlyStopping(WindowCallback):
-    """Ends training at `kappa` times the moment when gradients stopped carrying signal.
+class PopRiskEarlyStopping(StopArguments, Guarded, Callback):
+    """Ends training where the test loss stops falling, estimated from the training data alone.
 
-    F compares the summed gradient of a window of optimizer steps with the noise of its steps
-    (`core.window`); when it falls below `threshold` on data seen before, batches no longer agree
-    on where to go. `core.StoppingRule` decides. Any torch optimizer, no validation data.
+    criterion="risk": a random share `sit_out` of the examples is not trained on for a while
+    (`diagnostics.SittingOut`); all are in the end. What they lose meanwhile, measured without
+    gradient by the module's own `training_step` in training mode, is what unseen examples lose. It
+    reads no gradients and costs no extra examples. Needed are a map-style data set, a sampler that
+    draws each example once per epoch, and losses of torch in `training_step`
+    (`diagnostics.ExampleLosses`) or `example_losses`.
 
-    Gradients are read in `on_before_optimizer_step`: averaged over micro-batches (also of the
-    short step that may end an epoch) and ranks, unscaled and unclipped, whole or sharded
-    (FSDPStrategy, ModelParallelStrategy). A step that the fp16 grad scaler skipped counts for
-    nothing. Training time is the sum of learning rates, each read at its step, before schedulers
-    (of groups with different ones the largest).
+    criterion="signal": F compares the summed gradient of a window with the noise of its steps
+    (`core.window`); the run ends at `kappa` times the moment when F fell below `threshold` on data
+    seen before (`core.StoppingRule`). Must be off where generalisation comes after memorising
+    (grokking).
 
-    The decision is taken after optimizer steps, from numbers that were averaged over ranks, so
-    all ranks stop together and report the same reason. It waits for the trainer's `min_epochs`
-    and `min_steps`, and is taken back if the signal returns meanwhile. Note that Lightning reads
-    `Trainer(min_steps=...)` as at least one whole epoch; `min_steps` of this callback does not.
+    Under either, a run is not ended while its learning rate warms up or is still to decay.
+    Decisions are taken after optimizer steps, from numbers that were joined over ranks, so all
+    ranks stop together. They wait for the trainer's `min_epochs` and `min_steps`, and are taken
+    back if the reason has gone by then. A single pass over the data is never ended.
 
-    The aim is the least loss under the noise of the training data. It must be off where
-    generalisation comes after memorising (grokking, epoch-wise double descent). It never stops a
-    run that sees each example once: what counts is a pass over the data, as sampler and data set
-    show it, not an epoch of the trainer (`limit_train_batches`). It cannot see that data are
-    sorted, packed or a curriculum: their batches are not exchangeable. Dropout and fresh
-    augmentation add to the noise and make it stop earlier.
-
-    Logs, of the last window `poprisk/signal_ratio` (F), `poprisk/risk_decrease` (C, first-order
-    gain of repeating a step), `poprisk/agreement` (U, product of consecutive gradients) and their
-    standard errors `..._se`, and `poprisk/onset_step` and `poprisk/predicted_stop_step` (at the
-    present learning rate), each from when it exists on; NaN once an onset is forgotten. Where a
-    window is longer than an epoch, give an EarlyStopping or a scheduler that monitors one of them
-    `strict=False`. Decisions reach the loggers at their step, whatever `log_every_n_steps`. One
-    line at the start says what the callback can do in this run, one at the end what it did. Where
-    the run keeps files, a stopping callback leaves `poprisk_stop.json` in the logger's directory
-    of the run, else in ModelCheckpoint's.
-
-    The state is in the checkpoint, with an unfinished window: a resumed run equals one that was
-    never interrupted. With other settings, another world size, batch size, accumulation or
-    window, and under sharding strategies, training time continues and the unfinished window
-    starts afresh, with a warning. The same, with a line, where accumulation, batch size or the
-    trained parameters change in mid-run.
+    Logs, as metrics that ModelCheckpoint, EarlyStopping and ReduceLROnPlateau can watch,
+    `poprisk/estimated_test_loss` and `poprisk/estimated_gap`, for classes
+    `poprisk/estimated_test_accuracy`, each with `_se`; under "signal" `poprisk/signal_ratio` (F),
+    `poprisk/risk_decrease` (C), `poprisk/agreement` (U), `poprisk/onset_step` and
+    `poprisk/predicted_stop_step`. Where none exists yet, give a callback that monitors it
+    `strict=False`. Where the run keeps files, `poprisk_stop.json` is left in the logger's
+    directory, else in ModelCheckpoint's. A resumed run equals one that was never interrupted.
 
     Args:
-        kappa: Stop at this multiple of the training time of the onset, >= 1.
-        window: Optimizer steps per window, >= 4, or "auto": one epoch, a third of an epoch for
-            runs of under eight, a twentieth of the run if the length of an epoch is unknown (50
-            steps if that of the run is too); at least 8 (`diagnostics.auto_window_steps`). An
-            epoch is one pass over the data.
-        threshold: F below this is the onset, > 0. An onset counts once F has exceeded 1.05 times
-            this; two windows in a row above 1.3 times this take it back.
+        criterion: "risk", "signal", or "auto": "risk" where it can be had, else F is measured and
+            logged, and nothing is stopped.
+        sit_out: Share of the examples that sits out at a time, in (0, 0.5]. With "risk" only.
+        patience: Windows without a new minimum before the stop, >= 1. With "risk" only.
+        action: What is done once the smallest estimate lies behind. "cooldown": go back to the best
+            weights, anneal the learning rate to zero over a tail, on all data, and end then; with
+            "signal" from the present weights. "stop": end at once. "monitor": log only. None:
+            "cooldown" with "risk" ("stop" under DeepSpeed), "stop" with "signal". At most one
+            callback acts.
+        restore: Which weights are the run's result. "best": those of the smallest estimate, saved
+            into ModelCheckpoint's directory or `default_root_dir` (sharded ones and those of a
+            cooldown are copied in memory), and loaded back when `fit` ends; after a cooldown the
+            last ones; under "signal" as "stop": those of the last step. "onset": those of the onset
+            of "signal". None: as "stop", and `best_model_path` stays empty.
+        window: Optimizer steps per window of "signal", >= 4, or "auto"
+            (`diagnostics.auto_window_steps`).
+        kappa: Of "signal": stop at this multiple of the training time of the onset, >= 1.
+        threshold: Of "signal": F below this is the onset, > 0. It counts once F has exceeded 1.05
+            times this; two windows in a row above 1.3 times this take it back.
         min_steps: No stop before this many optimizer steps.
-        action: "stop", or "monitor" to log and change nothing. At most one stops.
-        restore: Which weights are the run's result. "stop": those of the last step, as they are.
-            "onset": those of the onset; a checkpoint is saved there, into ModelCheckpoint's
-            directory or `default_root_dir`, and loaded back into the module when `fit` ends.
-            None: as "stop", and `best_model_path` stays empty.
-        accumulator: "exact", "sample" (of each tensor, for large models) or "auto", see
-            `diagnostics.GradientWindow`.
-        epoch_steps: Optimizer steps of one pass over the data, for streams, loaders and samplers
-            of your own, and data that repeat inside. None to ask the loader
-            (`diagnostics.data_pass`); where it does not show when an example comes again, the run
-            counts as a single pass and is never stopped.
+        accumulator: Of "signal": "exact", "sample" (of each tensor, for large models) or "auto".
+        epoch_steps: Of "signal": optimizer steps of one pass over the data, for streams and loaders
+            of your own; without it such a run is never stopped.
+        example_losses: Losses per example, (B,), of (module, batch), where they cannot be found in
+            `training_step`; it costs a forward pass more. With "risk" only.
 
     Raises:
-        ValueError: If an argument is outside its range.
-        MisconfigurationException: When `fit` starts, for manual optimization, an optimizer that
-            trains nothing, two stopping callbacks, and DeepSpeed. With `action="monitor"` a
+        ValueError: If an argument is outside its range, or does not go with the criterion.
+        MisconfigurationException: When `fit` starts, if the criterion cannot work in this run
+            (the message says why), and for two callbacks that act. With `action="monitor"` a
             warning says instead that nothing is measured.
 
     Example:
-        >>> callback = PopRiskEarlyStopping(kappa=3.0, window=20)
+        >>> callback = PopRiskEarlyStopping(criterion="signal", kappa=3.0, window=20)
         >>> callback.stopped_step, callback.stopping_reason
         (None, 'no window is complete yet')
     """
 
-    _name = _NAME
-
-    def __init__(
-        self,
-        kappa: float = 2.0,
-        window: int | Literal["auto"] = "auto",
-        threshold: float = 1.0,
-        min_steps: int = 0,
-        action: Literal["stop", "monitor"] = "stop",
-        restore: Literal["stop", "onset"] | None = "stop",
-        accumulator: Literal["auto", "exact", "sample"] = "auto",
-        epoch_steps: int | None = None,
-    ) -> None:
-        check_window(window)
-        check_choice("action", action, ("stop", "monitor"))
-        check_choice("restore", restore, ("stop", "onset", None))
-        check_choice("accumulator", accumulator, ("auto", "exact", "sample"))
-        check_epoch_steps(epoch_steps)
-        defaults = StoppingConfig()
-        self._config = StoppingConfig(
-            kappa=kappa,
-            threshold=threshold,
-            arm_threshold=defaults.arm_threshold * threshold,
-            rearm_threshold=defaults.rearm_threshold * threshold,
-            min_steps=min_steps,
-        )
-        self.window = window
-        self.action = action
-        self.restore = restore
-        self.accumulator = accumulator
-        self.epoch_steps = epoch_steps
-        self._reset()
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._judge = StopJudge(self._config, _NAME)
-        self._result = RunResult(self.restore, self.action == "stop", _NAME)
+    def _begin_afresh(self) -> None:
+        self.action = self.options.action
+        values = tuple(getattr(self.options, name) for name in _MEASURES_OR_DECIDES)
+        self._key = f"{_NAME}{values!r}"  # Lightning asks at every hook
+        self.switched_off = None
+        self._risk = FitRisk(self.options)
+        self._signal: SignalCallback | None = None
+        self._in_use: FitRisk | SignalCallback | None = None  # None where nothing is measured
+        self._has_begun = False  # batches
+        self._cooled_step: int | None = None  # at which a cooldown has ended
+        self._result = RunResult(self.options.restore, self.action != "monitor", _NAME)
         self._log = StepLog()
 
     @property
     def state_key(self) -> str:
         """Callbacks that differ in what they measure, decide or do keep states apart."""
-        c = self._config
-        arguments = (self.action, c.kappa, self.window, c.threshold, c.min_steps)
-        return f"{_NAME}{(*arguments, self.accumulator, self.epoch_steps)!r}"
+        return self._key
+
+    @property
+    def _gradients(self) -> "SignalCallback":
+        """What reads them; imported where it is used."""
+        if self._signal is None:
+            from poprisk_integrations.lightning.callbacks.signal_callback import SignalCallback
+
+            self._signal = SignalCallback(self)
+        return self._signal
+
+    @property
+    def _criterion(self) -> "FitRisk | SignalCallback":
+        """In use, or of which there is a state."""
+        return self._in_use or self._signal or self._risk
 
     @property
     def stopped_step(self) -> int | None:
-        """Optimizer step of the stop; None if this callback stopped nothing."""
-        return self._judge.state.stop_step if self.action == "stop" else None
+        """Optimizer step at which this callback ended the run; None if it did not."""
+        stops = {"stop": self._criterion.stop_step, "cooldown": self._cooled_step}
+        return stops.get(self._criterion.action)
+
+    @property
+    def best_step(self) -> int | None:
+        """Optimizer step of the smallest estimate of the test loss; None where there is none."""
+        return self._risk.best_step
 
     @property
     def onset_step(self) -> int | None:
-        """Optimizer step of the onset; None if there is none."""
-        return self._judge.state.onset_step
+        """Optimizer step of the onset of "signal"; None if there is none."""
+        return None if self._signal is None else self._signal.onset_step
 
     @property
     def stopping_reason(self) -> str:
         """The last change of mind, and what the last window says, alike on all ranks."""
-        return self._judge.reason
+        return self._criterion.reason
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One dict per window: step, lr_sum, F, C, U, their standard errors, noise, steps, reused.
+        """One dict per window: step, train_loss, estimated_gap, estimated_test_loss, signal_ratio.
 
-        None where something was not measured.
+        And what else the criterion measures; None where something was not measured.
         """
-        return self._judge.history
+        return [full_row(row) for row in self._criterion.history]
 
     @property
     def best_model_path(self) -> str:
         """Checkpoint of the run's result, "" if there is none.
 
-        With `restore="onset"` the onset's; with "stop", after `fit`, the one that a
+        With `restore="best"` and "onset" ours; with "stop", after `fit`, the one that a
         ModelCheckpoint saved at the stop.
         """
         return self._result.path
 
     def metrics(self) -> dict[str, float]:
         """The present values of all that this callback logs, without what does not exist yet."""
-        feed = self._feed
-        return self._judge.metrics(*((0, 0.0) if feed is None else (feed.step, feed.reader.lr)))
+        return self._criterion.metrics()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and start afresh: a checkpoint is loaded after this."""
-        if stage == "fit":
-            self._reset()
-            if self.action == "stop":
-                refuse_strategy(trainer, _NAME, self.restore)
-            ours = [c for c in callbacks_of(trainer) if isinstance(c, PopRiskEarlyStopping)]
-            refuse_second_stop(ours)
+        if stage != "fit":
+            return
+        self._begin_afresh()
+        ours = [c for c in callbacks_of(trainer) if isinstance(c, PopRiskEarlyStopping)]
+        stops = [callback for callback in ours if callback.action != "monitor"]
+        if len(stops) > 1:  # the first would hide the second
+            raise MisconfigurationException(
+                f"Invalid action: {stops[0].action or 'stop'!r} on {len(stops)} {_NAME} callbacks "
+                "of one Trainer. Set action='monitor' on all but one."
+            )
+        if not self.options.asks_for_signal:
+            self._risk.attach(trainer, pl_module)
+        elif self.action != "monitor":
+            refuse_strategy(trainer, _NAME)
+            if self.options.restore == "onset" and strategy_is(trainer, *SHARDED):
+                raise MisconfigurationException(
+                    f"Invalid restore: 'onset'. Under {type(trainer.strategy).__name__} weights "
+                    "are sharded and cannot be loaded back when fit ends. Use restore='stop' or "
+                    "None."
+                )
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Continue also from the state of a callback that had other arguments."""
-        if self.state_key in (checkpoint.get("callbacks") or {}):
-            return
-        keys = [callback.state_key for callback in callbacks_of(trainer)]
-        found = find_state(checkpoint, self.state_key, keys)
-        if found is not None:
-            self.load_state_dict(found)
+        """Continue also from the one state that no callback claims: ours had other arguments."""
+        states = checkpoint.get("callbacks") or {}
+        claimed = {callback.state_key for callback in callbacks_of(trainer)}
+        left = [key for key in states.keys() - claimed if str(key).startswith(f"{_NAME}(")]
+        if self.state_key not in states and len(left) == 1:
+            self.load_state_dict(states[left[0]])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot work, before any step; the window opens with the first batch."""
+        """Refuse what cannot work, before any step; windows open with the first batch."""
+        if not self.options.asks_for_signal and not is_fast_dev_run(trainer):
+            self._risk.open(trainer, pl_module)
+        run = self._risk.prepared
+        if run is None or is_fast_dev_run(trainer):
+            self._take_signal(trainer, pl_module)
+            return
+        holds_weights = strategy_is(trainer, "DeepSpeedStrategy")
         try:
-            feed = self._new_feed(trainer, pl_module)
-        except (MisconfigurationException, ValueError) as error:
-            if self.action == "stop":
+            self._risk.choose_action(holds_weights=holds_weights)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+        if self.action is None and holds_weights:
+            rank_zero_info(
+                f"{_NAME}: under DeepSpeed there is no cooldown from the best weights; "
+                "action='stop' it is."
+            )
+        self._result.check_best(trainer, pl_module, self._risk)
+        if trainer.global_step > 0 and not self._risk.is_loaded:
+            rank_zero_warn(
+                f"{_NAME}: it knows nothing of the steps before {trainer.global_step}; the test "
+                "loss is estimated from there on."
+            )
+        self._risk.start(run, steps_per_epoch(trainer), schedule_outlook(trainer))
+        run.experiment.begin_epoch(trainer.current_epoch)
+        self._use(trainer, self._risk)
+
+    def _take_signal(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Use F, where it was asked for or the test loss cannot be estimated."""
+        self._in_use = None
+        is_trial, why = is_fast_dev_run(trainer), self._risk.refusal
+        if self.options.criterion == "risk" and not is_trial:
+            line = f"the test loss cannot be estimated in this run: {why}"
+            if self._risk.is_single_pass:
+                rank_zero_info(
+                    f"{_NAME}: there is nothing to stop in a single pass over the data, in which "
+                    "the training loss before each step is one of unseen examples."
+                )
+            elif self.action == "monitor":
+                rank_zero_warn(f"{_NAME}: {line}.")
+            else:
+                raise MisconfigurationException(
+                    f"Invalid criterion: 'risk'. For {_NAME}, {line}. Use criterion='auto' or "
+                    "'signal'."
+                )
+            return
+        try:
+            self._gradients.begin(trainer, pl_module, why)
+        except MisconfigurationException as error:
+            if self.action != "monitor" and self.options.asks_for_signal:
                 raise
             rank_zero_warn(f"{_NAME}: it measures nothing in this run: {error}")
             return
-        if is_fast_dev_run(trainer):
-            feed.release()
+        if not is_trial:
+            self._result.check_onset(trainer, self.onset_step)
+            self._use(trainer, self._gradients)
+
+    def _use(self, trainer: Trainer, criterion: "FitRisk | SignalCallback") -> None:
+        """Measure by it from here on; a run that had stopped stays stopped, if it may."""
+        self._in_use = criterion
+        if criterion.stop_step is None:
             return
-        self._result.check(trainer, self.onset_step)
-        if setup_changes(self._setup, self._settings()):
-            self._judge.judge_anew(self._setup["kappa"])
-        self._open(feed)
-        self._resume_stopped(trainer)
+        if not can_stop_early(trainer):
+            criterion.judge_anew()
+        elif criterion.action == "stop":
+            trainer.should_stop = True
+            rank_zero_info(
+                f"{_NAME}: the checkpoint's run has stopped "
+                f"{self.stopping_reason.removeprefix('stopped ')}. To train on, set "
+                "action='monitor'."
+            )
 
-    def _new_feed(self, trainer: Trainer, pl_module: LightningModule) -> StepFeed:
-        refuse_strategy(trainer, _NAME)
-        return StepFeed(
-            trainer,
-            pl_module,
-            owner=_NAME,
-            window=self.window,
-            accumulator=self.accumulator,
-            epoch_steps=self.epoch_steps,
-        )
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure who sits out, before the batch is trained on."""
+        if self._in_use is self._risk and not self._has_begun:
+            self._has_begun = True
+            self._risk.settle(trainer, pl_module)
+            if self._risk.run is None:
+                self._take_signal(trainer, pl_module)
+            else:
+                line = self._risk.start_line(steps_per_epoch(trainer) or 1)
+                rank_zero_info(f"{_NAME}: {line}")
+        if self._in_use is self._risk:
+            self._measure(trainer, pl_module, batch, batch_idx)
+        elif self._in_use is not None:
+            self._gradients.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self._config, name) for name in _SETTINGS}
+    @guarded
+    def _measure(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._risk.before_batch(trainer, pl_module, batch, batch_idx)
 
-    def _before_first_batch(self, trainer: Trainer, feed: StepFeed) -> None:
-        plan = feed.plan
-        outlook = stop_outlook(run_steps(trainer), plan.epoch_steps, plan.window)
-        line = outlook_line(
-            outlook, unknown_because=plan.unknown_because, min_steps=self._config.min_steps
-        )
-        rank_zero_info(f"{_NAME}: {line}")
+    @guarded
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Take in what the batch's examples lose."""
+        if self._in_use is self._risk:
+            self._risk.after_forward(trainer, loss)
 
-    def _after_step(self, trainer: Trainer, pl_module: LightningModule, feed: StepFeed) -> None:
-        before, is_closed = self._judge.state, feed.is_full
-        decision = self._judge.after_step(trainer, feed)
-        has_acted = self._act_on_verdict(trainer)
-        self._result.after_step(trainer, self.onset_step, is_onset=decision.onset)
-        self._log.write(
-            trainer,
-            pl_module,
-            feed.step,
-            self.metrics,
-            is_new=is_closed,
-            is_decision=has_acted or before.onset_step != self.onset_step,
-        )
+    @guarded
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count micro-batches."""
+        if self._in_use is not None and self._in_use is self._signal:
+            self._gradients.on_after_backward(trainer, pl_module)
+
+    @guarded
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Take in this step's gradients, or set the learning rate of a cooldown."""
+        if self._in_use is not None and self._in_use is self._signal:
+            self._gradients.on_before_optimizer_step(trainer, pl_module, optimizer)
+        else:
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            self._risk.before_step([optimizer], schedulers)
+
+    @guarded
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Decide after an optimizer step or at the end of a window, and log."""
+        if self._in_use is None:
+            return
+        if self._in_use is self._risk:
+            is_closed = self._risk.after_batch(trainer, batch_idx)
+            if self._risk.is_new_best:
+                self._result.keep_best(trainer)
+            self.conclude(trainer, pl_module, is_new=is_closed)
+        else:
+            self._gradients.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._cooled_step is None and self._criterion.cooldown_is_over:
+            self._cooled_step = trainer.global_step
+            trainer.should_stop = True
+            rank_zero_info(f"{_NAME}: {COOLDOWN_END}")
+
+    def conclude(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        *,
+        is_new: bool,
+        is_onset: bool = False,
+        is_decision: bool = False,
+    ) -> None:
+        """Act on what was measured at a step, or decided, and log it."""
+        has_acted = self._act(trainer)
+        self._result.after_step(trainer, self.onset_step, is_onset=is_onset)
+        is_decision = is_decision or has_acted
+        self._log.write(trainer, pl_module, self.metrics, is_new=is_new, is_decision=is_decision)
+
+    def _act(self, trainer: Trainer) -> bool:
+        """Whether a stop was due and nothing made it wait: then it was done."""
+        criterion, step = self._criterion, trainer.global_step
+        if not can_stop_early(trainer) or not criterion.accept(step):
+            return False
+        if criterion.action == "stop":
+            trainer.should_stop = True
+        left = (run_steps(trainer) or math.inf) - step
+        rank_zero_info(f"{_NAME}: {criterion.end(step, left, self._result.go_back)}")
+        return True
 
     @guarded
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act on a verdict that had to wait for the end of the epoch."""
-        if self._feed is not None and self._act_on_verdict(trainer) and not trainer.barebones:
-            self._log.write_now(trainer, self._feed.step, self.metrics())
+        if self._in_use is not None and self._act(trainer) and not trainer.barebones:
+            self._log.write_now(trainer, self.metrics())
 
     @guarded
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what was done, load the onset's weights back, leave a report."""
-        if self._feed is None:
+        """Say what was done, load the best weights back, leave a report."""
+        criterion, is_risk = self._in_use, self._in_use is self._risk
+        if criterion is None:
             return
-        if self._judge.state.stop_step is None:  # else it was said when it happened
-            rank_zero_info(f"{_NAME}: did not stop this run: {self.stopping_reason}")
+        said = []
+        if criterion.stop_step is None:  # else it was said when it happened
+            said.append(f"did not stop this run: {self.stopping_reason}")
+        if is_risk:
+            said.append(self._risk.end_line())
+        if said:
+            rank_zero_info(f"{_NAME}: {'; '.join(said)}")
         self._result.after_fit(trainer, pl_module, self.onset_step, self.stopped_step)
-        if self.action == "stop" and trainer.is_global_zero:
-            self._write_report(trainer)
+        if is_risk and self._risk.keeps_best():
+            self._result.load_best(pl_module, self.best_step)
+        elif is_risk:
+            self._result.prefer_last(trainer, is_final=self._cooled_step is not None)
+        if self.action != "monitor" and trainer.is_global_zero:
+            self._leave_report(trainer, criterion.report())
 
-    def _write_report(self, trainer: Trainer) -> None:
+    def _leave_report(self, trainer: Trainer, found: dict[str, Any]) -> None:
         directory = report_directory(trainer)
         if directory is None:
             return
+        settings = {k: v for k, v in self.options.arguments().items() if k != "example_losses"}
+        report = {
+            "stopped": self.stopped_step is not None,
+            "global_step": trainer.global_step,
+            **found,
+            "why": self._risk.refusal or None,
+            "history": self.history,
+            "best_model_path": self.best_model_path,
+            "settings": settings,
+        }
         try:
-            write_report(directory, self._report(trainer))
+            leave_report(directory, report)
         except Exception as error:  # whatever a file system raises: the run itself ended well
             rank_zero_warn(f"{_NAME}: its report could not be written to {directory} ({error!r}).")
 
     @guarded
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizer, the loader and the strategy."""
+        self._risk.detach(trainer)
+        if self._signal is not None:
+            self._signal.teardown(trainer, pl_module, stage)
+
+    @guarded
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Same."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def switch_off(self, where: str, error: Exception) -> None:
+        """Let everybody be trained on from here on, too."""
+        super().switch_off(where, error)
+        self._in_use = None
+        self._risk.refuse(f"{_NAME} is switched off")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings, None and tensors: safe for `weights_only` loading."""
+        return self._state() or {}
+
+    @guarded
     def _state(self) -> dict[str, Any]:
-        return {**self._judge.state_dict(), **self._feed_state(), **self._result.state_dict()}
+        has_signal = self._signal is not None or self.options.asks_for_signal
+        signal = self._gradients.state_dict() if has_signal else {}
+        return {**signal, **self._result.state_dict(), "risk": self._risk.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore; the window follows when training starts and devices are known."""
+        """Restore; windows follow when training starts and devices are known."""
         try:
-            self._judge.load_state_dict(state_dict)
-            self._load_feed_state(state_dict)
             self._result.load_state_dict(state_dict)
+            if state_dict.get("risk") is not None:
+                self._risk.load_state_dict(state_dict["risk"])
+            elif self.options.asks_for_signal or "rule" in state_dict or "risk" not in state_dict:
+                self._gradients.load_state_dict(state_dict)
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"The state of {_NAME} in the checkpoint is damaged: {error!r}. Resume from "
                 "another checkpoint."
             ) from error
-
-    def _act_on_verdict(self, trainer: Trainer) -> bool:
-        if not can_stop_early(trainer) or not self._judge.accept():
-            return False
-        if self.action == "stop":
-            trainer.should_stop = True
-        prefix = "" if self.action == "stop" else "would have "
-        rank_zero_info(f"{_NAME}: {prefix}{self.stopping_reason}")
-        return True
-
-    def _resume_stopped(self, trainer: Trainer) -> None:
-        if self._judge.state.stop_step is None:
-            return
-        if not can_stop_early(trainer):
-            self._judge.judge_anew()
-        elif self.action == "stop":
-            trainer.should_stop = True
-            rank_zero_info(
-                f"{_NAME}: the checkpoint's run has {self.stopping_reason}. To train on, set "
-                "action='monitor'."
-            )
-
-    def _report(self, trainer: Trainer) -> dict[str, Any]:
-        return {
-            "stopped": self.stopped_step is not None,
-            "global_step": trainer.global_step,
-            **self._judge.state_dict()["rule"],
-            "diagnosis": self._judge.diagnosis,
-            "window_steps": self._setup["window_steps"],
-            "best_model_path": self.best_model_path,
-            "setup": self._setup,
-            "settings": {
-                **self._settings(),
-                "window": self.window,
-                "action": self.action,
-                "restore": self.restore,
-                "accumulator": self.accumulator,
-                "epoch_steps": self.epoch_steps,
-            },
-            "history": self.history,
-        }

@@ -4,21 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
+from poprisk_integrations.diagnostics.gate_monitor import GateMonitor, check_monitor
 from poprisk_integrations.diagnostics.guard import Guarded, guarded
-from poprisk_integrations.diagnostics.joint_mean import joint_mean
-from poprisk_integrations.diagnostics.layer_groups import check_per_layer
-from poprisk_integrations.diagnostics.layer_sample import LayerSample
-from poprisk_integrations.distributed import is_dtensor
 from poprisk_integrations.lightning._upstream import (
     Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
-    gradients_stay_scaled,
+    hook_scale,
     is_logger_step,
+    write_line,
 )
 from poprisk_integrations.optim import PopRiskAdamW
 
@@ -50,27 +47,26 @@ class PopRiskMonitor(Guarded, Callback):
     def __init__(
         self, every_n_steps: int = 50, per_layer: bool | int | Callable[[str], str | None] = False
     ) -> None:
-        if type(every_n_steps) is not int or every_n_steps < 1:
-            raise ValueError(f"Invalid every_n_steps: {every_n_steps!r}. Must be an integer >= 1.")
-        check_per_layer(per_layer)
+        check_monitor(every_n_steps, per_layer)
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
-        self._steps = 0  # of this fit
         self._global_step = 0
-        self._sample: LayerSample | None = None
+        self._monitor: GateMonitor | None = None
         self._last: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch sampling on; after a resume too, since it is not part of the checkpoint."""
         self.switched_off = None
-        optimizer = _gated_optimizer(trainer)
-        for group in optimizer.param_groups:
-            group["collect_stats_every"] = self.every_n_steps
-        self._sample, self._last = None, {}
-        if not trainer.barebones:
-            names = pl_module.named_parameters()
-            self._sample = LayerSample(optimizer, names, self.per_layer)
-        self._steps = 0
+        gated = [o for o in trainer.optimizers if isinstance(o, PopRiskAdamW)]
+        if len(gated) != 1:
+            found = ", ".join(type(o).__name__ for o in trainer.optimizers) or "none"
+            raise MisconfigurationException(
+                f"PopRiskMonitor needs exactly one PopRiskAdamW, found: {found}. Return one from "
+                "configure_optimizers, or add the callback PopRiskOptimizer."
+            )
+        names = pl_module.named_parameters()
+        monitor = GateMonitor(gated[0], names, self.per_layer, self.every_n_steps)
+        self._monitor, self._last = None if trainer.barebones else monitor, {}
         self._global_step = trainer.global_step
 
     @guarded
@@ -78,64 +74,27 @@ class PopRiskMonitor(Guarded, Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Sample the gradients of a step that is sampled."""
-        is_ours = isinstance(optimizer, PopRiskAdamW) and self._is_due()
-        if self._sample is not None and is_ours and not gradients_stay_scaled(trainer, optimizer):
-            self._sample.before_step()
+        if self._monitor is not None and isinstance(optimizer, PopRiskAdamW):
+            self._monitor.before_step(hook_scale(trainer, optimizer))
 
     @guarded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the sample that this optimizer step has taken."""
-        if trainer.global_step == self._global_step:
+        if trainer.global_step == self._global_step or self._monitor is None:
             return
         self._global_step = trainer.global_step
-        is_due = self._is_due()
-        self._steps += 1
-        if self._sample is None:
-            return
+        is_due = self._monitor.after_step()
         if is_due:
-            self._sample.after_step()
-            optimizer, device = _gated_optimizer(trainer), trainer.strategy.root_device
-            self._last = _metrics(optimizer, self._sample, device)
+            self._last = self._monitor.metrics(trainer.strategy.root_device)
         # Not by `log`, which costs time per value at every step of the run.
-        is_logged_now = bool(trainer.loggers) and is_logger_step(trainer)
+        is_logged_now = is_logger_step(trainer)
         if is_due or is_logged_now:
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in self._last.items()})
         if is_logged_now:
-            for logger in trainer.loggers:
-                line = {**self._last, "epoch": trainer.current_epoch}
-                logger.log_metrics(line, step=trainer.global_step - 1)  # counted from 0
+            write_line(trainer, self._last)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizer."""
-        self._sample = None
-
-    def _is_due(self) -> bool:
-        return self._steps % self.every_n_steps == 0
-
-
-def _gated_optimizer(trainer: Trainer) -> PopRiskAdamW:
-    gated = [o for o in trainer.optimizers if isinstance(o, PopRiskAdamW)]
-    if len(gated) != 1:
-        names = ", ".join(type(o).__name__ for o in trainer.optimizers) or "none"
-        raise MisconfigurationException(
-            f"PopRiskMonitor needs exactly one PopRiskAdamW, found: {names}. Return one from "
-            "configure_optimizers, or add the callback PopRiskOptimizer."
-        )
-    return gated[0]
-
-
-def _metrics(
-    optimizer: PopRiskAdamW, sample: LayerSample, device: torch.device
-) -> dict[str, float]:
-    """The last sample. Every rank calls it: shards of a tensor are added over ranks."""
-    gate, layers = optimizer.gate_sums(), sample.sums()
-    if any(_is_shard(p) for group in optimizer.param_groups for p in group["params"]):
-        gate, layers = joint_mean([gate, layers], device)
-    stats = {k: float(v) for k, v in optimizer.gate_stats(gate).items() if "/" not in k}
-    return {f"poprisk/{name}": v for name, v in (stats | sample.metrics(layers)).items()}
-
-
-def _is_shard(param: Tensor) -> bool:
-    return is_dtensor(param) or getattr(param, "_fsdp_flattened", False)
+        self._monitor = None

@@ -1,20 +1,29 @@
 """PopRiskAdamW without touching the module."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from poprisk_integrations.lightning._upstream import (
     Callback,
     LightningModule,
+    MisconfigurationException,
     Trainer,
     rank_zero_info,
+    strategy_is,
 )
-from poprisk_integrations.lightning.adam_replacement import poprisk_adamw_from, rebind_scheduler
-from poprisk_integrations.lightning.callbacks.refusals import refuse_engine
 from poprisk_integrations.optim import PopRiskAdamW
 
-__all__ = ["PopRiskOptimizer"]
+__all__ = ["PopRiskOptimizer", "poprisk_adamw_from", "rebind_scheduler"]
+
+# Keys of Adam's groups that PopRiskAdamW has no use for: its decay is always decoupled, and how
+# Adam computes its step (foreach, fused) is not how ours does.
+_DROPPED = ("amsgrad", "differentiable", "foreach", "fused", "decoupled_weight_decay")
+_KEPT = ("lr", "betas", "eps", "weight_decay", "maximize", "capturable")
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 class PopRiskOptimizer(Callback):
@@ -27,35 +36,17 @@ class PopRiskOptimizer(Callback):
     callbacks that keep the optimizer from `on_fit_start` on. `Tuner.lr_find` and
     `scale_batch_size` run without callbacks, hence with the module's own optimizer.
 
-    A parameter group of the module may carry any of the options below, e.g.
-    `{"params": router, "gate": "none"}`; the ones here are for groups without their own.
+    A parameter group of the module may carry any of these options, e.g.
+    `{"params": router, "gate": "none"}`; the ones given here are for groups without their own.
 
     Args:
-        gate: "soft", "hard", "snr" or "none" (AdamW).
-        alpha: The gate opens where m_hat^2 > alpha * s_hat. A number, "calibrated", "fresh" (1)
-            or "finite" (b/(n-b)).
-        false_open_rate: Share of pure-noise coordinates that pass; for alpha="calibrated".
-        lambda_pop: Shrinkage beyond the boundary; None for the gate's own.
-        rho: Decay of the noise variance, in [0, 1).
-        gate_warmup: Steps that stay ungated while the noise is measured.
-        gate_blend: w in [0, 1]; the update uses w * q + (1 - w).
-        preserve_norm: Rescale each tensor's gated update to the norm of the ungated one.
-        batch_size: Global batch size b, for alpha="finite".
-        dataset_size: Number of training examples n, for alpha="finite".
-        state_dtype: None (float32), "bfloat16", "8bit" (experimental), or a dict per state.
-        gate_decay: Gate the weight decay too.
-        gate_eps: Constant in the gate's denominator, on the scale of squared gradients.
-        noise_mean: "bias_corrected" or "raw" (the published rule).
-        noise_source: "temporal", "microbatch" (needs accumulate_grad_batches >= 2) or "ranks"
-            (needs DDP).
-        stochastic_rounding: Round bfloat16 parameters stochastically.
-        rounding_seed: Seed of all stochastic rounding.
-        skip_nonfinite: Skip steps with a non-finite gradient.
-        collect_stats_every: Sample gate statistics on every k-th step; 0 for never. The callback
-            PopRiskMonitor sets it.
+        **options: Options of `PopRiskAdamW`, with its defaults. Not those that are Adam's own: lr,
+            betas, eps, weight_decay, maximize, foreach, fused, capturable, differentiable.
+            `noise_source="microbatch"` needs accumulate_grad_batches >= 2, "ranks" needs DDP;
+            the callback PopRiskMonitor sets `collect_stats_every`.
 
     Raises:
-        ValueError: If an option has a value that it cannot have.
+        ValueError: If an option has a value that it cannot have, or is Adam's own.
         MisconfigurationException: When `fit` starts, for any other optimizer, by name, for one
             whose settings or state would be lost, and under DeepSpeed.
 
@@ -64,54 +55,39 @@ class PopRiskOptimizer(Callback):
         'hard'
     """
 
-    def __init__(
-        self,
-        gate: Literal["soft", "hard", "snr", "none"] = "soft",
-        alpha: float | Literal["calibrated", "fresh", "finite"] = "calibrated",
-        false_open_rate: float = 0.3173,
-        lambda_pop: float | None = None,
-        rho: float = 0.99,
-        gate_warmup: int = 0,
-        gate_blend: float = 1.0,
-        preserve_norm: bool = False,
-        batch_size: int | None = None,
-        dataset_size: int | None = None,
-        state_dtype: str | dict[str, str] | None = None,
-        gate_decay: bool = False,
-        gate_eps: float = 0.0,
-        noise_mean: Literal["bias_corrected", "raw"] = "bias_corrected",
-        noise_source: Literal["temporal", "microbatch", "ranks"] = "temporal",
-        stochastic_rounding: bool = True,
-        rounding_seed: int = 0,
-        skip_nonfinite: bool = True,
-        collect_stats_every: int = 0,
-    ) -> None:
-        self.options: dict[str, Any] = {
-            "gate": gate,
-            "alpha": alpha,
-            "false_open_rate": false_open_rate,
-            "lambda_pop": lambda_pop,
-            "rho": rho,
-            "gate_warmup": gate_warmup,
-            "gate_blend": gate_blend,
-            "preserve_norm": preserve_norm,
-            "batch_size": batch_size,
-            "dataset_size": dataset_size,
-            "state_dtype": state_dtype,
-            "gate_decay": gate_decay,
-            "gate_eps": gate_eps,
-            "noise_mean": noise_mean,
-            "noise_source": noise_source,
-            "stochastic_rounding": stochastic_rounding,
-            "rounding_seed": rounding_seed,
-            "skip_nonfinite": skip_nonfinite,
-            "collect_stats_every": collect_stats_every,
-        }
-        PopRiskAdamW([torch.zeros(1)], **self.options)  # refuses bad values now, not in fit
+    def __init__(self, **options: Any) -> None:
+        for name in options:
+            if name in (*_KEPT, "foreach", "fused", "differentiable"):
+                raise ValueError(
+                    f"Invalid {name}: {options[name]!r}. PopRiskOptimizer takes it from the Adam "
+                    "that it replaces: set it in configure_optimizers."
+                )
+        # Refuses bad values now, not in fit. LightningCLI lists the options of this call, without
+        # those that are named in it.
+        PopRiskAdamW(
+            [torch.zeros(1)],
+            lr=0.0,
+            betas=(0.0, 0.0),
+            eps=0.0,
+            weight_decay=0.0,
+            maximize=False,
+            foreach=None,
+            fused=None,
+            capturable=False,
+            differentiable=False,
+            **options,
+        )
+        self.options = options
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace every optimizer and re-bind its schedulers."""
-        refuse_engine(trainer)
+        if strategy_is(trainer, "DeepSpeedStrategy"):
+            raise MisconfigurationException(
+                "PopRiskOptimizer cannot replace an optimizer under "
+                f"{type(trainer.strategy).__name__}: DeepSpeed's engine holds the old one and "
+                "would go on stepping it. Return PopRiskAdamW from configure_optimizers, with no "
+                '"optimizer" section in the DeepSpeed config.'
+            )
         old = trainer.optimizers
         new = [poprisk_adamw_from(optimizer, self.options) for optimizer in old]
         for config in trainer.lr_scheduler_configs:
@@ -120,7 +96,84 @@ class PopRiskOptimizer(Callback):
         trainer.strategy.optimizers = list(new)
         names = " and ".join(sorted({type(o).__name__ for o in old}))
         rank_zero_info(
-            f"PopRiskOptimizer: PopRiskAdamW (gate={self.options['gate']!r}, "
-            f"alpha={self.options['alpha']!r}) replaces {names} over the same "
+            f"PopRiskOptimizer: PopRiskAdamW (gate={new[0].defaults['gate']!r}, "
+            f"alpha={new[0].defaults['alpha']!r}) replaces {names} over the same "
             f"{sum(len(o.param_groups) for o in new)} parameter group(s)."
         )
+
+
+def poprisk_adamw_from(optimizer: Optimizer, options: dict[str, Any]) -> PopRiskAdamW:
+    """A PopRiskAdamW over the same groups, with `options` for those that have none of their own."""
+    _refuse(optimizer)
+    groups = [
+        {key: value for key, value in group.items() if key not in _DROPPED}
+        for group in optimizer.param_groups
+    ]
+    defaults = {key: optimizer.defaults[key] for key in _KEPT if key in optimizer.defaults}
+    replacement = PopRiskAdamW(groups, **{**defaults, **options})
+    if any("initial_lr" in group for group in groups):
+        # A scheduler wraps its optimizer's `step` when constructed, and warns at its first step if
+        # that was replaced since: the new one is to be wrapped too.
+        _KeepLR(replacement)
+    return replacement
+
+
+def rebind_scheduler(scheduler: Any, old: Optimizer, new: Optimizer) -> None:
+    """Let a scheduler, and those inside it, set the learning rates of another optimizer.
+
+    Covers torch's own (SequentialLR, ChainedScheduler and ReduceLROnPlateau too), and any that
+    keeps its optimizer as `.optimizer`.
+    """
+    pending, seen = [scheduler], set()
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, (list, tuple)):
+            pending.extend(item)
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, LRScheduler) or getattr(item, "optimizer", None) is old:
+            if getattr(item, "optimizer", None) is old:
+                item.optimizer = new
+            pending.extend(vars(item).values())
+    if getattr(scheduler, "optimizer", None) is not new:
+        raise MisconfigurationException(
+            f"PopRiskOptimizer cannot re-bind {type(scheduler).__name__}: it has no attribute "
+            "`optimizer`. Return PopRiskAdamW from configure_optimizers instead."
+        )
+
+
+class _KeepLR(LRScheduler):
+    """Changes no learning rate."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _refuse(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    groups = getattr(optimizer, "param_groups", [])
+    if type(optimizer) not in (Adam, AdamW):
+        problem = "only torch.optim.Adam and AdamW have settings that carry over"
+    elif optimizer.state:
+        problem = "it has state already, which would be lost"
+    elif any(getattr(optimizer, hooks, None) for hooks in _STEP_HOOKS):
+        problem = "hooks are registered on its step, which would be lost"
+    elif any(group["amsgrad"] for group in groups):
+        problem = "PopRiskAdamW has no amsgrad"
+    elif any(group["differentiable"] for group in groups):
+        problem = "PopRiskAdamW is not differentiable"
+    elif any(
+        group["weight_decay"] != 0
+        and not group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
+        for group in groups
+    ):
+        problem = (
+            "its weight_decay is added to the gradient (coupled), PopRiskAdamW's is decoupled; "
+            "return AdamW, or Adam with weight_decay=0"
+        )
+    else:
+        return
+    raise MisconfigurationException(f"PopRiskOptimizer cannot replace {name}: {problem}.")

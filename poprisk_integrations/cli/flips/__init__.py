@@ -1,0 +1,1 @@
+"""Parts of `poprisk flips`: pairs whose label is probably wrong, and data without them."""
