@@ -1,27 +1,24 @@
 """The report's page in a browser: no error, both themes, a phone's width, keyboard, axe."""
 
-import html as html_text
-import itertools
-import json
-import os
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from poprisk_integrations.cli.report.charts import sections_of
 from poprisk_integrations.cli.report.page import page_of
-from poprisk_integrations.cli.report.run import load_runs
-from poprisk_integrations.cli.report.sections import sections_of
-from tests.browser.chromium import Loaded, find_chromium, load, with_probe
+from poprisk_integrations.cli.report.sources import load_runs
+from tests.browser.chromium import (
+    NEEDS_AXE,
+    NEEDS_CHROMIUM,
+    Loaded,
+    probed,
+    with_axe,
+    with_probe,
+)
 from tests.browser.made_up_run import write_dpo_run, write_flips, write_lightning_run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_chromium() is None, reason="no chromium found"),
-]
-AXE = os.environ.get("AXE_CORE")
+pytestmark = NEEDS_CHROMIUM
 EVIL = "<script>document.title='taken'</script><img src=x onerror=document.title='taken'>"
 
 _PROBE = """
@@ -49,12 +46,6 @@ found.invisible = order.filter(e => { if (!e.checkVisibility()) return false;
 first.focus(); found.skip = first.getBoundingClientRect().left >= 0;
 report(found);
 """
-_RUN_AXE = """
-axe.run(document, {resultTypes: ["violations"]}).then(result => {
-  report({passes: result.passes.map(rule => rule.id),
-    violations: result.violations.map(v => [v.impact, v.id, v.nodes[0].html])});
-});
-"""
 
 
 @pytest.fixture(scope="module")
@@ -65,25 +56,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     write_flips(dpo / "flip_report.csv", [EVIL, *(f"pair-{i}" for i in range(30))])
     runs = load_runs([dpo, write_lightning_run(root / f"x{EVIL.replace('/', '')}")])
     return page_of(runs, sections_of(runs))
-
-
-@pytest.fixture
-def opened(tmp_path: Path) -> Callable[..., Loaded]:
-    count = itertools.count()
-
-    def open_page(html: str, **options: Any) -> Loaded:
-        name = f"page-{next(count)}"
-        (tmp_path / f"{name}.html").write_text(html, encoding="utf-8")
-        return load(tmp_path / f"{name}.html", tmp_path / name, **options)
-
-    return open_page
-
-
-def probed(loaded: Loaded) -> dict[str, Any]:
-    found = re.search(r'data-probe="([^"]*)"', loaded.html)
-    assert found is not None, loaded.complaints
-    value: dict[str, Any] = json.loads(html_text.unescape(found[1]))
-    return value
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -107,9 +79,7 @@ def test_errors_would_be_seen(page: str, opened: Callable[..., Loaded]) -> None:
 def test_layout_theme_and_keyboard(
     page: str, opened: Callable[..., Loaded], width: int, dark: bool
 ) -> None:
-    loaded = opened(with_probe(page, _PROBE), width=width, dark=dark)
-    assert loaded.complaints == []
-    found = probed(loaded)
+    found = probed(opened(with_probe(page, _PROBE), width=width, dark=dark))
     assert found["room"] == width
     assert found["width"] <= width
     assert found["overflowing"] == []
@@ -128,12 +98,9 @@ def test_layout_theme_and_keyboard(
     assert found["skip"]
 
 
-@pytest.mark.skipif(AXE is None, reason="AXE_CORE, the path of axe.min.js, is not set")
+@NEEDS_AXE
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["light", "dark"])
 def test_axe(page: str, opened: Callable[..., Loaded], width: int, dark: bool) -> None:
-    assert AXE is not None
-    axe = Path(AXE).read_text(encoding="utf-8").replace("</script", "<\\/script")
-    opened_details = page.replace("<details>", "<details open>")
-    found = probed(opened(with_probe(opened_details, axe, _RUN_AXE), width=width, dark=dark))
+    found = probed(opened(with_axe(page), width=width, dark=dark))
     assert {"color-contrast", "scrollable-region-focusable", "svg-img-alt"} <= {*found["passes"]}
     assert found["violations"] == []

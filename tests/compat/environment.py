@@ -1,14 +1,20 @@
-"""One virtual environment: what is installed in it, and what the tests say there."""
+"""Virtual environments: their Python, the files that are installed, what the tests say there."""
 
 import json
 import os
+import shutil
 import subprocess
+import sys
+import tarfile
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Environment", "Outcome"]
+__all__ = ["Environment", "Outcome", "build", "find_python", "unpack_tests"]
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "poprisk_integrations"
 
 # The last is what torch up to 2.7 sets itself, late: a test would seem to change it.
 SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "CUDA_MODULE_LOADING": "LAZY"}
@@ -130,3 +136,59 @@ def _error(part: ElementTree.Element) -> str:
     """The line that says what went wrong, of a traceback."""
     lines = [line[1:].strip() for line in (part.text or "").splitlines() if line.startswith("E ")]
     return (lines or [part.get("message") or ""])[0][:200]
+
+
+def find_python(version: str) -> str | None:
+    """An interpreter of this version ("3.11"), or None."""
+    on_path = shutil.which(f"python{version}")
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates = [on_path] if on_path else []
+    candidates += [str(path) for path in sorted(pyenv.glob(f"{version}.*/bin/python"))]
+    return next((path for path in candidates if _version_of(path) == version), None)
+
+
+def _version_of(python: str) -> str | None:
+    """What it says of itself: a shim on PATH may start nothing."""
+    code = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def build(folder: Path) -> tuple[Path, Path]:
+    """Sdist, and the wheel that is built from it.
+
+    A committed copy: the sdist holds what git tracks, and the checkout stays as it is.
+    """
+    source = folder / "source"
+    listing = _git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, listing.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    _git(source, "init", "-q")
+    _git(source, "add", "-A")
+    who = ("-c", "user.name=build", "-c", "user.email=build@localhost")
+    _git(source, *who, "commit", "-q", "-m", "build")
+    out = folder / "dist"
+    command = [sys.executable, "-m", "build", "--outdir", str(out), str(source)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def unpack_tests(sdist: Path, folder: Path) -> Path:
+    """The sdist without the package: its tests then import the installed one."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (root,) = folder.iterdir()
+    shutil.rmtree(root / PACKAGE)
+    shutil.rmtree(root / f"{PACKAGE}.egg-info")  # else the metadata is this, not the wheel's
+    return root
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

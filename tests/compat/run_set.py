@@ -12,9 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.compat.distribution import build, unpack_tests
-from tests.compat.environment import Environment
-from tests.compat.interpreters import find_python
+from tests.compat.environment import Environment, build, find_python, unpack_tests
 from tests.compat.sets import SETS, TOOLS, VersionSet
 from tests.compat.table import RESULTS
 
@@ -25,7 +23,7 @@ CONTRACT = ("imports", "optimizer", "trainer", "lightning", "dpo")
 FILES = {
     "torch": (
         "unit/test_private_names.py",
-        "unit/optim/test_equals_adamw.py",
+        "unit/optim/test_adamw.py",
         "unit/optim/test_checkpoints.py",
     ),
     "transformers": ("unit/huggingface/test_registration.py",),

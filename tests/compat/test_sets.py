@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compat.interpreters import find_python
+from tests.compat.environment import build, find_python
 from tests.compat.run_set import make_environment, run_set, write_result
 from tests.compat.sets import SETS, VersionSet
 
@@ -16,8 +16,6 @@ pytestmark = [pytest.mark.compat, pytest.mark.timeout(7200)]
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Sdist and wheel."""
     pytest.importorskip("build", reason="build is not installed: pip install -e '.[dev]'")
-    from tests.compat.distribution import build
-
     return build(tmp_path_factory.mktemp("build") / "files")
 
 

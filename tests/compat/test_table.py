@@ -6,10 +6,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.compat.run_set import FILES
 from tests.compat.sets import SETS
 from tests.compat.table import README, ROOT, readme_with_table, results, support_table
 
 RESULTS = results()
+TESTS = ROOT / "tests"
 EXTRAS = ("hf", "lightning", "trl")
 
 
@@ -60,6 +62,11 @@ def test_each_interface_passed_in_old_and_new() -> None:
         sets = [r["set"] for r in RESULTS if r["tests"].get(check, {}).get("passed", 0) > 3]
         assert any("floor" in name for name in sets), check
         assert any("newest" in name for name in sets), check
+
+
+def test_the_tests_that_every_set_runs_are_there() -> None:
+    """A name that was left behind would make every set fail to collect it."""
+    assert [name for names in FILES.values() for name in names if not (TESTS / name).exists()] == []
 
 
 def test_a_failure_is_shown() -> None:

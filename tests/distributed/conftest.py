@@ -1,56 +1,41 @@
-"""Starting processes is what these tests cost: one start serves the jobs of all their modules.
+"""Starting processes is what these tests cost: one start serves all tests of a module.
 
 A module lists functions `job(rank, world_size, folder)` under `JOBS = {world_size: [job, ...]}` and
-its tests ask the fixture `results` for them.
+its tests ask the fixture `results` for what they returned.
 """
 
 import importlib
-import tempfile
 
 import pytest
 
 from tests.helpers.gloo import spawn_gloo
 
 
-def run_jobs(rank, world_size, names, folder):
-    """All jobs in turn in each process: {(module:job): result}."""
-    results = {}
-    for name in names:
-        module, job = name.split(":")
-        results[name] = getattr(importlib.import_module(module), job)(rank, world_size, folder)
-    return results
+def run_jobs(rank, world_size, module, folder):
+    """All jobs in turn in each process: {job: result}."""
+    jobs = importlib.import_module(module).JOBS[world_size]
+    return {job.__name__: job(rank, world_size, folder) for job in jobs}
 
 
-class Results:
-    """Results of jobs by rank; processes start when the first result is asked for."""
-
-    def __init__(self, modules, folder):
-        self._modules, self._folder, self._done = modules, folder, {}
-
-    def __call__(self, world_size, job):
-        if world_size not in self._done:
-            names = [
-                f"{module.__name__}:{job.__name__}"
-                for module in self._modules
-                for job in module.JOBS.get(world_size, ())
-            ]
-            try:
-                self._done[world_size] = spawn_gloo(world_size, run_jobs, names, self._folder)
-            except Exception as error:  # once is enough: every test of these jobs shows it
-                self._done[world_size] = error
-        if isinstance(self._done[world_size], Exception):
-            raise self._done[world_size]
-        return [ranks[f"{job.__module__}:{job.__name__}"] for ranks in self._done[world_size]]
-
-    @property
-    def folder(self):
-        """Where jobs may leave files for other jobs."""
-        return self._folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where jobs of a module may leave files for each other."""
+    return str(tmp_path_factory.mktemp("jobs"))
 
 
-@pytest.fixture(scope="session")
-def results(request):
+@pytest.fixture(scope="module")
+def results(request, folder):
     """`results(world_size, job)` is the list over ranks of what the job returned."""
-    found = {getattr(item, "module", None): None for item in request.session.items}
-    with tempfile.TemporaryDirectory() as folder:
-        yield Results([module for module in found if hasattr(module, "JOBS")], folder)
+    done = {}
+
+    def look_up(world_size, job):
+        if world_size not in done:
+            try:
+                done[world_size] = spawn_gloo(world_size, run_jobs, request.module.__name__, folder)
+            except Exception as error:  # once is enough: every test of these jobs shows it
+                done[world_size] = error
+        if isinstance(done[world_size], Exception):
+            raise done[world_size]
+        return [rank[job.__name__] for rank in done[world_size]]
+
+    return look_up

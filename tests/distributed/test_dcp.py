@@ -1,7 +1,5 @@
 """Distributed checkpoints: saved by 4 ranks, loaded by 1, 2 and 3; AdamW's into ours and back."""
 
-import warnings
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -33,17 +31,19 @@ pytestmark = pytest.mark.distributed
 
 MIDDLE = 8
 HIDDEN = 2100  # a weight of 2 x 2100: large enough for 8-bit states, and empty on half of the ranks
-STATE_DTYPES = (None, "bfloat16", "8bit")
-READERS = (1, 2, 3)
-COMPLETE = ("init_state", "dummy_step")
-
-
-def ours(model, **options):
-    return default_optimizer(model, **options)
+TEMPLATES = ("init_state", "dummy_step")
+# state_dtype, number of reading ranks, how the template of the states comes about
+CASES = [(None, readers, template) for readers in (1, 2, 3) for template in TEMPLATES]
+for dtype in ("bfloat16", "8bit"):
+    CASES += [(dtype, 1, "init_state"), (dtype, 3, "dummy_step")]
 
 
 def adamw(model):
     return torch.optim.AdamW(two_groups(model), **OPTIONS)
+
+
+def weights(model):
+    return {name: whole(param) for name, param in model.named_parameters()}
 
 
 def state_tensors(model, optimizer):
@@ -55,27 +55,21 @@ def state_tensors(model, optimizer):
     }
 
 
-def save(folder, model, optimizer, **where):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        content = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
-        dcp.save(content, checkpoint_id=folder, **where)
+def content_of(model, optimizer):
+    states = get_optimizer_state_dict(model, optimizer)
+    return {"model": get_model_state_dict(model), "optimizer": states}
+
+
+def set_content(model, optimizer, content):
+    set_model_state_dict(model, content["model"])
+    set_optimizer_state_dict(model, optimizer, content["optimizer"])
 
 
 def load(folder, model, optimizer, planner=None, **where):
     """The documented recipe: present state dicts as a template, filled in place, set again."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        content = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
-        dcp.load(content, checkpoint_id=folder, planner=planner, **where)
-        set_model_state_dict(model, content["model"])
-        set_optimizer_state_dict(model, optimizer, content["optimizer"])
+    content = content_of(model, optimizer)
+    dcp.load(content, checkpoint_id=folder, planner=planner, **where)
+    set_content(model, optimizer, content)
 
 
 def mesh_of_first(count):
@@ -86,7 +80,7 @@ def mesh_of_first(count):
     return mesh, torch.distributed.new_group(list(range(count)))
 
 
-def restarted(folder, mesh, group, rows, state_dtype, template):
+def restarted(path, mesh, group, rows, state_dtype, template):
     """A new process: untrained model, new optimizer, load, look, go on."""
     model = make_model(hidden=HIDDEN)
     with torch.no_grad():
@@ -95,22 +89,19 @@ def restarted(folder, mesh, group, rows, state_dtype, template):
     where = {"no_dist": True} if mesh is None else {"process_group": group}
     if mesh is not None:
         shard_with_fsdp2(model, mesh)
-    optimizer = ours(model, state_dtype=state_dtype)
-    before = None
+    optimizer = default_optimizer(model, state_dtype=state_dtype)
     if template == "init_state":
         optimizer.init_state()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            get_optimizer_state_dict(model, optimizer)
-        before = [float(s["step"]) for s in optimizer.state.values()]
-    load(folder, model, optimizer, **where)
+        get_optimizer_state_dict(model, optimizer)
+    before = {float(s["step"]) for s in optimizer.state.values()}
+    load(path, model, optimizer, **where)
     loaded = state_tensors(model, optimizer)
     train(model, optimizer, rows, start=MIDDLE)
     return {
         "steps_of_template": before,
         "loaded": loaded,
         "final": state_tensors(model, optimizer),
-        "weights": {n: whole(p) for n, p in model.named_parameters()},
+        "weights": weights(model),
     }
 
 
@@ -125,34 +116,29 @@ def refusal(state_dtype):
 
 def reshard(rank, world_size, folder):
     """Saved by 4 ranks and, for comparison, trained to the end; loaded by the first 1, 2, 3."""
-    meshes = {count: mesh_of_first(count) for count in (2, 3)}
+    meshes = {1: (None, None), **{count: mesh_of_first(count) for count in (2, 3)}}
     mesh, group = mesh_of_first(world_size)
     runs = {}
-    for state_dtype in STATE_DTYPES:
+    for state_dtype in dict.fromkeys(case[0] for case in CASES):
         if refusal(state_dtype):
             continue
         path = f"{folder}/reshard_{state_dtype}"
         model = shard_with_fsdp2(make_model(hidden=HIDDEN), mesh)
-        optimizer = ours(model, state_dtype=state_dtype)
+        optimizer = default_optimizer(model, state_dtype=state_dtype)
         train(model, optimizer, share(rank, world_size), stop=MIDDLE)
-        save(path, model, optimizer, process_group=group)
+        dcp.save(content_of(model, optimizer), checkpoint_id=path, process_group=group)
         saved = state_tensors(model, optimizer)
         train(model, optimizer, share(rank, world_size), start=MIDDLE)
-        run = {
-            "saved": saved,
-            "final": state_tensors(model, optimizer),
-            "weights": {n: whole(p) for n, p in model.named_parameters()},
-        }
+        final = state_tensors(model, optimizer)
+        runs[state_dtype] = {"saved": saved, "final": final, "weights": weights(model)}
         torch.distributed.barrier()
-        for readers in READERS:
-            for template in COMPLETE:
-                if rank < readers:
-                    where = (None, None) if readers == 1 else meshes[readers]
-                    result = restarted(path, *where, share(rank, readers), state_dtype, template)
-                    run[f"{readers} {template}"] = result
-                torch.distributed.barrier()
-        runs[str(state_dtype)] = run if rank == 0 else {}
-    return runs
+        for case in (case for case in CASES if case[0] == state_dtype):
+            _, readers, template = case
+            if rank < readers:
+                rows = share(rank, readers)
+                runs[case] = restarted(path, *meshes[readers], rows, state_dtype, template)
+            torch.distributed.barrier()
+    return runs if rank == 0 else None
 
 
 def from_adamw(rank, world_size, folder):
@@ -162,22 +148,15 @@ def from_adamw(rank, world_size, folder):
     first = shard_with_fsdp2(make_model(), mesh)
     optimizer = adamw(first)
     train(first, optimizer, rows, stop=MIDDLE)
-    save(path, first, optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        weights = get_model_state_dict(first)
-        states = get_optimizer_state_dict(first, optimizer)
-
-    for way in ("memory", "partial init_state", "partial dummy_step"):
+    content = content_of(first, optimizer)
+    dcp.save(content, checkpoint_id=path)
+    for way in WAYS:
         model = shard_with_fsdp2(make_model(), mesh)
-        second = ours(model)
+        second = default_optimizer(model)
         if way == "partial init_state":
             second.init_state()
         if way == "memory":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                set_model_state_dict(model, weights)
-                set_optimizer_state_dict(model, second, states)
+            set_content(model, second, content)
         else:
             load(path, model, second, DefaultLoadPlanner(allow_partial_load=True))
         options = [
@@ -193,61 +172,47 @@ def to_adamw(rank, world_size, folder):
     """Ours trains, AdamW goes on from the same moments."""
     mesh, _ = mesh_of_first(world_size)
     rows = share(rank, world_size)
-    first = shard_with_fsdp2(make_model(), mesh)
-    optimizer = ours(first)
+    first, model = (shard_with_fsdp2(make_model(), mesh) for _ in range(2))
+    optimizer, second = default_optimizer(first), adamw(model)
     train(first, optimizer, rows, stop=MIDDLE)
-    model = shard_with_fsdp2(make_model(), mesh)
-    second = adamw(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        set_model_state_dict(model, get_model_state_dict(first))
-        set_optimizer_state_dict(model, second, get_optimizer_state_dict(first, optimizer))
+    set_content(model, second, content_of(first, optimizer))
     train(model, second, rows, start=MIDDLE)
-    return {n: whole(p) for n, p in model.named_parameters()}
+    return weights(model)
 
 
 def dummy_step_only(rank, world_size, folder):
     """A state dict asked for before the first step: torch takes a step with zero gradients."""
     mesh, _ = mesh_of_first(world_size)
     runs = {}
-    for name, make in (
-        ("ours", ours),
-        ("gate none", lambda m: ours(m, gate="none")),
-        ("adamw", adamw),
+    for name, make, options in (
+        ("ours", default_optimizer, {}),
+        ("gate none", default_optimizer, {"gate": "none"}),
+        ("adamw", adamw, {}),
     ):
         model = shard_with_fsdp2(make_model(), mesh)
-        start = [whole(p) for p in model.parameters()]
-        optimizer = make(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            get_optimizer_state_dict(model, optimizer)
-        moved = [
-            not torch.equal(a, whole(b)) for a, b in zip(start, model.parameters(), strict=True)
-        ]
-        counts = {
-            key: [float(s[key]) for s in optimizer.state.values() if key in s]
-            for key in ("step", "dev_step")
-        }
+        start, optimizer = weights(model), make(model, **options)
+        get_optimizer_state_dict(model, optimizer)
+        states = [{k: float(s[k]) for k in COUNTS if k in s} for s in optimizer.state.values()]
+        moved = [name for name, value in weights(model).items() if not value.equal(start[name])]
         train(model, optimizer, share(rank, world_size))
-        weights = {n: whole(p) for n, p in model.named_parameters()}
-        dev_steps = [float(s["dev_step"]) for s in optimizer.state.values() if "dev_step" in s]
-        runs[name] = {"moved": any(moved), **counts, "weights": weights, "after": dev_steps}
+        after = [float(s["dev_step"]) for s in optimizer.state.values() if "dev_step" in s]
+        runs[name] = {"moved": moved, "states": states, "weights": weights(model), "after": after}
     return runs
 
 
+WAYS = ("memory", "partial init_state", "partial dummy_step")
+COUNTS = ("step", "dev_step")
 JOBS = {2: [from_adamw, to_adamw, dummy_step_only], 4: [reshard]}
 
 
-@pytest.mark.parametrize("template", COMPLETE)
-@pytest.mark.parametrize("readers", READERS)
-@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+@pytest.mark.parametrize(("state_dtype", "readers", "template"), CASES)
 def test_saved_by_four_ranks_and_continued_by_others(results, state_dtype, readers, template):
     if reason := refusal(state_dtype):
         pytest.skip(reason)
-    run = results(4, reshard)[0][str(state_dtype)]
-    resumed = run[f"{readers} {template}"]
+    runs = results(4, reshard)[0]
+    run, resumed = runs[state_dtype], runs[state_dtype, readers, template]
     if template == "init_state":
-        assert set(resumed["steps_of_template"]) == {0.0}
+        assert resumed["steps_of_template"] == {0.0}
     if state_dtype is not None:  # the case is not empty
         stored = {"bfloat16": torch.bfloat16, "8bit": torch.uint8}[state_dtype]
         assert any(value.dtype == stored for value in run["saved"].values())
@@ -276,24 +241,19 @@ def continued_alone(first, second):
     return model, other
 
 
-@pytest.mark.parametrize("way", ["memory", "partial init_state", "partial dummy_step"])
+@pytest.mark.parametrize("way", WAYS)
 def test_adamw_checkpoint_starts_the_noise_with_its_own_count(results, way):
-    expected = snapshot(*continued_alone(adamw, ours))
+    expected = snapshot(*continued_alone(adamw, default_optimizer))
     assert expected["dev_step"] == [STEPS - MIDDLE] * 6
     for rank in results(2, from_adamw):
         assert_same(rank[way], expected, 1e-6)
         for group, decay in zip(rank[way]["options"], (0.1, 0.0), strict=True):
-            assert group == {
-                "alpha": "calibrated",
-                "rho": 0.99,
-                "gate": "soft",
-                "lr": 1e-2,
-                "weight_decay": decay,
-            }
+            kept = {"lr": 1e-2, "weight_decay": decay}
+            assert group == {"alpha": "calibrated", "rho": 0.99, "gate": "soft", **kept}
 
 
 def test_adamw_continues_from_our_checkpoint(results):
-    model, _ = continued_alone(ours, adamw)
+    model, _ = continued_alone(default_optimizer, adamw)
     for rank in results(2, to_adamw):
         for name, param in model.named_parameters():
             torch.testing.assert_close(rank[name], param.detach(), rtol=1e-6, atol=1e-7)
@@ -301,9 +261,9 @@ def test_adamw_continues_from_our_checkpoint(results):
 
 def test_torchs_dummy_step_moves_nothing_and_starts_no_noise(results):
     for rank in results(2, dummy_step_only):
-        assert not rank["ours"]["moved"]
-        assert set(rank["ours"]["step"]) == {1.0}  # as AdamW's: torch's doing
-        assert set(rank["ours"]["dev_step"]) == {0.0}
+        assert rank["ours"]["moved"] == []
+        # The step is AdamW's: torch's doing.
+        assert rank["ours"]["states"] == [{"step": 1.0, "dev_step": 0.0}] * 6
         # The zero gradient of the dummy step has no mean to deviate from; the first real
         # gradient has one (0), as after any step.
         assert set(rank["ours"]["after"]) == {float(STEPS)}

@@ -4,14 +4,12 @@ import contextlib
 import importlib.util
 import os
 import sys
-import tempfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from tests.helpers.gloo import spawn_gloo
 from tests.helpers.sharding_problem import (
     BATCH,
     STEPS,
@@ -35,19 +33,12 @@ STAGES = (1, 2, 3)
 NOISE = {"exp_dev_sq", "dev_step"}
 
 
-def start_deepspeed(rank, world_size):
-    """Import DeepSpeed for CPU, without compiling its shared-memory collectives."""
-    os.environ.update(
-        DS_ACCELERATOR="cpu", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank)
-    )
-    import deepspeed  # noqa: F401 - imports the next one
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-
 def make_engine(stage, load_universal=False):
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    # No compiler is asked for shared-memory collectives.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     model = make_model()
     optimizer = default_optimizer(model)
     config = {
@@ -124,7 +115,6 @@ def convert(folder, tag, output):
 
 def save_and_resume(rank, world_size, folder):
     """Save in the middle, resume in a new engine, convert to a universal checkpoint."""
-    start_deepspeed(rank, world_size)
     runs, rows = {}, share(rank, world_size)
     for stage in STAGES:
         path = f"{folder}/stage{stage}"
@@ -144,7 +134,7 @@ def save_and_resume(rank, world_size, folder):
             outcomes["middle"] = convert(path, "middle", "universal_middle")
             outcomes["plain"] = convert(path, "plain", "universal")
         torch.distributed.barrier()
-        runs[str(stage)] = {
+        runs[stage] = {
             "conversion": outcomes,
             "uninterrupted": summary(first),
             "loaded": loaded,
@@ -154,33 +144,30 @@ def save_and_resume(rank, world_size, folder):
 
 
 def load_universal(rank, world_size, folder):
-    start_deepspeed(rank, world_size)
     runs, rows = {}, share(rank, world_size)
     for stage in STAGES:
         engine = make_engine(stage, load_universal=True)
         engine.load_checkpoint(f"{folder}/stage{stage}", tag="universal")
         loaded = summary(engine)
         train_engine(engine, rows, start=MIDDLE)
-        runs[str(stage)] = {"loaded": loaded, "resumed": summary(engine)}
+        runs[stage] = {"loaded": loaded, "resumed": summary(engine)}
     return runs
 
 
 def load_plain(rank, world_size, folder):
-    start_deepspeed(rank, world_size)
     outcomes = {}
     for stage in STAGES:
         engine = make_engine(stage)
         try:
             engine.load_checkpoint(f"{folder}/stage{stage}", tag="middle")
-            outcomes[str(stage)] = "accepted"
+            outcomes[stage] = "accepted"
         except Exception as error:
-            outcomes[str(stage)] = f"{type(error).__name__}: {error}"
+            outcomes[stage] = f"{type(error).__name__}: {error}"
     return outcomes
 
 
 def one_bad_shard(rank, world_size, folder):
     """Not a number in the gradients of rank 0's partition only."""
-    start_deepspeed(rank, world_size)
     engine = make_engine(1)
     optimizer, rows = client_optimizer(engine), share(rank, world_size)
 
@@ -196,35 +183,13 @@ def one_bad_shard(rank, world_size, folder):
     return {"skipped": optimizer.skipped_nonfinite, **summary(engine)}
 
 
-def save_two(rank, world_size, folder):
-    return {
-        "resume": save_and_resume(rank, world_size, folder),
-        "universal": load_universal(rank, world_size, folder),
-        "bad": one_bad_shard(rank, world_size, folder),
-    }
+# One rank alone loads what two have saved.
+JOBS = {2: [save_and_resume, load_universal, one_bad_shard], 1: [load_universal, load_plain]}
 
 
-def load_one(rank, world_size, folder):
-    return {
-        "universal": load_universal(rank, world_size, folder),
-        "plain": load_plain(rank, world_size, folder),
-    }
-
-
-@pytest.fixture(scope="module")
-def folder():
-    with tempfile.TemporaryDirectory() as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def two_ranks(folder):
-    return spawn_gloo(2, save_two, folder)
-
-
-@pytest.fixture(scope="module")
-def one_rank(folder, two_ranks):
-    return spawn_gloo(1, load_one, folder)
+@pytest.fixture(autouse=True)
+def _saved(results):
+    results(2, save_and_resume)
 
 
 def assert_weights(actual, expected):
@@ -248,15 +213,15 @@ def without_noise_alone(bias_decay):
     return model
 
 
-STAGE = pytest.mark.parametrize("stage", [str(s) for s in STAGES])
+STAGE = pytest.mark.parametrize("stage", STAGES)
 
 
 @STAGE
-def test_equals_one_process_and_resumes_bitwise(two_ranks, stage):
+def test_equals_one_process_and_resumes_bitwise(results, stage):
     model = make_model()
     train(model, default_optimizer(model))
-    for rank in two_ranks:
-        run = rank["resume"][stage]
+    for rank in results(2, save_and_resume):
+        run = rank[stage]
         assert run["loaded"]["steps"] == [MIDDLE] * 2
         assert run["loaded"]["dev_steps"] == [MIDDLE - 1] * 2
         assert run["resumed"]["steps"] == [STEPS] * 2
@@ -268,19 +233,19 @@ def test_equals_one_process_and_resumes_bitwise(two_ranks, stage):
 
 
 @STAGE
-def test_a_checkpoint_of_another_world_size_is_refused(one_rank, stage):
-    assert "DP world size of 2 but the current world size is 1" in one_rank[0]["plain"][stage]
+def test_a_checkpoint_of_another_world_size_is_refused(results, stage):
+    (rank,) = results(1, load_plain)
+    assert "DP world size of 2 but the current world size is 1" in rank[stage]
 
 
 @STAGE
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_universal_checkpoint_starts_the_noise_anew(request, stage, world_size):
+def test_universal_checkpoint_starts_the_noise_anew(results, stage, world_size):
     """It has no noise and no count of it: both start at zero, and the step goes on."""
-    ranks = request.getfixturevalue({1: "one_rank", 2: "two_ranks"}[world_size])
     # For stage 3, DeepSpeed restores the options of the first group into all groups.
-    expected = without_noise_alone(bias_decay=0.1 if stage == "3" else 0.0)
-    for rank in ranks:
-        run = rank["universal"][stage]
+    expected = without_noise_alone(bias_decay=0.1 if stage == 3 else 0.0)
+    for rank in results(world_size, load_universal):
+        run = rank[stage]
         assert run["loaded"]["keys"] == ["exp_avg", "exp_avg_sq", "step"]
         assert run["loaded"]["steps"] == [MIDDLE] * 2
         assert run["resumed"]["steps"] == [STEPS] * 2  # two groups do not share a count
@@ -289,17 +254,17 @@ def test_universal_checkpoint_starts_the_noise_anew(request, stage, world_size):
 
 
 @STAGE
-def test_universal_conversion_needs_the_noise_hidden_below_stage_3(two_ranks, stage):
+def test_universal_conversion_needs_the_noise_hidden_below_stage_3(results, stage):
     """DeepSpeed 0.19 narrows each padded state but "step", and a 0-dim count cannot be."""
-    outcomes = two_ranks[0]["resume"][stage]["conversion"]
+    outcomes = results(2, save_and_resume)[0][stage]["conversion"]
     assert outcomes["plain"] == "converted"
-    reason = "converted" if stage == "3" else "narrow() cannot be applied to a 0-dim tensor."
+    reason = "converted" if stage == 3 else "narrow() cannot be applied to a 0-dim tensor."
     assert outcomes["middle"] == reason
 
 
-def test_a_bad_gradient_in_one_partition_skips_the_step_on_that_rank(two_ranks):
+def test_a_bad_gradient_in_one_partition_skips_the_step_on_that_rank(results):
     """The documented limit: a partition is a plain tensor, which does not know its peers."""
-    bad, other = (rank["bad"] for rank in two_ranks)
+    bad, other = results(2, one_bad_shard)
     assert (bad["skipped"], other["skipped"]) == (2, 0)  # DeepSpeed steps group by group
     assert (bad["steps"], other["steps"]) == ([STEPS - 1] * 2, [STEPS] * 2)
     assert all(bool(w.isfinite().all()) for w in bad["weights"].values())

@@ -11,8 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.core import deviation_scale
-from poprisk_integrations.optim._flat_reduce import same_on_all_ranks, sum_over_ranks
-from tests.helpers.gloo import spawn_gloo
+from poprisk_integrations.distributed import same_on_all_ranks, sum_over_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -80,31 +79,22 @@ def measure(source, rank=0, world=1, steps=STEPS, clip=None, **options):
     }
 
 
-def corrected(result):
-    """Variance estimate: s without its start at zero and without the scale of deviations."""
-    return result["s"] / (1 - RHO ** result["count"]) / deviation_scale(BETA1)
-
-
-def ratio(estimate, truth):
-    """Mean over coordinates of estimate/truth."""
+def ratio(result, truth):
+    """Mean over coordinates of the estimate (s without its start at zero and scale) over truth."""
+    estimate = result["s"] / (1 - RHO ** result["count"]) / deviation_scale(BETA1)
     return float((estimate / truth).mean())
 
 
-def all_ranks(rank, world_size):
-    """Everything that two processes are needed for: starting them is most of the time."""
-    return {
-        "microbatch": measure("microbatch", rank, world_size),
-        "ranks": measure("ranks", rank, world_size),
-        "clipped": measure("microbatch", rank, world_size, clip=0.05, steps=30),
-        "moving": moving_rank(rank, world_size),
-        "refusals": refusals_rank(rank, world_size),
-        "reduction": reduction_rank(rank, world_size),
-    }
+def microbatch(rank, world_size, folder):
+    return measure("microbatch", rank, world_size)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    return spawn_gloo(WORLD, all_ranks)
+def ranks(rank, world_size, folder):
+    return measure("ranks", rank, world_size)
+
+
+def clipped(rank, world_size, folder):
+    return measure("microbatch", rank, world_size, clip=0.05, steps=30)
 
 
 @pytest.fixture(scope="module")
@@ -120,36 +110,33 @@ def alone():
 BOUNDS = {"temporal": 0.10, "ranks": 0.10, "microbatch": 0.04}
 
 
-def test_all_sources_estimate_the_true_variance(ranks, alone):
+def test_all_sources_estimate_the_true_variance(results, alone):
     truth = true_variance()
-    found = {
-        "temporal": measure("temporal"),
-        "ranks": ranks[0]["ranks"],
-        "microbatch": alone,
-    }
+    found = {"temporal": measure("temporal"), "ranks": results(2, ranks)[0], "microbatch": alone}
     for source, result in found.items():
-        assert ratio(corrected(result), truth) == pytest.approx(1.0, abs=BOUNDS[source]), source
+        assert ratio(result, truth) == pytest.approx(1.0, abs=BOUNDS[source]), source
 
 
-def test_two_ranks_of_four_passes_are_eight_pieces(ranks, alone):
+def test_two_ranks_of_four_passes_are_eight_pieces(results, alone):
     """The same pieces in one process: only the order of additions differs."""
-    torch.testing.assert_close(ranks[0]["microbatch"]["s"], alone["s"], rtol=1e-3, atol=1e-9)
+    two = results(2, microbatch)[0]
+    torch.testing.assert_close(two["s"], alone["s"], rtol=1e-3, atol=1e-9)
 
 
-def test_clipping_reaches_the_pieces_of_all_ranks(ranks):
+def test_clipping_reaches_the_pieces_of_all_ranks(results):
     one, unclipped = (measure("microbatch", clip=clip, steps=30)["s"] for clip in (0.05, None))
-    torch.testing.assert_close(ranks[0]["clipped"]["s"], one, rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(results(2, clipped)[0]["s"], one, rtol=1e-3, atol=1e-12)
     assert float(one.mean()) < 0.1 * float(unclipped.mean())
 
 
-@pytest.mark.parametrize("run", ["microbatch", "ranks", "clipped"])
-def test_replicas_hold_the_same_bits(ranks, run):
-    one, other = (r[run] for r in ranks)
+@pytest.mark.parametrize("job", [microbatch, ranks, clipped])
+def test_replicas_hold_the_same_bits(results, job):
+    one, other = results(2, job)
     assert torch.equal(one["s"], other["s"])
     assert one["count"] == other["count"]
 
 
-def moving_rank(rank, world_size):
+def moving(rank, world_size, folder):
     """Unused parameters on one rank, a skipped step, and lr > 0: replicas must stay together."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 2), "c": nn.Linear(3, 2)})
@@ -182,8 +169,8 @@ def moving_rank(rank, world_size):
     }
 
 
-def test_unused_parameters_and_skips_keep_replicas_together(ranks):
-    one, other = (r["moving"] for r in ranks)
+def test_unused_parameters_and_skips_keep_replicas_together(results):
+    one, other = results(2, moving)
     for key in ("noise", "weights"):
         assert all(torch.equal(a, b) for a, b in zip(one[key], other[key], strict=True))
     assert one["counts"] == other["counts"] == [5.0] * 4
@@ -192,80 +179,72 @@ def test_unused_parameters_and_skips_keep_replicas_together(ranks):
     assert all((s > 0).all() for s in one["noise"])
 
 
-def refused(make, error):
+def two_steps(net, params, source):
+    """What the optimizer says of this source of noise."""
     try:
-        make()
-    except error as caught:
-        return str(caught)
+        optimizer = PopRiskAdamW(params, lr=1e-2, noise_source=source)
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in range(2):
+                net(torch.randn(4, 5)).square().mean().backward()
+            optimizer.step()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
     return "accepted"
 
 
-def refusals_rank(rank, world_size):
+def refusals(rank, world_size, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    messages = {}
-    mesh = init_device_mesh("cpu", (world_size,))
-
-    model = make_model()
-    fully_shard(model, mesh=mesh)
-    messages["fsdp2"] = refused(
-        lambda: PopRiskAdamW(model.named_parameters(), noise_source="ranks"), ValueError
-    )
-
-    def two_steps(net, params, source, passes=2):
-        optimizer = PopRiskAdamW(params, lr=1e-2, noise_source=source)
-        torch.manual_seed(rank)
-        for _ in range(2):
-            optimizer.zero_grad()
-            for _ in range(passes):
-                net(torch.randn(4, 5)).square().mean().backward()
-            optimizer.step()
-
-    for flat in (True, False):
-        net = FullyShardedDataParallel(
-            make_model(), device_id=torch.device("cpu"), use_orig_params=not flat
-        )
-        messages[f"fsdp1 {flat}"] = refused(
-            lambda net=net: two_steps(net, net.parameters(), "microbatch"), RuntimeError
-        )
+    said, cpu = {}, torch.device("cpu")
+    net = make_model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (world_size,)))
+    said["fsdp2"] = two_steps(net, net.named_parameters(), "ranks")
+    for kind, is_original in (("fsdp1", True), ("fsdp1 flat", False)):
+        net = FullyShardedDataParallel(make_model(), device_id=cpu, use_orig_params=is_original)
+        said[kind] = two_steps(net, net.parameters(), "microbatch")
     net = make_model()  # nobody reduces its gradients
-    messages["alone"] = refused(lambda: two_steps(net, net.parameters(), "ranks"), RuntimeError)
+    torch.manual_seed(rank)
+    said["alone"] = two_steps(net, net.parameters(), "ranks")
     part = [p for i, p in enumerate(net.parameters()) if i % world_size == rank]  # as ZeRO does
-    messages["zero"] = refused(lambda: two_steps(net, part, "microbatch"), RuntimeError)
-    return messages
+    said["zero"] = two_steps(net, part, "microbatch")
+    return said
 
 
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
         ("fsdp2", "Invalid noise_source: 'ranks' for '0.weight'"),
-        ("fsdp1 True", "Use noise_source='temporal'"),
-        ("fsdp1 False", "Use noise_source='temporal'"),
+        ("fsdp1", "Use noise_source='temporal'"),
+        ("fsdp1 flat", "Use noise_source='temporal'"),
         ("alone", "needs gradients that are averaged over ranks"),
         ("zero", "needs the same parameters on all ranks"),
     ],
 )
-def test_strategies_that_hide_pieces_are_refused(ranks, strategy, message):
-    for result in ranks:
-        assert message in result["refusals"][strategy]
+def test_strategies_that_hide_pieces_are_refused(results, strategy, message):
+    for said in results(2, refusals):
+        assert message in said[strategy]
 
 
-def reduction_rank(rank, world_size):
+def reduction(rank, world_size, folder):
     generator = torch.Generator().manual_seed(rank)
     shapes = [(3, 2), (), (0, 4), (7,), (2, 2, 2)]
     tensors = [torch.randn(s, generator=generator) for s in shapes]
     tensors.append(torch.full((2,), 1.0 + rank, dtype=torch.float64))
-    results = [sum_over_ranks(tensors, bucket_elements=size) for size in (1, 8, 10**6)]
+    sums = [sum_over_ranks(tensors, bucket_elements=size) for size in (1, 8, 10**6)]
     agree = [same_on_all_ranks([5, n], torch.device("cpu")) for n in (3, rank)]
-    return {"own": tensors, "sums": results, "agree": agree}
+    return {"own": tensors, "sums": sums, "agree": agree}
 
 
-def test_flat_reduction(ranks):
-    one, other = (r["reduction"] for r in ranks)
+def test_flat_reduction(results):
+    one, other = results(2, reduction)
     expected = [a + b for a, b in zip(one["own"], other["own"], strict=True)]
     for sums in one["sums"] + other["sums"]:
         for found, total in zip(sums, expected, strict=True):
             assert found.shape == total.shape
             assert torch.equal(found, total)
     assert one["agree"] == other["agree"] == [True, False]
+
+
+JOBS = {2: [microbatch, ranks, clipped, moving, refusals, reduction]}

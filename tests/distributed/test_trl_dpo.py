@@ -1,165 +1,172 @@
-"""DPO on two gloo processes: TRL's numbers bit for bit, joined margins, one stop for all.
-
-The file is its own script: the test launches it once under torchrun, `main` runs on each rank.
-"""
+"""DPO in two processes: TRL's numbers bit for bit, joined margins, one stop for all."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.helpers.tiny_dpo import (
+    dpo_trainer,
+    easy_pairs,
+    losses_of,
+    pairs,
+    tiny_model,
+    upstream_numbers,
+    weights_of,
+)
 
-from tests.helpers.tiny_dpo import config_options, easy_pairs, pairs, tiny_model, tiny_tokenizer
+pytestmark = [
+    pytest.mark.distributed,
+    # transformers 5.23 deprecates a name that TRL 1.16 still uses.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+]
 
-LORA = {"r": 4, "target_modules": ["v_proj", "o_proj"]}
+OF_TRL = {"kind": DPOTrainer, "config": DPOConfig}
+WATCHED = {
+    "stop_criterion": "signal", "stop_action": "monitor", "stop_window": 4, "noise": "off",
+}  # fmt: skip
+OURS = ("kl_data", "margin_p10", "margin_p50", "signal_ratio")
 
 
-def train(
-    output_dir: Path, *, ours: bool, peft: bool = False, data: Any = None, **options: Any
-) -> Any:
-    from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
-
-    from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
-
-    trainer_class, config_class = (
-        (PopRiskDPOTrainer, PopRiskDPOConfig) if ours else (DPOTrainer, DPOConfig)
-    )
-    trainer = trainer_class(
-        tiny_model(),
-        ref_model=None if peft else tiny_model(),
-        args=config_class(**config_options(output_dir, **options)),
-        train_dataset=pairs(32) if data is None else data,
-        processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(**LORA) if peft else None,
-    )
+def train(output_dir, world_size, data=None, **options):
+    """On batches of 8, of all processes together."""
+    settings = {"per_device_train_batch_size": 8 // world_size, **options}
+    if "kind" not in options:
+        settings.setdefault("stop", False)
+    trainer = dpo_trainer(output_dir, pairs(32) if data is None else data, **settings)
     trainer.train()
     return trainer
 
 
-def weights(trainer: Any) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
-def logged(trainer: Any, name: str) -> list[float]:
+def logged(trainer, name):
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
-def train_noisy(output_dir: Path, per_device: int) -> Any:
+def watched(folder, world_size, **options):
+    """The same run by TRL's trainer and by ours, which only watches."""
+    settings = {"optim": "adamw_torch", **options}
+    theirs = train(f"{folder}/theirs", world_size, **OF_TRL, **settings)
+    mine = train(f"{folder}/ours", world_size, **{**WATCHED, "stop": True}, **settings)
+    return {
+        "weights": [weights_of(theirs), weights_of(mine)],
+        "logs": [upstream_numbers(theirs), upstream_numbers(mine)],
+        "rewards": [logged(mine, f"rewards/{name}") for name in ("chosen", "rejected")],
+        **{name: logged(mine, f"poprisk/{name}") for name in OURS},
+    }
+
+
+def whole_model(rank, world_size, folder):
+    return watched(folder, world_size, gradient_accumulation_steps=2)
+
+
+def adapter(rank, world_size, folder):
+    lora = LoraConfig(r=4, target_modules=["v_proj", "o_proj"])
+    return watched(folder, world_size, peft_config=lora, ref_model=None, learning_rate=0.05)
+
+
+def stopping(rank, world_size, folder):
+    settings = {"stop_criterion": "signal", "stop_window": 4, "stop_kappa": 1.0, "stop": True}
+    settings |= {"max_steps": 200, "learning_rate": 3e-3, "optim": "adamw_torch"}
+    trainer = train(f"{folder}/stop", world_size, **settings)
+    stop = trainer.callback_handler.callbacks[-1]
+    return {"step": trainer.state.global_step, "state": stop.stopping_state}
+
+
+def sgd(rank, world_size, folder):
+    return weights_of(train(f"{folder}/sgd", world_size, optim="sgd", learning_rate=0.1))
+
+
+def noisy(rank, world_size, folder):
     """130 pairs: the last batch is short, and padded with pairs of the first on two processes."""
-    return train(
-        output_dir, ours=True, data=easy_pairs(130), noise="rdpo", stop=False, optim="sgd",
-        learning_rate=0.3, max_steps=40, per_device_train_batch_size=per_device,
-    )  # fmt: skip
-
-
-def main(folder: Path) -> None:
-    """Runs on each rank; writes what it found for the test to judge."""
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    for case, options in {
-        "full": {"gradient_accumulation_steps": 2},
-        "lora": {"peft": True, "learning_rate": 0.05},
-    }.items():
-        theirs = train(folder / case, ours=False, optim="adamw_torch", **options)
-        monitor = {"stop_action": "monitor", "stop_window": 4, "noise": "off"}
-        mine = train(folder / case, ours=True, optim="adamw_torch", **monitor, **options)
-        found[case] = {
-            "same_weights": torch.equal(weights(mine), weights(theirs)),
-            "losses": [logged(trainer, "loss") for trainer in (theirs, mine)],
-            **{
-                name: logged(mine, f"poprisk/{name}")
-                for name in ("kl_data", "margin_p10", "margin_p50", "signal_ratio")
-            },
-            "margins": logged(mine, "rewards/margins"),
-            "rewards": [
-                (chosen + rejected) / 2
-                for chosen, rejected in zip(
-                    logged(mine, "rewards/chosen"), logged(mine, "rewards/rejected"), strict=True
-                )
-            ],
-        }
-    stopping = {
-        "stop_window": 4,
-        "stop_kappa": 1.0,
-        "max_steps": 200,
-        "learning_rate": 3e-3,
-        "optim": "adamw_torch",
+    out = Path(folder, f"noisy-{world_size}")
+    settings = {"noise": "rdpo", "optim": "sgd", "learning_rate": 0.3, "max_steps": 40}
+    trainer = train(out, world_size, easy_pairs(130), **settings)
+    report = trainer.flip_report().to_pandas()
+    return {
+        "margins": report["margin"].tolist(),
+        "steps": report["step"].tolist(),
+        "rates": logged(trainer, "poprisk/noise_rate"),
+        "losses": losses_of(trainer),
     }
-    stopped = train(folder / "stop", ours=True, **stopping)
-    stop = stopped.callback_handler.callbacks[-1]
-    found["stop"] = {"step": stopped.state.global_step, "state": stop.stopping_state}
-    sgd = train(folder / "sgd", ours=True, stop=False, optim="sgd", learning_rate=0.1)
-    noisy = train_noisy(folder / "noisy", per_device=4)
-    found["noisy"] = {
-        "loss": noisy._noise.loss.mode,
-        "estimate": noisy._noise.estimate.to_json(),
-        "margins": noisy._noise.margins.margin.tolist(),
-        "steps": noisy._noise.margins.step.tolist(),
-        "weights": weights(noisy).tolist(),
+
+
+def sitters(rank, world_size, folder):
+    """A model that stands still, so that what is measured of a pair does not depend on when."""
+    settings = {"optim": "sgd", "learning_rate": 0.0, "max_steps": -1, "num_train_epochs": 3}
+    settings |= {"stop": True, "stop_criterion": "risk", "stop_sit_out": 0.3, "ref_model": 1}
+    settings |= {"gradient_accumulation_steps": 2}
+    trainer = train(f"{folder}/risk-{world_size}", world_size, easy_pairs(75), **settings)
+    return {
+        "history": trainer.callback_handler.callbacks[-1].history,
+        "margins": trainer.flip_report().to_pandas()["margin"].tolist(),
+        "steps": trainer.state.global_step,
     }
-    rank = int(os.environ["RANK"])
-    torch.save(weights(sgd), folder / f"sgd-{rank}.pt")
-    (folder / f"found-{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
-@pytest.mark.distributed
-# transformers 5.23 deprecates a name that TRL 1.16 still uses.
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-def test_two_processes(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        __file__, str(tmp_path),
-    ]  # fmt: skip
-    run = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+JOBS = {2: [whole_model, adapter, stopping, sgd, noisy, sitters]}
+
+
+@pytest.mark.parametrize("job", [whole_model, adapter])
+def test_numbers_are_those_of_trl(results, job):
+    ranks = results(2, job)
+    for found in ranks:
+        assert torch.equal(*found["weights"])
+        assert found["logs"][0] == found["logs"][1]
+        # Margins of both ranks: their mean log-ratio is that of TRL's gathered rewards.
+        beta = 0.1
+        expected = [sum(rewards) / 2 / beta for rewards in zip(*found["rewards"], strict=True)]
+        assert found["kl_data"] == pytest.approx(expected, abs=1e-4)
+        assert any(abs(value) > 1e-3 for value in expected)
+        assert found["margin_p10"][-1] < found["margin_p50"][-1]
+        assert len(found["signal_ratio"]) > 0
+    assert all(ranks[0][name] == ranks[1][name] for name in OURS)
+
+
+def test_both_processes_stop_together(results):
+    first, second = results(2, stopping)
+    assert first == second
+    assert first["step"] == first["state"]["stop_step"] < 200
+
+
+def test_weights_are_those_of_one_process(results, tmp_path):
+    alone = sgd(0, 1, tmp_path)
+    start = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
+    for weights in results(2, sgd):
+        assert (weights - alone).abs().max() < 1e-6
+        assert (weights - start).abs().max() > 1e-3
+
+
+def test_wrong_labels_are_found_by_both(results, folder, tmp_path):
+    first, second = results(2, noisy)
+    assert first == second
+    alone = noisy(0, 1, tmp_path)
+    assert len(first["rates"]) > 0
+    for key, near in {"steps": 0, "margins": 1e-4, "rates": 2e-3}.items():
+        assert first[key] == pytest.approx(alone[key], abs=near)
+    mine, theirs = (
+        json.loads(path.read_text())
+        for path in (
+            Path(folder, "noisy-2", "poprisk_noise.json"),
+            tmp_path / "noisy-1" / "poprisk_noise.json",
+        )
     )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1)]
-    for case in ("full", "lora"):
-        for rank in (0, 1):
-            numbers = found[rank][case]
-            assert numbers["same_weights"]
-            assert numbers["losses"][0] == numbers["losses"][1]
-            # Margins of both ranks: their mean log-ratio is that of TRL's gathered rewards.
-            beta = 0.1
-            expected = [reward / beta for reward in numbers["rewards"]]
-            assert numbers["kl_data"] == pytest.approx(expected, abs=1e-4)
-            assert any(abs(value) > 1e-3 for value in expected)
-            assert numbers["margin_p10"][-1] < numbers["margin_p50"][-1]
-            assert len(numbers["signal_ratio"]) > 0
-        for name in ("kl_data", "margin_p10", "margin_p50", "signal_ratio"):
-            assert found[0][case][name] == found[1][case][name]
-    assert found[0]["stop"] == found[1]["stop"]
-    assert found[0]["stop"]["step"] == found[0]["stop"]["state"]["stop_step"] < 200
-
-    one = train_noisy(tmp_path / "noisy-one", per_device=8)
-    assert found[0]["noisy"] == found[1]["noisy"]
-    assert found[0]["noisy"]["steps"] == one._noise.margins.step.tolist()
-    assert found[0]["noisy"]["margins"] == pytest.approx(
-        one._noise.margins.margin.tolist(), abs=1e-4
-    )
-    assert found[0]["noisy"]["estimate"] == pytest.approx(one._noise.estimate.to_json(), abs=2e-3)
-    assert (tmp_path / "noisy" / "flip_report.csv").exists()
-
-    joined = train(
-        tmp_path / "one", ours=True, stop=False, optim="sgd", learning_rate=0.1,
-        per_device_train_batch_size=8,
-    )  # fmt: skip
-    start = torch.cat([p.flatten() for p in tiny_model().parameters()])
-    for rank in (0, 1):
-        theirs = torch.load(tmp_path / f"sgd-{rank}.pt", weights_only=True)
-        assert (theirs - weights(joined)).abs().max() < 1e-6
-        assert (theirs - start).abs().max() > 1e-3
+    assert mine == pytest.approx(theirs, abs=2e-3)
+    assert Path(folder, "noisy-2", "flip_report.csv").exists()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def test_sitters_of_both_make_one_estimate(results, tmp_path):
+    """And each pair is in the record once."""
+    first, second = results(2, sitters)
+    assert first == second
+    alone = sitters(0, 1, tmp_path)
+    assert first["steps"] == alone["steps"]
+    assert first["margins"] == pytest.approx(alone["margins"], abs=1e-5)
+    assert len(first["history"]) == 3
+    row, expected = first["history"][0], alone["history"][0]
+    for name in ("loss", "reward_accuracy", "reward_margin"):
+        key = f"estimated_test_{name}"
+        assert row[key] == pytest.approx(expected[key], abs=1e-5), name
+    assert 0.1 < row["estimated_test_reward_accuracy"] < 0.9

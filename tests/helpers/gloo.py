@@ -1,6 +1,9 @@
 """Run a function in several gloo processes and collect what each returns."""
 
+import multiprocessing
+import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,15 +11,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.helpers.leave import leave
+
+# Imported once, in the server from which all processes are forked.
+multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor"])
+
 
 def _worker(rank, world_size, fn, args, folder):
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    # What torchrun sets, and frameworks look for.
+    os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
+    os.environ.update({name: str(world_size) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")})
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
     store = dist.FileStore(str(Path(folder, "store")), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
         torch.save(fn(rank, world_size, *args), Path(folder, f"rank{rank}.pt"))
     finally:
         dist.destroy_process_group()
+    leave()  # an exception has gone on to start_processes, which tells the test
 
 
 def spawn_gloo(world_size, fn, *args):
@@ -24,5 +38,7 @@ def spawn_gloo(world_size, fn, *args):
     with tempfile.TemporaryDirectory() as folder:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
-            mp.spawn(_worker, (world_size, fn, args, folder), nprocs=world_size)
+            mp.start_processes(
+                _worker, (world_size, fn, args, folder), world_size, start_method="forkserver"
+            )
         return [torch.load(Path(folder, f"rank{r}.pt")) for r in range(world_size)]

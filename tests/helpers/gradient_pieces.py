@@ -4,11 +4,6 @@ import torch
 
 from tests.helpers.optim_problem import gradients
 
-PATHS = {
-    "single_tensor": {"foreach": False},
-    "foreach": {"foreach": True},
-    "capturable": {"capturable": True},
-}
 BETA1, RHO = 0.9, 0.95
 SETTINGS = {"lr": 1e-2, "betas": (BETA1, 0.999), "rho": RHO, "noise_source": "microbatch"}
 
@@ -20,6 +15,14 @@ def backward(params, row, scale=1.0):
         if grad is not None:
             loss = loss + (param * grad).sum() * scale
     loss.backward()
+
+
+def take_step(optimizer, params, rows):
+    """A step whose gradient is the sum of some rows, one backward pass for each."""
+    optimizer.zero_grad()
+    for row in rows:
+        backward(params, row)
+    optimizer.step()
 
 
 def pieces(steps, count, dtype=torch.float32, seed=3):

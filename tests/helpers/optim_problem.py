@@ -1,5 +1,7 @@
 """One small problem for all optimizer tests: fixed gradients, shapes that break careless code."""
 
+import copy
+
 import torch
 
 # matrix, vector, 0-dim, empty, channels-last-like
@@ -52,3 +54,25 @@ def max_ulp(actual, expected):
             ulp = torch.finfo(e.dtype).eps * e.detach().abs().clamp(min=torch.finfo(e.dtype).tiny)
             worst = max(worst, float(((a - e).detach().abs() / ulp).max()))
     return worst
+
+
+def snapshot(optimizer):
+    """All that a refused call must leave alone."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return copy.deepcopy((optimizer.state_dict(), [p.detach() for p in params]))
+
+
+def unchanged(optimizer, before):
+    """Whether the optimizer is still as in `snapshot`, bit for bit."""
+    now = snapshot(optimizer)
+    return _equal(now, before)
+
+
+def _equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b

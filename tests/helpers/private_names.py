@@ -123,18 +123,18 @@ def _member_has(name: str) -> Callable[[], bool]:
     return lambda: hasattr(kind, name) or hasattr(kind.A, name)
 
 
-_FOREACH = "optim/_foreach.py"
+_FOREACH = "optim/_eager.py"
 _SUMS = "diagnostics/window_sums.py"
 
 TABLE = (
     # Python
     Private(
-        "_exit", "", ("cli/demo/parallel_runs.py",),
+        "_exit", "", ("cli/demo/runs.py",),
         "ends a worker whose parent was killed, without the parent's clean-up (documented)",
         lambda: hasattr(importlib.import_module("os"), "_exit"),
     ),
     Private(
-        "_actions", "", ("cli/recipe.py",), "the options that a parser knows, to name a close one",
+        "_actions", "", ("cli/dpo_config.py",), "options of a parser, to name a close one",
         lambda: hasattr(importlib.import_module("argparse").ArgumentParser(), "_actions"),
     ),
     _enum("_name_", _member_has("_name_")),
@@ -144,37 +144,69 @@ TABLE = (
     _enum("_member_map_", _member_has("_member_map_")),
     _enum("_value2member_map_", _member_has("_value2member_map_")),
     # torch
-    _foreach("add_", _FOREACH, _SUMS, "optim/_fused_compiled.py", "optim/_scalar_rows.py"),
+    Private(
+        "_orig_mod", "torch", ("diagnostics/output_losses.py",),
+        "the model inside torch.compile's wrapper",
+        lambda: hasattr(torch.compile(torch.nn.Identity(), backend="eager"), "_orig_mod"),
+    ),
+    Private(
+        "_C", "torch", ("diagnostics/example_losses.py", "diagnostics/loss_calls.py"),
+        "leads to _nn", lambda: hasattr(torch, "_C"),
+    ),
+    Private(
+        "_nn", "torch", ("diagnostics/example_losses.py", "diagnostics/loss_calls.py"),
+        "what torch.nn.functional's losses call, by whichever name the user's code knows them",
+        lambda: all(
+            hasattr(torch._C._nn, name)
+            for name in (
+                "cross_entropy_loss", "nll_loss_nd", "binary_cross_entropy", "mse_loss", "l1_loss",
+                "smooth_l1_loss", "huber_loss", "soft_margin_loss", "multi_margin_loss",
+                "multilabel_margin_loss",
+            )
+        ),
+    ),
+    _foreach("add_", _FOREACH, _SUMS, "optim/_scalars.py"),
     _foreach("addcdiv_", _FOREACH),
     _foreach("addcmul_", _FOREACH, _SUMS),
     _foreach("clamp_min_", _FOREACH),
-    _foreach(
-        "copy_", "diagnostics/coordinate_sample.py", "diagnostics/gradient_agreement.py",
-        "diagnostics/step_displacement.py",
-    ),
+    _foreach("copy_", "diagnostics/window_layout.py", _SUMS, "optim/_fused_math.py"),
     _foreach("div", _FOREACH),
     _foreach("div_", _FOREACH),
     _foreach("lerp_", _FOREACH),
     _foreach("mul", _FOREACH),
     _foreach("mul_", _FOREACH),
     _foreach("neg", _FOREACH),
-    _foreach("norm", _SUMS, "huggingface/callbacks/clipping.py", "optim/_finite.py"),
+    _foreach("norm", _SUMS, "huggingface/callbacks/gradients.py", "optim/_work.py"),
     _foreach("sqrt", _FOREACH),
     _foreach("sub", _FOREACH),
-    _foreach("zero_", _SUMS, "diagnostics/coordinate_sample.py"),
+    _foreach("zero_", _SUMS, "diagnostics/window_layout.py"),
+    Private(
+        "_iterator", "torch", ("diagnostics/sit_out_loader.py",),
+        "a loader with persistent workers keeps the batch sampler it first had, and its workers",
+        lambda: torch.utils.data.DataLoader([0])._iterator is None,
+    ),
+    Private(
+        "_prepare_inputs", "transformers", ("huggingface/callbacks/risk_stop.py",),
+        "moves a batch of sitters to the device, and to DeepSpeed's precision, as Trainer does",
+        _has("transformers", "Trainer", "_prepare_inputs"),
+    ),
+    Private(
+        "_metrics", "trl", ("huggingface/callbacks/risk_stop.py",),
+        "means that TRL's trainers log would count batches of sitters as training batches",
+        _in_source("trl", "trainer/sft_trainer.py", "self._metrics"),
+    ),
     Private(
         "_local_tensor", "torch",
-        ("distributed.py", "huggingface/callbacks/clipping.py", "optim/_fused_compiled.py"),
+        ("distributed.py",),
         "a DTensor's shard as it lies in memory; to_local() costs a dispatch and an autograd node",
         _dtensor_has_local,
     ),
     Private(
-        "_fsdp_flattened", "torch",
-        ("diagnostics/layer_sample.py", "lightning/callbacks/monitor.py"),
+        "_fsdp_flattened", "torch", ("diagnostics/layer_sample.py",),
         "tells FSDP1's shards, plain tensors, from whole parameters", _fsdp_marks,
     ),
     Private(
-        "_ddp_params_and_buffers_to_ignore", "torch", ("cli/commands/dpo.py",),
+        "_ddp_params_and_buffers_to_ignore", "torch", ("cli/dpo.py",),
         "boolean buffers that DDP must not broadcast, as TRL's own script sets them", _ddp_ignores,
     ),
     Private(
@@ -183,7 +215,7 @@ TABLE = (
         "rounding draws the same bits however a tensor is sharded", _offsets_of_shards,
     ),
     Private(
-        "_per_optimizer_states", "torch", ("huggingface/callbacks/loss_scale.py",),
+        "_per_optimizer_states", "torch", ("huggingface/callbacks/gradients.py",),
         "whether a GradScaler has unscaled this optimizer's gradients already", _scaler_stages,
     ),
     *(
@@ -196,19 +228,16 @@ TABLE = (
     ),
     Private(
         "_step_supports_amp_scaling", "torch",
-        (
-            "huggingface/callbacks/loss_scale.py", "lightning/_upstream.py",
-            "optim/poprisk_adamw.py",
-        ),
+        ("lightning/_upstream.py", "optim/poprisk_adamw.py"),
         "GradScaler's contract with fused optimizers: they unscale in their step", _fused_says_so,
     ),
     Private(
-        "_optimizer_step_pre_hooks", "torch", ("lightning/_upstream.py",),
+        "_optimizer_step_pre_hooks", "torch", ("lightning/callbacks/optimizer.py",),
         "whether hooks would be lost when Adam is replaced",
         lambda: hasattr(_adamw(), "_optimizer_step_pre_hooks"),
     ),
     Private(
-        "_optimizer_step_post_hooks", "torch", ("lightning/_upstream.py",), "as above",
+        "_optimizer_step_post_hooks", "torch", ("lightning/callbacks/optimizer.py",), "as above",
         lambda: hasattr(_adamw(), "_optimizer_step_post_hooks"),
     ),
     # transformers
@@ -250,9 +279,14 @@ TABLE = (
     # lightning
     Private(
         "_logger_connector", "lightning", ("lightning/_upstream.py",),
-        "whether Lightning logs this step, to log on the same ones",
+        "whether Lightning logs this step, to log on the same ones; metrics that a search leaves",
         _lightning("trainer.connectors.logger_connector.logger_connector", "_LoggerConnector",
                    "def should_update_logs"),
+    ),
+    Private(
+        "_on_before_batch_transfer", "lightning", ("lightning/_upstream.py",),
+        "a module's own hook before a batch is moved: for batches that training does not draw",
+        _lightning("core", "LightningModule", "def _on_before_batch_transfer"),
     ),
     Private(
         "_can_stop_early", "lightning", ("lightning/_upstream.py",),
@@ -272,6 +306,11 @@ TABLE = (
         "_combined_loader", "lightning", ("lightning/_upstream.py",),
         "the loaders of an epoch with the samplers that Lightning gave them",
         _lightning("loops.fit_loop", "_FitLoop", "self._combined_loader"),
+    ),
+    Private(
+        "_data_source", "lightning", ("lightning/_upstream.py",),
+        "the user's loaders, for a second loop over them and for their generators",
+        _lightning("loops.fit_loop", "_FitLoop", "self._data_source"),
     ),
     Private(
         "_sampler", "lightning", ("diagnostics/data_pass.py",),

@@ -96,6 +96,28 @@ def shard_with_fsdp2(model, mesh):
     return model
 
 
+def wrap_with_fsdp1(model, use_orig_params):
+    """Flat parameters of each layer, seen by an optimizer whole or as pieces of the original."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    return FullyShardedDataParallel(
+        model,
+        device_id=torch.device("cpu"),
+        use_orig_params=use_orig_params,
+        auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+    )
+
+
+def fsdp1_weights(model):
+    """Copies of the whole weights by their own names; a collective."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(model):
+        named = model.module.named_parameters()
+        return {n.replace("_fsdp_wrapped_module.", ""): whole(p) for n, p in named}
+
+
 def local_sizes(model):
     return [local_tensor(p).numel() for p in model.parameters()]
 

@@ -5,12 +5,34 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
-__all__ = ["config_options", "easy_pairs", "pairs", "save_model", "tiny_model", "tiny_tokenizer"]
+__all__ = [
+    "Interrupt",
+    "config_options",
+    "dpo_trainer",
+    "easy_pairs",
+    "losses_of",
+    "needs_trl",
+    "pairs",
+    "save_model",
+    "sequence_log_probs",
+    "tiny_model",
+    "tiny_tokenizer",
+    "upstream_numbers",
+    "weights_of",
+]
 
 # deepspeed, where installed, sets it on import, and accelerate imports it late: in the midst of a
 # test, which would then look as if it leaked into the environment.
@@ -108,3 +130,81 @@ def config_options(output_dir: Path, **changes: Any) -> dict[str, Any]:
         "seed": 7,
     }
     return {**options, **changes}
+
+
+def dpo_trainer(
+    output_dir: Path,
+    train: Any = None,
+    evaluation: Any = None,
+    *,
+    kind: Any = None,
+    config: Any = None,
+    model: Any = None,
+    ref_model: Any = 0,
+    callbacks: list[Any] | None = None,
+    peft_config: Any = None,
+    data_collator: Any = None,
+    **options: Any,
+) -> Any:
+    """A trainer on the tiny model, ours unless another `kind` and `config` are given.
+
+    `ref_model` is a seed, a model, or None.
+    """
+    from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
+
+    return (kind or PopRiskDPOTrainer)(
+        tiny_model() if model is None else model,
+        tiny_model(ref_model) if isinstance(ref_model, int) else ref_model,
+        (config or PopRiskDPOConfig)(**config_options(output_dir, **options)),
+        data_collator=data_collator,
+        train_dataset=pairs() if train is None else train,
+        eval_dataset=evaluation,
+        processing_class=tiny_tokenizer(),
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+
+
+def needs_trl(version: str, what: str) -> Any:
+    """Skip below a version, with the reason."""
+    old = Version(trl.__version__) < Version(version)
+    return pytest.mark.skipif(old, reason=f"TRL {trl.__version__} has no {what}")
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """The logged training losses."""
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def weights_of(trainer: Any) -> torch.Tensor:
+    """All parameters of the policy, as one vector."""
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def upstream_numbers(trainer: Any) -> list[dict[str, float]]:
+    """The log without our own keys and without timings."""
+    ours = ("poprisk/", "runtime", "per_second")
+    return [
+        {name: value for name, value in line.items() if not any(part in name for part in ours)}
+        for line in trainer.state.log_history
+    ]
+
+
+def sequence_log_probs(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """Of the completions of a batch, in float64 straight from the logits."""
+    logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    log_probs = logits.double().log_softmax(-1)[:, :-1]
+    tokens = log_probs.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+    return (tokens * inputs["completion_mask"][:, 1:]).sum(1)
+
+
+class Interrupt(TrainerCallback):
+    """Stands for a killed process: the run ends right after a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save, and stop."""
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True

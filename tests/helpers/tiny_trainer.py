@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-__all__ = ["TinyModel", "arguments", "dataset", "train", "weights"]
+__all__ = ["TinyModel", "Tracker", "arguments", "dataset", "train", "weights"]
 
 # Set by the import of deepspeed, where it is installed: now, rather than in the middle of a test.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -36,6 +36,16 @@ class TinyModel(nn.Module):
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, Any]:
         prediction = self.head(self.norm(self.embed(x)).tanh()).squeeze(-1)
         return {"loss": (prediction - labels).square().mean(), "logits": prediction}
+
+
+class Tracker(TrainerCallback):
+    """Sees what W&B or TensorBoard would see, before the callbacks behind it."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.lines.append(dict(logs))
 
 
 def dataset(examples: int = EXAMPLES, noise: float = 0.5) -> list[dict[str, torch.Tensor]]:

@@ -11,12 +11,8 @@ __all__ = ["EventSequence"]
 class EventSequence:
     """Calls a callback as Trainer does, one optimizer step at a time.
 
-    Args:
-        callback: The callback.
-        optimizer: Its parameters hold their gradients already when `step` is called.
-        args: Training arguments.
-        max_steps: Length of the run that the callback is told.
-        kwargs: Further keyword arguments of every event.
+    The optimizer's parameters hold their gradients already when `step` is called; `kwargs` are
+    further keyword arguments of every event.
     """
 
     def __init__(
@@ -44,5 +40,6 @@ class EventSequence:
         self.event("on_step_begin")
         self.event("on_pre_optimizer_step")
         self.optimizer.step()
+        self.event("on_optimizer_step")
         self.state.global_step += 1
         self.event("on_step_end")

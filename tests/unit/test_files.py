@@ -31,6 +31,19 @@ def test_a_target_that_is_a_folder_leaves_no_temporary_file(tmp_path):
     assert os.listdir(tmp_path) == ["report.json"]
 
 
+def test_a_directory_is_whole_or_absent(tmp_path):
+    def write(name, error=None):
+        with write_whole(tmp_path / name) as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            if error is not None:
+                raise error
+
+    write("new")
+    with pytest.raises(OSError, match="full"):
+        write("other", OSError("disk full"))
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "new", tmp_path / "new" / "inner"]
+
+
 def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), write_whole(tmp_path / "a.csv"):
         pass

@@ -31,14 +31,16 @@ NOT_THEIRS = {OUR_NAME, *sys.stdlib_module_names}
 # Strings that begin with an underscore and name nothing of anyone else's.
 WORDS = {
     "endings of keys and files": {
-        "_action", "_clean", "_codes", "_kappa", "_min_steps", "_restore", "_scale", "_se",
-        "_stop", "_suspect", "_threshold", "_version", "_window",
+        "_action", "_change_", "_change_se", "_clean", "_codes", "_criterion", "_kappa",
+        "_min_steps", "_patience", "_restore", "_scale", "_se", "_sit_out", "_stop", "_suspect",
+        "_threshold", "_version", "_window",
     },
     "a key of a model's config.json": {"_name_or_path"},
     "our own, kept out of Optimizer's __dict__ of options": {
-        "_poprisk_counters", "_poprisk_noise_source", "_poprisk_samples",
+        "_poprisk_noise_source", "_poprisk_record",
     },
-    "a class of ours, quoted": {"_Clock"},
+    "part of a name": {"_available", "_state", "_stop_"},
+    "an attribute of ours, quoted": {"_steps"},
 }  # fmt: skip
 
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}

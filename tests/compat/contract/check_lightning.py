@@ -59,7 +59,7 @@ def _fit(root: Path, *callbacks: Any, epochs: int = EPOCHS, resume: str | None =
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_stops_with_either_optimizer(tmp_path: Path, gated: bool) -> None:
-    stop = PopRiskEarlyStopping(window=8)
+    stop = PopRiskEarlyStopping(criterion="signal", window=8)
     extra = [PopRiskOptimizer(false_open_rate=0.05), PopRiskMonitor(every_n_steps=4)]
     trainer = _fit(tmp_path, stop, *(extra if gated else []))
     assert isinstance(trainer.optimizers[0], PopRiskAdamW) == gated
@@ -69,7 +69,7 @@ def test_stops_with_either_optimizer(tmp_path: Path, gated: bool) -> None:
 
 def test_resumed_run_is_the_whole_run(tmp_path: Path) -> None:
     options = {"kappa": 3.0, "window": 12}
-    stops = [PopRiskEarlyStopping(**options) for _ in range(3)]
+    stops = [PopRiskEarlyStopping(criterion="signal", **options) for _ in range(3)]
     whole = _fit(tmp_path, stops[0], PopRiskOptimizer())
     part = _fit(tmp_path, stops[1], PopRiskOptimizer(), epochs=2)  # in the midst of a window
     part.save_checkpoint(tmp_path / "part.ckpt")

@@ -112,12 +112,18 @@ def never_steps() -> None:
     net()
 
 
+def step_often(optimizer: torch.optim.Optimizer, before=lambda: None) -> None:
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        before()
+        optimizer.step()
+
+
 def frozen() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.requires_grad_(False)
-    for _ in range(STEPS):
-        optimizer.step()
+    step_often(optimizer)
 
 
 def empty() -> None:
@@ -127,25 +133,17 @@ def empty() -> None:
 def sparse() -> None:
     embedding = nn.Embedding(5, 2, sparse=True)
     optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        embedding(torch.tensor([1, 2])).sum().backward()
-        optimizer.step()
+    step_often(optimizer, lambda: embedding(torch.tensor([1, 2])).sum().backward())
 
 
 def without_gradients() -> None:
-    optimizer = torch.optim.SGD(net().parameters(), lr=0.1)
-    for _ in range(STEPS):
-        optimizer.step()
+    step_often(torch.optim.SGD(net().parameters(), lr=0.1))
 
 
 def not_finite() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(STEPS):
-        for param in model.parameters():
-            param.grad = torch.full_like(param, torch.nan)
-        optimizer.step()
+    step_often(optimizer, lambda: (model(torch.ones(1, 16)).sum() * torch.nan).backward())
 
 
 def needs_arguments(data, epochs=3) -> None: ...
@@ -183,3 +181,37 @@ class NoData(Classifier):
 class Data(LightningDataModule):
     def train_dataloader(self):
         return DataLoader(noisy_data(128), batch_size=8, shuffle=True)
+
+
+def long_training(closure: bool = False) -> None:
+    """Sixty steps, long enough for a search of learning rates; sets no seed for its batches."""
+    model = net()
+    fit(model, torch.optim.AdamW(model.parameters(), lr=1e-5), 60, closure=closure)
+
+
+def long_training_with_closures() -> None:
+    long_training(closure=True)
+
+
+def scaled_losses() -> None:
+    """As under fp16: `backward` sees a multiple of the loss."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
+    x, y = noisy_data(128).tensors
+    for _ in range(60):
+        rows = torch.randperm(len(x))[:16]
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x[rows]), y[rows])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+class LongDigits(Classifier):
+    """40 batches of 16 per epoch."""
+
+    def __init__(self):
+        super().__init__()
+
+    def train_dataloader(self):
+        return DataLoader(noisy_data(640), batch_size=16, shuffle=True)

@@ -1,4 +1,7 @@
-"""`poprisk dpo` from a recipe to a saved model, and its mistakes."""
+"""`poprisk dpo` from a config to a saved model.
+
+What it refuses is in tests/goldens/cli/dpo.txt.
+"""
 
 import json
 from pathlib import Path
@@ -20,8 +23,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Writes a recipe for a tiny local model and local data; returns its path."""
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a config for a tiny local model and local data; returns its path."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     model = save_model(tmp_path / "model")
     pairs(20).to_json(tmp_path / "pairs.jsonl")
@@ -37,23 +40,24 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "per_device_train_batch_size": 4,
             "max_steps": 4,
             "learning_rate": 1e-3,
+            "stop_criterion": "signal",
             "stop_window": 4,
             "logging_steps": 1,
             "report_to": "none",
             "disable_tqdm": True,
         }
         keys = {name: value for name, value in {**keys, **changes}.items() if value is not None}
-        path = tmp_path / "recipe.yaml"
+        path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(keys))
         return str(path)
 
     return write
 
 
-def test_from_recipe_to_model(
-    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_from_config_to_model(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["dpo", "--config", recipe(), "--flip-rate", "0.3", "--flip_seed", "5"]) == 0
+    assert main(["dpo", "--config", config(), "--flip-rate", "0.3", "--flip_seed", "5"]) == 0
     out = tmp_path / "out"
     AutoModelForCausalLM.from_pretrained(out)
     AutoTokenizer.from_pretrained(out)
@@ -76,7 +80,7 @@ def test_from_recipe_to_model(
     assert not list(out.glob("*.tmp*"))
 
 
-def test_swapped_labels_reach_the_training(recipe: Any, tmp_path: Path) -> None:
+def test_swapped_labels_reach_the_training(config: Any, tmp_path: Path) -> None:
     swapped = pairs(20).rename_columns({"chosen": "rejected", "rejected": "chosen"})
     swapped.to_json(tmp_path / "swapped.jsonl")
     runs = {
@@ -87,7 +91,7 @@ def test_swapped_labels_reach_the_training(recipe: Any, tmp_path: Path) -> None:
     losses = {}
     for name, changes in runs.items():
         out = tmp_path / name
-        path = recipe(output_dir=str(out), save_strategy="no", max_steps=3, **changes)
+        path = config(output_dir=str(out), save_strategy="no", max_steps=2, **changes)
         assert main(["dpo", "--config", path]) == 0
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
         losses[name] = [line["loss"] for line in history if "loss" in line]
@@ -95,7 +99,7 @@ def test_swapped_labels_reach_the_training(recipe: Any, tmp_path: Path) -> None:
 
 
 def test_unusable_pairs_can_be_left_out(
-    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -103,7 +107,7 @@ def test_unusable_pairs_can_be_left_out(
     empty = {"prompt": "ash", "chosen": "", "rejected": " bay"}
     for name, rows in {"train": [same, *pairs(8), empty, same], "test": [*pairs(4), same]}.items():
         (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    path = recipe(
+    path = config(
         dataset_name=str(data), drop_unusable_pairs=True, flip_rate=0.5, max_steps=2,
         eval_strategy="steps", eval_steps=2,
     )  # fmt: skip
@@ -119,43 +123,20 @@ def test_unusable_pairs_can_be_left_out(
     assert swapped == [row + 1 for row in flipped_rows(8, 0.5)]
 
 
-def test_nothing_is_left_of_the_data(
-    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    same = {"prompt": "ash", "chosen": " bay", "rejected": " bay"}
-    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(same)] * 9))
-    path = recipe(drop_unusable_pairs=True)
-    message = "train_dataset: none of its 9 pairs expresses a preference"
-    check_refused(["--config", path], message, tmp_path, capsys)
-
-
-def test_lora_and_another_optimizer(recipe: Any, tmp_path: Path) -> None:
+def test_lora_and_another_optimizer(config: Any, tmp_path: Path) -> None:
     lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]}
     arguments = ["--optim", "adamw_torch", "--no_stop", "--max_steps", "2"]
-    assert main(["dpo", "--config", recipe(**lora), *arguments]) == 0
+    assert main(["dpo", "--config", config(**lora), *arguments]) == 0
     out = tmp_path / "out"
     assert (out / "adapter_model.safetensors").exists()
     assert not (out / "label_flips.json").exists()
     assert not (out / "poprisk_stop.json").exists()
 
 
-def test_evaluation_split(recipe: Any, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    pairs(20).to_json(data / "train.jsonl")
-    pairs(8, seed=1).to_json(data / "test.jsonl")
-    path = recipe(dataset_name=str(data), eval_strategy="steps", eval_steps=2, max_steps=2)
-    assert main(["dpo", "--config", path]) == 0
-    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    assert any("eval_poprisk/margin_p50" in line for line in history)
-
-
-def test_evaluation_pairs_of_another_file(recipe: Any, tmp_path: Path) -> None:
+def test_evaluation_pairs_of_a_file_of_their_own(config: Any, tmp_path: Path) -> None:
     pairs(8, seed=1).to_csv(tmp_path / "test.csv")
-    path = recipe(
-        eval_dataset_name=str(tmp_path / "test.csv"), eval_strategy="steps", eval_steps=2,
-        max_steps=2, save_strategy="no", per_device_eval_batch_size=8,
-    )  # fmt: skip
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "save_strategy": "no"}
+    path = config(eval_dataset_name=str(tmp_path / "test.csv"), **options)
     assert main(["dpo", "--config", path]) == 0
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_poprisk/margin_p50" in line for line in history)
@@ -169,13 +150,13 @@ def breaks(*args: Any, **kwargs: Any) -> None:
     ("broken", "message"),
     [
         ("transformers.Trainer.save_state", "model; failed: trainer state: of no use"),
-        ("poprisk_integrations.cli.commands.dpo._report", "failed: summary: of no use"),
+        ("poprisk_integrations.cli.dpo._report", "failed: summary: of no use"),
         ("transformers.trainer_callback.CallbackHandler.on_train_end", "failed: end of training"),
         ("transformers.Trainer.save_model", "trainer state; failed: model: of no use"),
     ],
 )
 def test_what_fails_after_training_costs_nothing_else(
-    recipe: Any,
+    config: Any,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -184,7 +165,7 @@ def test_what_fails_after_training_costs_nothing_else(
 ) -> None:
     """A status of its own, one line, and all that can be saved is."""
     monkeypatch.setattr(broken, breaks)
-    path = recipe(max_steps=2, save_strategy="no", stop=False)
+    path = config(max_steps=2, save_strategy="no", stop=False)
     assert main(["dpo", "--config", path]) == 1
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith(f"poprisk: trained; saved in {str(tmp_path / 'out')!r}: ")
@@ -193,85 +174,7 @@ def test_what_fails_after_training_costs_nothing_else(
     assert (tmp_path / "out" / "trainer_state.json").exists() is ("save_state" not in broken)
 
 
-BROKEN: dict[str, list[dict[str, Any]]] = {
-    "no column 'rejected'": [{"prompt": "ash", "chosen": " bay"}] * 8,
-    "1 row (first: row 7) with an empty": [
-        *pairs(7).to_list(),
-        {"prompt": "ash", "chosen": "", "rejected": " bay"},
-    ],
-    "8 rows (first: row 0) whose chosen and rejected are the same": [
-        {"prompt": "ash", "chosen": " bay", "rejected": " bay"}
-    ]
-    * 8,
-}
-
-
-@pytest.mark.parametrize("message", BROKEN)
-@pytest.mark.parametrize("flip_rate", ["0", "0.5"])
-def test_unusable_data(
-    recipe: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    message: str,
-    flip_rate: str,
-) -> None:
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, BROKEN[message])))
-    check_refused(["--config", recipe(), "--flip-rate", flip_rate], message, tmp_path, capsys)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"betta": 0.1}, "unknown key in the recipe: 'betta'. Did you mean 'beta'?"),
-        ({"model_name_or_path": "/no/such/model"}, "/no/such/model"),
-        (
-            {"dataset_name": "/no/such/pairs.json"},
-            "no such file or directory: '/no/such/pairs.json'",
-        ),
-        ({"eval_dataset_name": "test.json"}, "eval_dataset_name needs eval_strategy"),
-        ({"eval_dataset_name": "test.json", "eval_strategy": "epoch"}, "no such file"),
-        ({"pair_id_column": "mixed"}, "mixed"),
-        ({"dataset_train_split": "train", "eval_strategy": "epoch"}, "no split 'test'"),
-        ({"label_smoothing": 0.2}, "label_smoothing: 0.2"),
-        ({"noise": "sometimes"}, "Invalid noise: 'sometimes'"),
-        ({"model_name_or_path": "builtin:llama"}, "known: builtin:tiny-llama"),
-        ({"dataset_name": "builtin:pairs"}, "known: builtin:tiny-pairs"),
-        ({"dataset_streaming": True, "flip_rate": 0.5}, "need data that are not streamed"),
-    ],
-)
-def test_unusable_recipes(
-    recipe: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any],
-    message: str,
-) -> None:
-    check_refused(["--config", recipe(**changes)], message, tmp_path, capsys)
-
-
-def test_output_dir_under_a_file(
-    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    path = recipe(output_dir=str(tmp_path / "file" / "out"))
-    check_refused(["--config", path], "file' is not a directory", tmp_path, capsys)
-
-
 def test_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("poprisk_integrations._imports.find_spec", lambda name: None)
-    assert main(["dpo", "--config", "recipe.yaml"]) == 2
+    assert main(["dpo", "--config", "config.yaml"]) == 2
     assert "Run: pip install 'poprisk_integrations[trl]'" in capsys.readouterr().err
-
-
-def check_refused(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One line that says it, exit status 2, and nothing written."""
-    assert main(["dpo", *arguments]) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("poprisk: ")]
-    assert len(lines) == 1
-    assert captured.err.endswith(lines[0] + "\n")
-    assert message in lines[0]
-    assert "Traceback" not in captured.err
-    assert not (tmp_path / "out").exists()

@@ -9,21 +9,21 @@ import torch
 from torch import nn
 
 from poprisk_integrations.cli.probe.advice import advise, noise_scale_text
-from poprisk_integrations.cli.probe.names import parameter_names
 from poprisk_integrations.cli.probe.report import state_bytes
-from poprisk_integrations.cli.probe.sizes import RunSizes
-from poprisk_integrations.diagnostics.gradient_probe import GradientProbe
-from poprisk_integrations.diagnostics.group_probe import GroupProbe
-from poprisk_integrations.diagnostics.layer_groups import layer_groups
-from poprisk_integrations.diagnostics.noise_scale import NoiseScale
-from poprisk_integrations.diagnostics.preset_probe import (
+from poprisk_integrations.cli.probe.sources import RunSizes
+from poprisk_integrations.cli.probe.watch import parameter_names
+from poprisk_integrations.core.sit_out_schedule import smallest_pool
+from poprisk_integrations.diagnostics.layer_sample import layer_groups
+from poprisk_integrations.diagnostics.probe import (
     DEFAULT_PRESET,
     STRICT_PRESET,
+    GradientProbe,
+    GroupProbe,
     PresetProbe,
-    gate_verdict,
 )
-from poprisk_integrations.diagnostics.shadow_gate import ShadowGate
-from poprisk_integrations.diagnostics.stop_outlook import stop_outlook
+from poprisk_integrations.diagnostics.probe.gates import ShadowGate, gate_verdict
+from poprisk_integrations.diagnostics.probe.signal import NoiseScale
+from poprisk_integrations.diagnostics.run_length import stop_outlook
 
 WORKS = stop_outlook(1000, 100)
 
@@ -102,7 +102,7 @@ def test_advice_on_the_gate(case: str) -> None:
 
 
 def test_the_stop_is_recommended_only_where_it_can_work() -> None:
-    for stop in (stop_outlook(90, 100), stop_outlook(None, None), stop_outlook(500, 1)):
+    for stop in (stop_outlook(90, 100), stop_outlook(None, None)):
         for numbers, _ in GATE_CASES.values():
             assert "with the stop" not in advise(probe(**numbers), stop)[0]
 
@@ -110,21 +110,23 @@ def test_the_stop_is_recommended_only_where_it_can_work() -> None:
 @pytest.mark.parametrize(
     ("total", "epoch", "expected"),
     [
-        (1000, 100, ["stop can work: the run has 10 windows of 100 steps", "from step 200 on",
+        (1000, 100, ["once per pass of 10 over the data", "from {pool:.0f} of the 3,200 examples",
                      "probably still learning", "F = 4.2 +- 1.5"]),
-        (None, 100, ["stop can work: in a run of more than 200 steps, with windows of 100"]),
-        (600, 3, ["if coarsely, at 3 batches per epoch", "F = 0.42 +- 0.15",
-                   "very probably memorising"]),
-        (100, 100, ["will not act", "100 steps are at most one pass"]),
-        (120, 100, ["cannot act", "end at step 165, the run at 120"]),
-        (500, 1, ["cannot work: each step takes the whole data set"]),
+        (None, 100, ["once per pass over the data, where the loader tells"]),
+        (600, 3, ["from {pool:.0f} of the 96 examples, so its band", "F = 0.42 +- 0.15",
+                  "very probably memorising"]),
+        (100, 100, ["will not act", "100 steps are at most one pass", "is the test loss"]),
+        (120, 100, ["of 1.2 over the data, in the last pass from {pool:.0f} of the 3,200"]),
+        (500, 1, ["once per pass of 500"]),
         (500, None, ["--batch-size and --dataset-size"]),
     ],
 )  # fmt: skip
 def test_advice_on_the_stop(total: int | None, epoch: int | None, expected: list[str]) -> None:
     _, sentence = advise(probe(), stop_outlook(total, epoch))
+    examples, passes = 32 * (epoch or 1), (total or 1) / (epoch or 1)
+    pool = smallest_pool(examples, share=0.15, epochs=passes)
     for text in expected:
-        assert text in sentence
+        assert text.format(pool=pool) in sentence
     assert sentence.endswith(".")
 
 

@@ -16,7 +16,7 @@ from poprisk_integrations.huggingface import (
     PopRiskMonitorCallback,
     last_whole_checkpoint,
 )
-from poprisk_integrations.huggingface.callbacks.window_checkpoint import WINDOW_FILE
+from poprisk_integrations.huggingface.callbacks.windows import WINDOW_FILE
 from tests.helpers.tiny_trainer import TinyModel, arguments, dataset, weights
 
 __all__ = ["broken_own_files", "half_written", "run"]
@@ -61,7 +61,7 @@ def run(folder: Path, events: Any, max_steps: int | None) -> None:
 
 
 def _train(out: Path, events: Any, max_steps: int | None, newest: str | None) -> dict[str, Any]:
-    stop = PopRiskEarlyStoppingCallback(window=8)
+    stop = PopRiskEarlyStoppingCallback(criterion="signal", window=8)
     trainer = _Trainer(
         model=TinyModel(),
         train_dataset=dataset(),
@@ -82,7 +82,7 @@ def _train(out: Path, events: Any, max_steps: int | None, newest: str | None) ->
         "weights": weights(trainer.model),
         "optimizer": trainer.optimizer.state_dict()["state"],
         "stop": stop.stopping_state,
-        "history": stop.progress.history,
+        "history": stop.progress_state["history"],
         "step": trainer.state.global_step,
     }
 

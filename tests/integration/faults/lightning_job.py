@@ -42,7 +42,7 @@ def run(folder: Path, events: Any, max_steps: int | None) -> None:
     """Train to the stop (or `max_steps`), from `last.ckpt` if there is one."""
     # here, in the fork, for pytest imports this module too
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    stop = PopRiskEarlyStopping(window=8)
+    stop = PopRiskEarlyStopping(criterion="signal", window=8)
     checkpoints = _Checkpoints(folder / "out", every_n_train_steps=7, save_last=True)
     checkpoints.events = events
     model = toy.Classifier(toy.gated)

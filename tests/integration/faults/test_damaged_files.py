@@ -4,25 +4,27 @@ import csv
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import poprisk_integrations.huggingface as hf
-from poprisk_integrations import PopRiskAdamW
+from poprisk_integrations.cli.dpo import _checkpoint
 from poprisk_integrations.cli.errors import UsageError
-from poprisk_integrations.cli.report.run import load_run
+from poprisk_integrations.cli.report.sources import load_run
 from poprisk_integrations.diagnostics import GradientWindow
-from poprisk_integrations.huggingface.callbacks.window_checkpoint import (
+from poprisk_integrations.huggingface.callbacks.windows import (
     WINDOW_FILE,
     load_window,
     save_window,
 )
 from poprisk_integrations.lightning import PopRiskEarlyStopping
 from poprisk_integrations.trl.flip_report import FlipReport
+from poprisk_integrations.trl.label_noise_callback import LABELS_FILE
 from tests.helpers.tiny_trainer import arguments, train
 
 
@@ -42,9 +44,19 @@ def damaged(whole: bytes, count: int, seed: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
-def _require_one_line(error: BaseException, name: str) -> None:
-    assert name in str(error), error
-    assert "\n" not in str(error), error
+def _refused(
+    path: Path, load: Callable[[], Any], count: int, seed: int, error: type[Exception] = ValueError
+) -> int:
+    """How many damaged forms of a file are refused, each in one line that names it."""
+    said = []
+    for data in damaged(path.read_bytes(), count, seed):
+        path.write_bytes(data)
+        try:
+            load()
+        except error as caught:
+            said.append(str(caught))
+    assert [line for line in said if path.name not in line or "\n" in line] == []
+    return len(said)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ten steps with two checkpoints in the middle of windows."""
     out = tmp_path_factory.mktemp("run")
     args = arguments(out, max_steps=10, save_strategy="steps", save_steps=5)
-    train(args, hf.PopRiskEarlyStoppingCallback(window=8))
+    train(args, hf.PopRiskEarlyStoppingCallback(criterion="signal", window=8))
     return out
 
 
@@ -65,15 +77,7 @@ def test_window(tmp_path: Path) -> None:
         window.add(params)
     save_window(window, str(tmp_path), step=3)
     path = tmp_path / WINDOW_FILE
-    refused = 0
-    for data in damaged(path.read_bytes(), 300, seed=0):
-        path.write_bytes(data)
-        try:
-            load_window(str(tmp_path), 3, params)
-        except ValueError as error:
-            _require_one_line(error, str(path))
-            refused += 1
-    assert refused > 100
+    assert _refused(path, lambda: load_window(str(tmp_path), 3, params), 300, seed=0) > 100
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -87,15 +91,7 @@ def test_flip_report(suffix: str, tmp_path: Path) -> None:
         step=rows,
     ).save(tmp_path)
     path = (tmp_path / "flip_report").with_suffix(suffix)
-    refused = 0
-    for data in damaged(path.read_bytes(), 300, seed=1):
-        path.write_bytes(data)
-        try:
-            FlipReport.load(path)
-        except ValueError as error:
-            _require_one_line(error, str(path))
-            refused += 1
-    assert refused > 50
+    assert _refused(path, lambda: FlipReport.load(path), 300, seed=1) > 50
 
 
 @pytest.mark.parametrize(
@@ -107,15 +103,7 @@ def test_report_of_a_run(name: str, run: Path, tmp_path: Path) -> None:
     noise = {"rate": 0.2, "low": 0.1, "high": 0.3, "num_pairs": 40, "rate_in_use": 0.2}
     (folder / "poprisk_noise.json").write_text(json.dumps(noise))
     path = folder / name
-    refused = 0
-    for data in damaged(path.read_bytes(), 150, seed=2):
-        path.write_bytes(data)
-        try:
-            load_run(folder)
-        except UsageError as error:
-            _require_one_line(error, path.name)
-            refused += 1
-    assert refused > 30
+    assert _refused(path, lambda: load_run(folder), 150, seed=2, error=UsageError) > 30
 
 
 @pytest.mark.parametrize("damage", ["cut", "no JSON object", "state of the stop", "window"])
@@ -138,7 +126,7 @@ def test_resume(damage: str, run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=path.name) as caught:
         train(
             arguments(tmp_path, max_steps=10),
-            hf.PopRiskEarlyStoppingCallback(window=8),
+            hf.PopRiskEarlyStoppingCallback(criterion="signal", window=8),
             resume=str(checkpoint),
         )
     assert "\n" not in str(caught.value)
@@ -166,50 +154,38 @@ def test_a_checkpoint_cut_anywhere_is_passed_over(name: str, run: Path, tmp_path
     assert hf.last_whole_checkpoint(folder) is None
 
 
-def _state(**changes: Any) -> dict[str, Any]:
-    param = torch.nn.Parameter(torch.zeros(3, 2))
-    param.grad = torch.ones(3, 2)
-    optimizer = PopRiskAdamW([param])
-    optimizer.step()
-    state = optimizer.state_dict()
-    state["state"][0] = {**state["state"][0], **changes}
-    return state
+def test_dpo_resumes_from_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    """`poprisk dpo` with `resume_from_checkpoint: true`."""
 
+    for step in (2, 4, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text('{"stateful_callbacks": {}}')
+    whole = tmp_path / "checkpoint-2"
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (tmp_path / name / LABELS_FILE).write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"stateful_call')
 
-def test_optimizer_states_that_do_not_fit() -> None:
-    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3, 2))], lr=0.1, momentum=0.9)
-    sgd.param_groups[0]["params"][0].grad = torch.ones(3, 2)
-    sgd.step()
-    without = _state()
-    del without["state"][0]["exp_avg"]
-    foreign = _state(exp_inf=torch.zeros(3, 2))  # of Adam's kind, not ours
-    for name in ("dev_step", "exp_dev_sq"):
-        del foreign["state"][0][name]
-    bad = {
-        "exp_avg of parameter 0 has the shape": _state(exp_avg=torch.zeros(2, 2)),
-        "without ['exp_avg']": without,
-        "unknown state keys ['exp_inf']": foreign,
-        "without ['step', 'exp_avg', 'exp_avg_sq']": sgd.state_dict(),
-        "step of parameter 0": _state(step="many"),
-    }
-    for said, state in bad.items():
-        optimizer = PopRiskAdamW([torch.nn.Parameter(torch.zeros(3, 2))])
-        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
-            optimizer.load_state_dict(state)
-        assert said in str(caught.value)
-        assert "\n" not in str(caught.value)
-        assert not optimizer.state  # nothing was loaded
+    def taken(asked: object) -> object:
+        return _checkpoint(SimpleNamespace(resume_from_checkpoint=asked, output_dir=tmp_path))
+
+    assert taken(True) == taken("true") == str(whole)
+    assert taken(None) is None
+    assert taken("some/where") == "some/where"
+    (whole / LABELS_FILE).unlink()
+    with pytest.raises(UsageError, match="no whole checkpoint in"):
+        taken(True)
 
 
 def test_lightning_states_that_do_not_fit() -> None:
-    whole = PopRiskEarlyStopping().state_dict()
+    whole = PopRiskEarlyStopping(criterion="signal").state_dict()
     for name in ("rule", "onset_path", "stop_path"):
         with pytest.raises(ValueError, match=f"PopRiskEarlyStopping in the checkpoint.*{name}"):
-            PopRiskEarlyStopping().load_state_dict(
+            PopRiskEarlyStopping(criterion="signal").load_state_dict(
                 {key: value for key, value in whole.items() if key != name}
             )
     with pytest.raises(ValueError, match="is damaged"):
-        PopRiskEarlyStopping().load_state_dict({**whole, "rule": 3})
+        PopRiskEarlyStopping(criterion="signal").load_state_dict({**whole, "rule": 3})
 
 
 def test_the_csv_is_the_one_of_the_readme() -> None:

@@ -3,6 +3,7 @@
 RLIMIT_FSIZE stands for the full disk: it needs no rights, and also writers in C++ and Rust meet it.
 """
 
+import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +16,17 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 import poprisk_integrations.huggingface as hf
-from poprisk_integrations.cli.demo.output_files import write_json
 from poprisk_integrations.cli.errors import UsageError
+from poprisk_integrations.cli.output import writing
 from poprisk_integrations.diagnostics import GradientWindow
-from poprisk_integrations.huggingface.callbacks.stop_report import write_stop_report
-from poprisk_integrations.huggingface.callbacks.window_checkpoint import WINDOW_FILE, save_window
+from poprisk_integrations.diagnostics.stop_report import write_report
+from poprisk_integrations.huggingface.callbacks.windows import WINDOW_FILE, save_window
 from poprisk_integrations.lightning import PopRiskEarlyStopping
-from poprisk_integrations.lightning.callbacks.stop_report import write_report
+from poprisk_integrations.lightning.callbacks.run_result import leave_report
 from poprisk_integrations.trl.flip_report import FlipReport
 from tests.helpers.tiny_trainer import arguments, train, weights
 from tests.integration.lightning import toy
-from tests.integration.lightning.test_resume import SaveAt, data
+from tests.integration.lightning.test_resume import data
 
 pytestmark = toy.third_party_warnings
 FULL = (OSError, SafetensorError, RuntimeError, UsageError)
@@ -64,12 +65,17 @@ def _flips(folder: Path) -> None:
     ).save(folder)
 
 
+def _results(folder: Path) -> None:
+    with writing(folder / "results.json") as path:
+        path.write_text(json.dumps(REPORT))
+
+
 WRITERS: dict[str, Callable[[Path], Any]] = {
-    "poprisk_stop.json": lambda folder: write_stop_report(str(folder), REPORT),
-    "poprisk_stop.json of Lightning": lambda folder: write_report(str(folder), REPORT),
+    "poprisk_stop.json": lambda folder: write_report(str(folder), REPORT),
+    "poprisk_stop.json of Lightning": lambda folder: leave_report(str(folder), REPORT),
     WINDOW_FILE: _window,
     "flip_report.csv": _flips,
-    "results.json": lambda folder: write_json(folder / "results.json", REPORT),
+    "results.json": _results,
 }
 
 
@@ -104,17 +110,20 @@ class _FullFrom(TrainerCallback):
 @pytest.mark.parametrize("limit", [100, 2000, 7000])
 def test_trainer_resumes_from_the_checkpoint_before(tmp_path: Path, limit: int) -> None:
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
-    whole = train(arguments(tmp_path / "whole", **options), hf.PopRiskEarlyStoppingCallback())
+    whole = train(
+        arguments(tmp_path / "whole", **options),
+        hf.PopRiskEarlyStoppingCallback(criterion="signal"),
+    )
     args = arguments(tmp_path / "cut", **options)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(FULL):
-            train(args, hf.PopRiskEarlyStoppingCallback(), _FullFrom(8, limit))
+            train(args, hf.PopRiskEarlyStoppingCallback(criterion="signal"), _FullFrom(8, limit))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     kept = hf.last_whole_checkpoint(tmp_path / "cut")
     assert kept == str(tmp_path / "cut" / "checkpoint-4")
-    resumed = train(args, hf.PopRiskEarlyStoppingCallback(), resume=kept)
+    resumed = train(args, hf.PopRiskEarlyStoppingCallback(criterion="signal"), resume=kept)
     one, other = weights(whole.model), weights(resumed.model)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -123,9 +132,11 @@ def test_lightning_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # half-written files lie there
-    saver = SaveAt(tmp_path, 4)
+    saver = toy.SaveAt(tmp_path, 4)
     trainer = toy.trainer(
-        tmp_path, [PopRiskEarlyStopping(window=8, action="monitor"), saver], max_epochs=1
+        tmp_path,
+        [PopRiskEarlyStopping(criterion="signal", window=8, action="monitor"), saver],
+        max_epochs=1,
     )
     trainer.fit(toy.Classifier(toy.gated), data())
     good = saver.path.read_bytes()

@@ -11,7 +11,7 @@ import torch
 
 import poprisk_integrations.huggingface as hf
 from poprisk_integrations.cli.main import main
-from poprisk_integrations.lightning.callbacks.onset_checkpoint import load_weights_back
+from poprisk_integrations.lightning.callbacks.run_result import load_weights_back
 from tests.helpers.tiny_trainer import arguments, train
 from tests.integration.lightning import toy
 
@@ -71,7 +71,10 @@ def test_report_of_a_directory_of_pickles(
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_resume_from_a_checkpoint_with_a_payload(name: str, tmp_path: Path, marker: Path) -> None:
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    train(arguments(tmp_path / "run", **options), hf.PopRiskEarlyStoppingCallback(window=4))
+    train(
+        arguments(tmp_path / "run", **options),
+        hf.PopRiskEarlyStoppingCallback(criterion="signal", window=4),
+    )
     checkpoint = shutil.move(tmp_path / "run" / "checkpoint-2", tmp_path / "checkpoint-2")
     torch.save({"state": _Payload(marker)}, Path(checkpoint, name))
     assert hf.last_whole_checkpoint(tmp_path) is not None  # looked at, and nothing unpickled

@@ -55,17 +55,17 @@ def test_under_trainer(tmp_path: Path) -> None:
             return self.inner(x, labels)
 
     bad = _bad_steps()
-    stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
+    stop = hf.PopRiskEarlyStoppingCallback(criterion="signal", window=8, action="monitor")
     args = arguments(tmp_path, max_steps=STEPS, max_grad_norm=0.0, logging_nan_inf_filter=False)
     trainer = train(args, stop, model=Model(), train_dataset=rows)
     assert 8 < len(bad) == len(order)
     assert trainer.optimizer.optimizer.skipped_nonfinite == len(bad)
     _require_finite(trainer.optimizer, trainer.model)
-    for row in stop.progress.history:
+    for row in stop.history:
         end = row["step"]
         assert row["steps"] == 8 - len(bad & set(range(end - 8, end)))
         assert row["signal_ratio"] == row["signal_ratio"]
-    assert len(stop.progress.history) > 4
+    assert len(stop.history) > 4
 
 
 def test_under_lightning(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_under_lightning(tmp_path: Path) -> None:
     x, y = toy.noisy_data(8 * STEPS).tensors
     for step in bad:
         x[8 * step] = _bad_value(step)
-    stop = PopRiskEarlyStopping(window=8, action="monitor")
+    stop = PopRiskEarlyStopping(criterion="signal", window=8, action="monitor")
     model = toy.Classifier(toy.gated)
     trainer = toy.trainer(tmp_path, [stop], max_epochs=1)
     trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=8))

@@ -5,27 +5,28 @@ import json
 import shutil
 
 import pytest
-import torch
 import transformers
 from transformers import Trainer, TrainerCallback
 
 import poprisk_integrations.huggingface as hf
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations._files import write_whole
-from poprisk_integrations.huggingface.callbacks import (
-    stop_report,
-    window_callback,
-    window_checkpoint,
-)
-from tests.helpers.tiny_trainer import TinyModel, arguments, dataset, train, weights
+from poprisk_integrations.diagnostics import stop_report
+from poprisk_integrations.huggingface.callbacks import windows
+from tests.helpers.tiny_trainer import TinyModel, arguments, dataset, train
 
 needs_v5 = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5,
     reason="Trainer itself draws other batches after a resume within an epoch",
 )
+
+
+def _stop(**options):
+    return hf.PopRiskEarlyStoppingCallback(**{"criterion": "signal", "window": 8, **options})
+
+
 KINDS = {
-    "stop": lambda: hf.PopRiskEarlyStoppingCallback(window=8),
-    "watch": lambda: hf.PopRiskEarlyStoppingCallback(window=8, action="monitor"),
+    "stop": _stop,
     "cut": lambda: hf.PopRiskLRCut(window=8),
     "monitor": lambda: hf.PopRiskMonitorCallback(every_n_steps=2, per_layer=True),
 }
@@ -33,136 +34,6 @@ KINDS = {
 
 def _report(path):
     return json.loads((path / "poprisk_stop.json").read_text())
-
-
-class _Layers(TrainerCallback):
-    """Trains one layer at a time, from a step on, another one every few steps."""
-
-    def __init__(self, every, first=0, last=10**6):
-        self.every, self.first, self.last = every, first, last
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        step = state.global_step
-        if self.first <= step < self.last and (step - self.first) % self.every == 0:
-            chosen = ("embed", "norm", "head")[(step - self.first) // self.every % 3]
-            for name, param in model.named_parameters():
-                param.requires_grad_(name.startswith(chosen))
-
-
-@pytest.mark.parametrize("place", ["before ours", "after ours"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_freezing_ends_no_run(tmp_path, kind, place):
-    """Layers in turn for a while, the last of them from then on."""
-    layers = _Layers(every=3, first=5, last=20)
-    ours = KINDS[kind]()
-    callbacks = (layers, ours) if place == "before ours" else (ours, layers)
-    saving = {"save_strategy": "steps", "save_steps": 10}
-    trainer = train(arguments(tmp_path, max_steps=44, **saving), *callbacks)
-    assert trainer.state.global_step == 44
-    if kind in ("stop", "watch"):
-        # The last change is at step 17 (callbacks before ours) or a step later in our eyes.
-        ends = [row["step"] for row in ours.progress.history]
-        assert ends == [25, 33, 41]
-        assert ours.progress.window_seen == 3
-
-
-def test_a_window_that_can_not_close_says_so_once(tmp_path, caplog):
-    stop = hf.PopRiskEarlyStoppingCallback(window=8)
-    train(arguments(tmp_path, max_steps=40), _Layers(every=5), stop)
-    assert stop.progress.history == []
-    said = [r.message for r in caplog.records if "have changed" in r.message]
-    assert said == [
-        "PopRiskEarlyStoppingCallback: the trained parameters have changed 3 times before a window "
-        "of 8 steps was full, at last after 5 steps: as long as that goes on it can not stop "
-        "early. Set a smaller window."
-    ]
-    caplog.clear()
-    stop = hf.PopRiskEarlyStoppingCallback(window=4)
-    train(arguments(tmp_path, max_steps=40), _Layers(every=5), stop)
-    assert [row["step"] for row in stop.progress.history] == list(range(4, 40, 5))
-    assert "have changed" not in caplog.text
-
-
-class _Grow(TrainerCallback):
-    """Gives the optimizer the parameters that it was not given at first."""
-
-    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step == 6:
-            model.embed.requires_grad_(True)
-            optimizer.add_param_group({"params": list(model.embed.parameters())})
-            schedule = kwargs["lr_scheduler"]  # torch's own does not follow by itself
-            schedule.base_lrs.append(schedule.base_lrs[0])
-            schedule.lr_lambdas.append(schedule.lr_lambdas[0])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_group_that_is_added_to_the_optimizer(tmp_path, kind):
-    model = TinyModel()
-    model.embed.requires_grad_(False)
-    before, ours = weights(model), KINDS[kind]()
-    trainer = train(arguments(tmp_path, max_steps=24), _Grow(), ours, model=model)
-    assert trainer.state.global_step == 24
-    assert ours.switched_off is None
-    assert not torch.equal(before["embed.weight"], weights(model)["embed.weight"])
-
-
-HOOKS = [
-    ("on_epoch_begin", ("stop",)),
-    ("on_step_begin", ("stop", "monitor")),
-    ("on_substep_end", ("stop",)),
-    ("on_pre_optimizer_step", ("stop",)),
-    ("on_step_end", ("stop", "cut")),
-    ("state", ("cut",)),
-    ("metrics", ("stop",)),
-    ("on_save", ("cut",)),
-    ("on_train_end", ("stop",)),
-]
-# What each hook calls first.
-INNER = {
-    "on_epoch_begin": "_follow",
-    "on_step_begin": "_begin_late",
-    "on_substep_end": "_count_batch",
-    "on_step_end": "_after_step",
-    "state": "_numbers",
-    "on_train_end": "_report",
-}
-
-
-def _fails(*args, **kwargs):
-    raise RuntimeError("made up")
-
-
-def _spoil(callback):
-    """Once training has begun: numbers that cannot be told."""
-    callback.progress = None
-
-
-@pytest.mark.parametrize(("hook", "kind"), [(h, k) for h, kinds in HOOKS for k in kinds])
-def test_a_hook_that_fails_costs_neither_the_run_nor_the_model(
-    tmp_path, monkeypatch, caplog, hook, kind
-):
-    ours = KINDS[kind]()
-    if kind == "monitor":
-        monkeypatch.setattr(hf.callbacks.monitor.LayerSample, "before_step", _fails)
-    elif hook == "on_pre_optimizer_step":
-        monkeypatch.setattr(window_callback.GradientReader, "read", _fails)
-    elif hook == "metrics":
-        monkeypatch.setattr(ours.progress.__class__, "last_measures", _fails)
-    elif hook == "on_save":
-        monkeypatch.setattr(window_callback, "save_window", _fails)
-    elif hook == "state":
-        monkeypatch.setattr(ours, "on_substep_end", lambda *args, **kwargs: _spoil(ours))
-    else:
-        monkeypatch.setattr(ours, INNER[hook], _fails)
-    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
-    saving = {"save_strategy": "steps", "save_steps": 6, **options}
-    trainer = train(arguments(tmp_path, max_steps=12, **saving), ours)
-    assert trainer.state.global_step == 12
-    assert (tmp_path / "checkpoint-12" / "trainer_state.json").is_file()
-    said = [record.getMessage() for record in caplog.records]
-    assert any("made up" in line or "NoneType" in line for line in said)
-    is_off = hook not in ("on_save", "on_train_end")
-    assert sum("is switched off for the rest of this run" in line for line in said) == is_off
 
 
 def test_a_full_disk_costs_the_window_and_the_report_only(tmp_path, monkeypatch, caplog):
@@ -173,9 +44,9 @@ def test_a_full_disk_costs_the_window_and_the_report_only(tmp_path, monkeypatch,
             yield temporary
             raise OSError(28, "No space left on device")
 
-    for module in (stop_report, window_checkpoint):
+    for module in (stop_report, windows):
         monkeypatch.setattr(module, "write_whole", full)
-    stop = hf.PopRiskEarlyStoppingCallback(window=8)
+    stop = _stop()
     args = arguments(tmp_path, max_steps=12, save_strategy="steps", save_steps=4)
     trainer = train(args, stop)
     assert trainer.state.global_step == 12
@@ -203,17 +74,14 @@ class _TooLarge(TinyModel):
 
 def test_the_batch_size_that_is_found_counts(tmp_path, caplog):
     """From 12 on: 10, 9. Each attempt starts afresh, with the sizes that it has."""
-    args = arguments(
-        tmp_path,
-        auto_find_batch_size=True,
-        per_device_train_batch_size=12,
-        gradient_accumulation_steps=2,
-        optim_args="alpha=finite",
-        max_steps=40,
-        save_strategy="steps",
-        save_steps=20,
-    )
-    stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
+    options = {
+        "auto_find_batch_size": True,
+        "per_device_train_batch_size": 12,
+        "gradient_accumulation_steps": 2,
+        "optim_args": "alpha=finite",
+    }
+    args = arguments(tmp_path, max_steps=40, save_strategy="steps", save_steps=20, **options)
+    stop = _stop(action="monitor")
     trainer = train(args, stop, model=_TooLarge(fits=9), train_dataset=dataset(96))
     found = trainer._train_batch_size
     assert found in (6, 9)  # older versions of accelerate halve it
@@ -223,22 +91,15 @@ def test_the_batch_size_that_is_found_counts(tmp_path, caplog):
     assert {g["collect_stats_every"] for g in groups} == {0}
     # 96 examples are 11 batches of 9, drawn in 6 steps; the first attempts count for nothing.
     batches, steps = {9: (11, 6), 6: (16, 8)}[found]
-    assert [row["step"] for row in stop.progress.history] == [8, 16, 24, 32, 40]
-    assert stop.progress.batches == 40 // steps * batches + 40 % steps * 2
+    assert [row["step"] for row in stop.history] == [8, 16, 24, 32, 40]
+    assert stop.progress_state["batches"] == 40 // steps * batches + 40 % steps * 2
     report = _report(tmp_path)
     assert (report["setup"]["batch_size"], report["setup"]["epoch_steps"]) == (found, steps)
     # Resumed, the found size is the configured one for nobody.
-    again = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
+    again = _stop(action="monitor")
     caplog.clear()
     resumed = train(
-        arguments(
-            tmp_path / "resumed",
-            auto_find_batch_size=True,
-            per_device_train_batch_size=12,
-            gradient_accumulation_steps=2,
-            optim_args="alpha=finite",
-            max_steps=44,
-        ),
+        arguments(tmp_path / "resumed", max_steps=44, **options),
         again,
         model=_TooLarge(fits=9),
         train_dataset=dataset(96),
@@ -293,8 +154,8 @@ def test_a_callback_that_is_added_to_a_running_run(tmp_path, kind):
     trainer.train()
     assert trainer.state.global_step == 20
     assert (tmp_path / "checkpoint-20" / "trainer_state.json").is_file()
-    if kind in ("stop", "watch"):
-        assert [row["step"] for row in adds.callback.progress.history] == [12, 20]
+    if kind == "stop":
+        assert [row["step"] for row in adds.callback.history] == [12, 20]
     if kind == "monitor":
         assert "poprisk/embed/open_fraction" in trainer.state.log_history[-2]
 
@@ -312,11 +173,11 @@ class _Clip(TrainerCallback):
 def test_a_limit_that_changes_under_way_is_undone(tmp_path):
     histories = []
     for name, limit in (("plain", 0.0), ("changed", 1.0)):
-        stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
+        stop = _stop(action="monitor")
         callbacks = (_Clip(), stop) if limit else (stop,)
         options = {"optim": "sgd", "learning_rate": 0.0, "max_grad_norm": limit}
         train(arguments(tmp_path / name, **options), *callbacks)
-        histories.append(stop.progress.history)
+        histories.append(stop.history)
     for mine, theirs in zip(*histories, strict=True):
         assert mine["noise"] == pytest.approx(theirs["noise"], rel=1e-4)
 
@@ -325,7 +186,7 @@ def test_a_limit_that_changes_under_way_is_undone(tmp_path):
 def test_a_checkpoint_of_an_older_version_goes_on(tmp_path):
     """It counted steps, not micro-batches."""
     saving = {"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
-    stop = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    stop = _stop(action="monitor", window=4)
     train(arguments(tmp_path, max_steps=8, **saving), stop)
     path = shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "old" / "checkpoint-4")
     state = json.loads((path / "trainer_state.json").read_text())
@@ -334,6 +195,6 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path):
         del kept["progress_state"][key]
     kept["progress_state"]["passes"] = 0
     (path / "trainer_state.json").write_text(json.dumps(state))
-    old = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    old = _stop(action="monitor", window=4)
     train(arguments(tmp_path / "out", max_steps=8, **saving), old, resume=str(path))
-    assert old.progress == stop.progress
+    assert old.progress_state == stop.progress_state

@@ -1,26 +1,18 @@
 """What a person sees of a run: a short line, while trackers and the history get every number."""
 
 import pytest
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 import poprisk_integrations.huggingface as hf
-from poprisk_integrations.huggingface.log_metrics import for_the_console
-from tests.helpers.tiny_trainer import arguments, train
-
-
-class _Tracker(TrainerCallback):
-    def __init__(self):
-        self.lines = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.lines.append(dict(logs))
+from poprisk_integrations.huggingface.run_callback import for_the_console
+from tests.helpers.tiny_trainer import Tracker, arguments, train
 
 
 @pytest.mark.parametrize("printer", [PrinterCallback, ProgressCallback])
 def test_at_most_three_of_our_numbers_on_a_line(tmp_path, capsys, printer):
-    tracker = _Tracker()
+    tracker = Tracker()
     ours = (
-        hf.PopRiskEarlyStoppingCallback(window=8, action="monitor"),
+        hf.PopRiskEarlyStoppingCallback(criterion="signal", window=8, action="monitor"),
         hf.PopRiskLRCut(window=8),
         hf.PopRiskMonitorCallback(every_n_steps=2, per_layer=True),
     )
@@ -52,7 +44,7 @@ def test_lines_without_our_numbers_are_trainers_own(tmp_path, capsys):
 def test_an_ordinary_run_says_a_line_at_the_start_and_one_at_the_end(tmp_path, caplog, capsys):
     """Trainer's defaults: clipping at 1.0, any progress bar; nothing to warn of."""
     args = arguments(tmp_path, max_steps=24, max_grad_norm=1.0, report_to=[])
-    train(args, hf.PopRiskEarlyStoppingCallback(), hf.PopRiskMonitorCallback())
+    train(args, hf.PopRiskEarlyStoppingCallback(criterion="signal"), hf.PopRiskMonitorCallback())
     said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("poprisk: ")]
     assert len(said) == 2
     assert "memorising can be noticed from step 16 of 24 on" in said[0]

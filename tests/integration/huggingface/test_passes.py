@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
+from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback
 
 import poprisk_integrations.huggingface as hf
@@ -20,19 +20,20 @@ def _args(path, **changes):
     return arguments(path, **{**options, **changes})
 
 
+def _watch(**options):
+    return hf.PopRiskEarlyStoppingCallback(criterion="signal", action="monitor", **options)
+
+
 def _reused(stop):
-    return {row["step"]: row["reused"] for row in stop.progress.history}
+    return {row["step"]: row["reused"] for row in stop.history}
 
 
-def _trainer_with(sampler=None, loader=None):
-    """A Trainer that draws with a sampler or a loader of the user's own."""
+def _trainer_with(sampler):
+    """A Trainer that draws with a sampler of the user's own."""
 
     class Own(Trainer):
         def _get_train_sampler(self, *args):
-            return sampler or super()._get_train_sampler(*args)
-
-        def get_train_dataloader(self):
-            return loader or super().get_train_dataloader()
+            return sampler
 
     return Own
 
@@ -40,19 +41,11 @@ def _trainer_with(sampler=None, loader=None):
 def test_an_epoch_that_draws_a_part_of_the_data_is_no_pass(tmp_path):
     """8 of 64 batches make an epoch: the first pass is 64 steps, not 8."""
     data = dataset(512)
-    stop = hf.PopRiskEarlyStoppingCallback(window=8, kappa=1.0)
+    stop = hf.PopRiskEarlyStoppingCallback(criterion="signal", window=8, kappa=1.0)
     cls = _trainer_with(RandomSampler(data, num_samples=64))
     trainer = train(_args(tmp_path, max_steps=80), stop, cls=cls, train_dataset=data)
     assert trainer.state.epoch == 10
     assert _reused(stop) == {step: step > 64 for step in range(8, 81, 8)}
-
-
-def test_an_epoch_that_repeats_the_data_is_more_than_a_pass(tmp_path):
-    data = dataset(64)
-    stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
-    cls = _trainer_with(WeightedRandomSampler(torch.ones(64), num_samples=512))
-    train(_args(tmp_path), stop, cls=cls, train_dataset=data)
-    assert _reused(stop) == {step: step > 8 for step in range(8, 49, 8)}
 
 
 class _Curriculum(torch.utils.data.Sampler):
@@ -69,37 +62,14 @@ def test_a_sampler_of_the_users_own_is_asked_about_not_guessed(tmp_path, caplog)
     """No stop however low F is, until the user says how long a pass is."""
     data, last = dataset(64, noise=3.0), {}
     for epoch_steps in (None, 8):
-        stop = hf.PopRiskEarlyStoppingCallback(window=8, kappa=1.0, epoch_steps=epoch_steps)
+        options = {"window": 8, "kappa": 1.0, "epoch_steps": epoch_steps}
+        stop = hf.PopRiskEarlyStoppingCallback(criterion="signal", **options)
         args = _args(tmp_path, optim="adamw_torch", learning_rate=3e-2, max_steps=64)
         trainer = train(args, stop, cls=_trainer_with(_Curriculum()), train_dataset=data)
         last[epoch_steps] = trainer.state.global_step
     assert last[8] < last[None] == 64
     assert caplog.text.count("the sampler is a _Curriculum") == 1
     assert caplog.text.count("set epoch_steps to the optimizer steps of one pass") == 1
-
-
-def test_a_loader_of_the_users_own_that_is_torchs(tmp_path):
-    data = dataset(64)
-    loader = DataLoader(data, batch_size=4, shuffle=True)  # not the batch size of the arguments
-    stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
-    train(_args(tmp_path), stop, cls=_trainer_with(loader=loader), train_dataset=data)
-    assert _reused(stop) == {step: step > 16 for step in range(8, 49, 8)}
-
-
-def test_grouped_by_length_is_a_permutation(tmp_path):
-    fields = arguments(tmp_path).__dataclass_fields__
-    group = {"group_by_length": True}  # transformers < 5
-    if "train_sampling_strategy" in fields:
-        group = {"train_sampling_strategy": "group_by_length"}
-    data = [{**row, "input_ids": [0] * (1 + i % 5)} for i, row in enumerate(dataset(64))]
-    stop = hf.PopRiskEarlyStoppingCallback(window=8, action="monitor")
-    args = _args(tmp_path, max_steps=24, **group)
-    train(args, stop, train_dataset=data, data_collator=_collate)
-    assert _reused(stop) == {8: False, 16: True, 24: True}
-
-
-def _collate(rows):
-    return {key: torch.stack([row[key] for row in rows]) for key in ("x", "labels")}
 
 
 class _Accumulate(TrainerCallback):
@@ -115,11 +85,11 @@ class _Accumulate(TrainerCallback):
 
 def test_accumulation_that_changes_changes_the_window_too(tmp_path):
     """A pass of 64 micro-batches is 64 steps, then 16: windows of a third of a pass follow."""
-    stop = hf.PopRiskEarlyStoppingCallback(window="third", action="monitor")
+    stop = _watch(window="third")
     change = _Accumulate(64, 4)
     args = _args(tmp_path, per_device_train_batch_size=1, max_steps=128)
     train(args, change, stop, train_dataset=dataset(64))
-    rows = [(row["step"], row["reused"]) for row in stop.progress.history]
+    rows = [(row["step"], row["reused"]) for row in stop.history]
     # 21 steps each in the first pass; 8, the shortest, from step 64 on. Trainer ends with epoch 2.
     assert rows == [(21, False), (42, False), (63, False), (72, True), (80, True)]
 
@@ -129,22 +99,22 @@ def test_micro_batches_are_counted_and_resumed(tmp_path):
     """Two micro-batches a step, and 7 in an epoch, whose last step takes a single one."""
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     saving = {"save_strategy": "steps", "save_steps": 6, "max_steps": 12, **options}
-    stop = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    stop = _watch(window=4)
     train(_args(tmp_path, **saving), stop, train_dataset=dataset(28))
-    assert stop.progress.batches == 21
-    resumed = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    assert stop.progress_state["batches"] == 21
+    resumed = _watch(window=4)
     data = {"train_dataset": dataset(28), "resume": str(tmp_path / "checkpoint-6")}
     train(_args(tmp_path / "resumed", **saving), resumed, **data)
-    assert resumed.progress == stop.progress
+    assert resumed.progress_state == stop.progress_state
 
 
 @needs_v5
 def test_other_batches_on_resume_keep_the_share_of_the_pass(tmp_path):
     """Half a pass in batches of 8, the rest in batches of 4."""
     saving = {"save_strategy": "steps", "save_steps": 4}
-    stop = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    stop = _watch(window=4)
     train(_args(tmp_path, max_steps=4, **saving), stop)
-    resumed = hf.PopRiskEarlyStoppingCallback(window=4, action="monitor")
+    resumed = _watch(window=4)
     args = _args(tmp_path, max_steps=20, per_device_train_batch_size=4, **saving)
     train(args, resumed, resume=str(tmp_path / "checkpoint-4"))
     # 4 of 8 batches, then 8 of 16: the second pass begins at step 12.

@@ -36,20 +36,22 @@ def trainer(tmp_path, monkeypatch):
         args=args,
         model_init=lambda: TinyModel(),
         train_dataset=dataset(),
-        callbacks=[hf.PopRiskEarlyStoppingCallback(window=8), hf.PopRiskLRCut(window=8)],
+        callbacks=[
+            hf.PopRiskEarlyStoppingCallback(criterion="signal", window=8),
+            hf.PopRiskLRCut(window=8),
+        ],
     )
     trainer.hp_search_backend = HPSearchBackend.OPTUNA
     trainer.hp_space = lambda trial: trial.params
     return trainer
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_files_lie_beside_the_checkpoints_of_their_trial(tmp_path, trainer, named):
-    trainer.hp_name = (lambda trial: f"lr-{trial.number}") if named else None
+def test_files_lie_beside_the_checkpoints_of_their_trial(tmp_path, trainer):
+    trainer.hp_name = lambda trial: f"lr-{trial.number}"
     stops = []
     for number in range(2):
         trainer.train(trial=_Trial(number))
-        directory = tmp_path / (f"lr-{number}" if named else f"run-{number}")
+        directory = tmp_path / f"lr-{number}"
         stop = trainer.state.global_step
         stops.append(stop)
         report = json.loads((directory / "poprisk_stop.json").read_text())

@@ -1,7 +1,6 @@
 """LightningCLI: optimizer and callbacks by class path, with typed arguments."""
 
 import pytest
-import torch
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
@@ -32,32 +31,16 @@ class Classifier(toy.Classifier):
 @pytest.fixture
 def cli(tmp_path, monkeypatch):
     """Parses as if the arguments had been typed."""
+    names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 20}
+    trainer |= {"default_root_dir": str(tmp_path), **dict.fromkeys(names, False)}
 
     def parse(*arguments):
         monkeypatch.setattr("sys.argv", ["train.py", *arguments])
-        return parsed(tmp_path)
+        settings = {"trainer_defaults": trainer, "seed_everything_default": 0}
+        return LightningCLI(Classifier, run=False, save_config_callback=None, **settings)
 
     return parse
-
-
-def parsed(root):
-    trainer = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": str(root),
-        "max_epochs": 20,
-    }
-    return LightningCLI(
-        Classifier,
-        trainer_defaults=trainer,
-        seed_everything_default=0,
-        run=False,
-        save_config_callback=None,
-    )
 
 
 def callback_of(run, cls):
@@ -72,11 +55,13 @@ def test_optimizer_and_stop_by_class_path(cli):
         "--optimizer.gate=hard",
         "--optimizer.alpha=0.5",
         f"--trainer.callbacks+={LAYER}.PopRiskEarlyStopping",
+        "--trainer.callbacks.criterion=signal",
         "--trainer.callbacks.window=8",
         "--trainer.callbacks.kappa=2.0",
         "--trainer.callbacks.restore=null",
         f"--trainer.callbacks+={LAYER}.PopRiskMonitor",
         "--trainer.callbacks.every_n_steps=4",
+        "--trainer.callbacks.per_layer=2",
     )
     run.trainer.fit(run.model)
     (optimizer,) = run.trainer.optimizers
@@ -84,6 +69,7 @@ def test_optimizer_and_stop_by_class_path(cli):
     group = optimizer.param_groups[0]
     assert (group["lr"], group["gate"], group["alpha"]) == (0.02, "hard", 0.5)
     assert group["collect_stats_every"] == 4
+    assert callback_of(run, PopRiskMonitor).per_layer == 2
     stop = callback_of(run, PopRiskEarlyStopping)
     assert (stop.window, stop.restore) == (8, None)
     assert run.trainer.global_step == stop.stopped_step > stop.onset_step > 0
@@ -113,7 +99,7 @@ trainer:
   max_epochs: 1
   callbacks:
     - class_path: {LAYER}.PopRiskEarlyStopping
-      init_args: {{window: auto, action: monitor, restore: onset}}
+      init_args: {{criterion: signal, window: auto, action: monitor, restore: onset}}
     - class_path: {LAYER}.PopRiskMonitor
 """
     )
@@ -128,23 +114,20 @@ trainer:
     assert tuple(again.trainer.optimizers[0].param_groups[0]["betas"]) == (0.8, 0.99)
 
 
+STOP = f"--trainer.callbacks+={LAYER}.PopRiskEarlyStopping"
+
+
 @pytest.mark.parametrize(
-    ("argument", "named"),
+    ("arguments", "named"),
     [
-        ("--trainer.callbacks.window=sometimes", "window"),
-        ("--trainer.callbacks.action=halt", "action"),
-        ("--trainer.callbacks.patience=3", "patience"),
+        ([STOP, "--trainer.callbacks.window=sometimes"], "window"),
+        ([STOP, "--trainer.callbacks.action=halt"], "action"),
+        ([STOP, "--trainer.callbacks.patiences=3"], "patiences"),
+        (["--optimizer=poprisk_integrations.PopRiskAdamW", "--optimizer.gates=soft"], "gates"),
     ],
 )
-def test_a_wrong_argument_is_named(cli, capsys, argument, named):
+def test_a_wrong_argument_is_named(cli, capsys, arguments, named):
     with pytest.raises(SystemExit) as stopped:
-        cli(f"--trainer.callbacks+={LAYER}.PopRiskEarlyStopping", argument)
+        cli(*arguments)
     assert stopped.value.code != 0
     assert named in capsys.readouterr().err
-
-
-def test_a_wrong_optimizer_option_is_named(cli, capsys):
-    with pytest.raises(SystemExit):
-        cli("--optimizer=poprisk_integrations.PopRiskAdamW", "--optimizer.gates=soft")
-    assert "gates" in capsys.readouterr().err
-    assert torch.is_grad_enabled()

@@ -1,21 +1,22 @@
 """The stop beside the trainer's own limits and modes, and set-ups that it refuses."""
 
 import copy
-import pickle
+import logging
 
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from poprisk_integrations.lightning import PopRiskEarlyStopping
-from poprisk_integrations.lightning._upstream import MisconfigurationException
 from tests.integration.lightning import toy
 
 pytestmark = toy.third_party_warnings
 
 
 class Evaluated(toy.Classifier):
+    val_dataloader = staticmethod(toy.loader)
+
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self.training_step(batch, batch_idx))
 
@@ -25,44 +26,19 @@ class Evaluated(toy.Classifier):
         return self.net(batch[0])
 
 
-def test_min_epochs_of_the_trainer_is_honoured(tmp_path):
-    stop = PopRiskEarlyStopping(window=8)
-    trainer = toy.trainer(tmp_path, [stop], min_epochs=12, max_epochs=20)
-    trainer.fit(toy.Classifier(), toy.loader())
-    # Due at 45; allowed when epoch 12 is over, not one step into epoch 13.
-    assert trainer.global_step == stop.stopped_step == 12 * 8
-    assert "step 96" in stop.stopping_reason
-
-
-def test_min_steps_of_the_trainer_is_honoured(tmp_path):
-    stop = PopRiskEarlyStopping(window=8)
-    trainer = toy.trainer(tmp_path, [stop], min_steps=100, max_epochs=20)
-    trainer.fit(toy.Classifier(), toy.loader())
-    assert trainer.global_step == stop.stopped_step == 100
-
-
-def test_a_verdict_that_had_to_wait_is_taken_back_when_signal_returns(tmp_path):
-    """The trainer would keep `should_stop` and end the run as soon as it may."""
-
-    class SignalReturns(toy.Classifier):
-        def training_step(self, batch, batch_idx):
-            if self.global_step < 80:
-                return super().training_step(batch, batch_idx)
-            return (self.net(batch[0]) - 100.0).square().mean()  # all examples agree
-
-    stop = PopRiskEarlyStopping(window=8)
-    trainer = toy.trainer(tmp_path, [stop], min_epochs=13, max_epochs=14)
-    trainer.fit(SignalReturns(), toy.loader())
-    assert trainer.global_step == 14 * 8  # due at 45, but not at 104, when it became allowed
-    assert stop.stopped_step is None
-    assert "no stop is due any more" in stop.stopping_reason
-
-
-def test_own_min_steps_does_not_imply_an_epoch(tmp_path):
-    stop = PopRiskEarlyStopping(window=8, min_steps=70)
-    trainer = toy.trainer(tmp_path, [stop], max_epochs=20)
-    trainer.fit(toy.Classifier(), toy.loader())
-    assert trainer.global_step == 70
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ({"min_steps": 161}, {"max_epochs": 20}, "min_steps=161 is beyond its 160 steps"),
+        ({}, {"max_steps": 15}, "would end at step 16, the run ends at 15"),
+    ],
+)
+def test_a_run_that_cannot_stop_says_so_once(tmp_path, caplog, arguments, settings, message):
+    with caplog.at_level(logging.INFO):
+        toy.fit(tmp_path, toy.signal(**arguments), **settings)
+    start, end = [r.message for r in caplog.records if "PopRisk" in r.message]
+    assert message in start
+    assert "did not stop this run: " in end
 
 
 def test_one_validation_follows_a_stop_in_mid_epoch(tmp_path):
@@ -72,58 +48,37 @@ def test_one_validation_follows_a_stop_in_mid_epoch(tmp_path):
         def on_validation_end(self):
             validated_at.append(self.global_step)
 
-    stop = PopRiskEarlyStopping(window=8, min_steps=70)
-    trainer = toy.trainer(tmp_path, [stop], num_sanity_val_steps=2, max_epochs=20)
-    trainer.fit(Validated(), toy.loader(), toy.loader())
+    stop = toy.signal(min_steps=70)
+    toy.fit(tmp_path, stop, model=Validated(), num_sanity_val_steps=2)
     assert stop.stopped_step == 70
     assert validated_at[-2:] == [64, 70]
-    assert float(trainer.callback_metrics["poprisk/onset_step"]) == 32
 
 
 def test_fast_dev_run_decides_nothing(tmp_path):
-    stop = PopRiskEarlyStopping(window=4)
-    trainer = toy.trainer(tmp_path, [stop], fast_dev_run=12)
-    trainer.fit(Evaluated(), toy.loader(), toy.loader())
+    stop = toy.signal(window=4)
+    toy.fit(tmp_path, stop, fast_dev_run=12)
     assert stop.state_dict()["window"] is None
     assert stop.stopped_step is None
 
 
-def test_evaluation_leaves_the_state_alone(tmp_path):
-    stop = PopRiskEarlyStopping(window=16, action="monitor")
-    trainer = toy.trainer(tmp_path, [stop], max_epochs=5)
-    model = Evaluated()
-    trainer.fit(model, toy.loader(), toy.loader())
+def test_evaluation_leaves_the_state_alone_and_a_later_checkpoint_holds_it(tmp_path):
+    stop = toy.watch(window=16)
+    model, trainer = toy.fit(tmp_path, stop, model=Evaluated(), max_epochs=5)
     before = copy.deepcopy(stop.state_dict())
     assert before["window"]["seen"] == 8
     trainer.validate(model, toy.loader(), verbose=False)
     trainer.test(model, toy.loader(), verbose=False)
     trainer.predict(model, toy.loader())
-    toy.assert_same(stop.state_dict(), before)
-
-
-def test_a_checkpoint_saved_after_fit_holds_the_unfinished_window(tmp_path):
-    stop = PopRiskEarlyStopping(window=16, action="monitor")
-    trainer = toy.trainer(tmp_path, [stop], max_epochs=5)
-    trainer.fit(toy.Classifier(), toy.loader())
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
-    window = saved["callbacks"][stop.state_key]["window"]
-    assert window["seen"] == 8
-    assert len(window["sums"]) == 4
+    toy.assert_same(stop.state_dict(), before)
+    toy.assert_same(saved["callbacks"][stop.state_key], before)
 
 
 def test_barebones_stops_too(tmp_path):
-    stop = PopRiskEarlyStopping(window=8)
-    trainer = toy.trainer(
-        tmp_path,
-        [stop],
-        barebones=True,
-        logger=None,
-        enable_checkpointing=None,
-        enable_progress_bar=None,
-        enable_model_summary=None,
-    )
-    trainer.fit(toy.Classifier(), toy.loader())
+    names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings = {"barebones": True, **dict.fromkeys(names)}
+    _, trainer = toy.fit(tmp_path, toy.signal(), **settings)
     assert trainer.global_step == 45
 
 
@@ -134,7 +89,7 @@ def test_an_exception_lets_go_of_the_optimizer(tmp_path):
                 raise ArithmeticError("in the module")
             return super().training_step(batch, batch_idx)
 
-    stop = PopRiskEarlyStopping(window=8)
+    stop = toy.signal()
     trainer = toy.trainer(tmp_path, [stop])
     with pytest.raises(ArithmeticError):
         trainer.fit(Fails(), toy.loader())
@@ -142,101 +97,94 @@ def test_an_exception_lets_go_of_the_optimizer(tmp_path):
     assert stop.state_dict()["window"]["seen"] == 5
 
 
-def test_is_picklable_before_fit(tmp_path):
-    stop = pickle.loads(pickle.dumps(PopRiskEarlyStopping(window=8)))
-    toy.trainer(tmp_path, [stop]).fit(toy.Classifier(), toy.loader())
-    assert stop.stopped_step == 45
-
-
-@pytest.mark.parametrize("action", ["stop", "monitor"])
-def test_a_stream_in_a_run_without_end_is_watched(tmp_path, action):
+def test_a_stream_in_a_run_without_end_is_watched(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             for _ in range(101):
                 yield toy.noisy_data(32)[:]
 
-    stop = PopRiskEarlyStopping(action=action)
-    trainer = toy.trainer(tmp_path, [stop], max_epochs=1)
-    trainer.fit(toy.Classifier(), DataLoader(Stream(), batch_size=None))
+    stop = toy.signal(window="auto")
+    toy.fit(tmp_path, stop, data=DataLoader(Stream(), batch_size=None), max_epochs=1)
     assert [row["step"] for row in stop.history] == [50, 100]
     assert stop.stopped_step is None
 
 
+# Refused before any step; a monitor says so instead, and lets train.
+
+
+class Manual(toy.Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(2)]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
+def frozen():
+    model = toy.Classifier(lambda params: torch.optim.SGD(params, lr=0.1))
+    model.net.requires_grad_(False)
+    model.training_step = lambda batch, batch_idx: None
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize(
-    ("settings", "steps"),
+    ("make", "reason"),
     [
-        ({"max_epochs": 8}, 32),  # an epoch
-        ({"max_epochs": 7}, 10),  # a third
-        ({"max_epochs": 1, "limit_train_batches": 16}, 8),  # a third, but at least 8
-        # 32 batches by 3: ten steps and a short one.
-        ({"max_epochs": 8, "accumulate_grad_batches": 3}, 11),
-        ({"max_epochs": 7, "accumulate_grad_batches": 4}, 8),
-        ({"max_epochs": 8, "overfit_batches": 9}, 9),
+        (Manual, "needs automatic optimization .* with 2 optimizer"),
+        (lambda: toy.Classifier(torch.optim.LBFGS), "one gradient per step, found LBFGS"),
+        (frozen, "none of the optimizer's requires a grad"),
     ],
+    ids=["manual", "LBFGS", "nothing to train"],
 )
-def test_auto_window(tmp_path, settings, steps):
-    stop = PopRiskEarlyStopping(action="monitor")
-    closed = []
-
-    class Watch(toy.Classifier):
-        def on_train_batch_end(self, *_):
-            closed.append((self.global_step, stop.state_dict()["rule"]["windows"]))
-
-    toy.trainer(tmp_path, [stop], **settings).fit(Watch(), toy.loader(batch_size=8))
-    assert next(step for step, windows in closed if windows == 1) == steps
-
-
-@pytest.mark.parametrize("optimizers", [1, 2])
-def test_manual_optimization_is_refused(tmp_path, optimizers):
-    class Manual(toy.Classifier):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(optimizers)]
-
-        def training_step(self, batch, batch_idx):
-            raise AssertionError("no step may be taken")
-
-    trainer = toy.trainer(tmp_path, [PopRiskEarlyStopping(window=8)])
-    with pytest.raises(MisconfigurationException, match=f"with {optimizers} optimizer"):
-        trainer.fit(Manual(), toy.loader())
+def test_where_gradients_cannot_be_read(tmp_path, make, reason):
+    trainer = toy.trainer(tmp_path, [toy.signal()])
+    with pytest.raises(MisconfigurationException, match=reason):
+        trainer.fit(make(), toy.loader())
+    assert trainer.global_step == 0
+    with pytest.warns(UserWarning, match=f"it measures nothing in this run: .*{reason}") as caught:
+        _, trainer = toy.fit(tmp_path, toy.watch(), model=make(), max_epochs=1)
+    assert len([w for w in caught if "PopRisk" in str(w.message)]) == 1
+    assert trainer.current_epoch == 1
 
 
-def test_lbfgs_is_refused(tmp_path):
-    model = toy.Classifier(torch.optim.LBFGS)
-    with pytest.raises(MisconfigurationException, match="one gradient per step, found LBFGS"):
-        toy.trainer(tmp_path, [PopRiskEarlyStopping(window=8)]).fit(model, toy.loader())
+def test_two_stops_are_refused_before_any_step(tmp_path):
+    trainer = toy.trainer(tmp_path, [toy.signal(), toy.signal(window=9)])
+    with pytest.raises(MisconfigurationException, match="'stop' on 2 PopRiskEarlyStopping"):
+        trainer.fit(toy.Classifier(), toy.loader())
+    assert trainer.global_step == 0
 
 
 class DerivedDDP(DDPStrategy):
     pass
 
 
-def test_onset_weights_are_refused_where_they_are_sharded(tmp_path):
-    trainer = toy.trainer(tmp_path, [])
-    strategy = FSDPStrategy.__new__(FSDPStrategy)
-    object.__setattr__(trainer._accelerator_connector, "strategy", strategy)
-    stop = PopRiskEarlyStopping(window=8, restore="onset")
-    with pytest.raises(MisconfigurationException, match=r"'onset'. Under FSDPStrategy weights are"):
-        stop.setup(trainer, toy.Classifier(), "fit")
-
-
 @pytest.mark.parametrize(
-    ("strategy_class", "is_refused"),
-    [(DeepSpeedStrategy, True), (FSDPStrategy, False), (DerivedDDP, False)],
+    ("strategy_class", "arguments", "reason"),
+    [
+        (DeepSpeedStrategy, {}, "cannot run under DeepSpeedStrategy"),
+        (FSDPStrategy, {"restore": "onset"}, "'onset'. Under FSDPStrategy weights are"),
+        (FSDPStrategy, {}, ""),
+        (DerivedDDP, {"restore": "onset"}, ""),
+    ],
 )
-def test_strategies_that_hide_gradients_are_refused(tmp_path, strategy_class, is_refused):
+def test_strategies_that_hide_gradients_or_weights_are_refused(
+    tmp_path, strategy_class, arguments, reason
+):
     """Those need accelerators; the check needs the class only."""
-    trainer = toy.trainer(tmp_path, [])
-    stop = PopRiskEarlyStopping(window=8)
-    object.__setattr__(
-        trainer._accelerator_connector, "strategy", strategy_class.__new__(strategy_class)
-    )
-    if is_refused:
-        with pytest.raises(MisconfigurationException, match=strategy_class.__name__):
-            stop.setup(trainer, toy.Classifier(), "fit")
-        stop.setup(trainer, toy.Classifier(), "validate")
-    else:
+    trainer, stop = toy.trainer(tmp_path), toy.signal(**arguments)
+    strategy = strategy_class.__new__(strategy_class)
+    object.__setattr__(trainer._accelerator_connector, "strategy", strategy)
+    stop.setup(trainer, toy.Classifier(), "validate")
+    if not reason:
+        stop.setup(trainer, toy.Classifier(), "fit")
+        return
+    with pytest.raises(MisconfigurationException, match=reason):
         stop.setup(trainer, toy.Classifier(), "fit")

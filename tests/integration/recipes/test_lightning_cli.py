@@ -44,18 +44,20 @@ def copied(offline):
     return offline
 
 
-def test_fit_stops_and_test_leaves_its_files_alone(typed, copied):
+def test_fit_ends_and_test_leaves_its_files_alone(typed, copied):
     before = (copied / "config.yaml").read_bytes()
     run = typed("fit", "--config", "config.yaml")
     (optimizer,) = run.trainer.optimizers
     assert type(optimizer) is PopRiskAdamW
     assert optimizer.param_groups[0]["false_open_rate"] == 0.05
     report = json.loads((copied / "out/poprisk_stop.json").read_text())
-    assert report["stopped"]
-    assert run.trainer.global_step == report["stop_step"] < 30 * 38  # of 100 epochs
+    assert report["criterion"] == "risk"
+    assert not report["stopped"]  # the gate keeps the test loss from rising
+    assert len(report["history"]) == 30
+    assert run.trainer.global_step == 30 * 38
     with (copied / "out/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for column in ("train_loss", "poprisk/signal_ratio", "poprisk/open_fraction"):
+    for column in ("train_loss", "poprisk/estimated_test_loss", "poprisk/open_fraction"):
         assert any(row[column] for row in rows)
     written = {path: path.read_bytes() for path in (copied / "out").rglob("*") if path.is_file()}
 
@@ -68,12 +70,12 @@ def test_fit_stops_and_test_leaves_its_files_alone(typed, copied):
 
 
 def test_the_command_line_wins_and_the_last_callback_is_the_stop(typed, copied):
-    changes = ["--optimizer.gate", "hard", "--trainer.callbacks.kappa", "3"]
+    changes = ["--optimizer.gate", "hard", "--trainer.callbacks.patience", "3"]
     epochs = ["--trainer.max_epochs", "2"]  # at one the stop warns that it cannot
     run = typed("fit", "--config", "config.yaml", *changes, *epochs)
     assert run.trainer.optimizers[0].param_groups[0]["gate"] == "hard"
     (stop,) = [c for c in run.trainer.callbacks if isinstance(c, PopRiskEarlyStopping)]
-    assert stop._config.kappa == 3.0
+    assert stop.patience == 3
     settings = yaml.safe_load((copied / "out/settings.yaml").read_text())
     assert settings["optimizer"]["init_args"]["gate"] == "hard"
 

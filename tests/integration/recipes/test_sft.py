@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from poprisk_integrations.cli.main import main
-from poprisk_integrations.huggingface.deepspeed_config import check_deepspeed_config
+from poprisk_integrations.huggingface.optimizer import check_deepspeed_config
 from tests.helpers.recipe_script import RECIPES, load_script
 
 # transformers 5.23 deprecates a name that TRL 1.16 still uses.
@@ -36,9 +36,10 @@ def test_config_parses(script, recipe):
     assert data.dataset_name == "trl-lib/Capybara"
     assert model.model_name_or_path.startswith("Qwen/Qwen2.5-")
     assert (args.optim, args.optim_args) == ("poprisk_adamw", "no_gate=embed")
-    assert (args.packing, args.max_grad_norm, args.num_train_epochs) == (False, 0.0, 6)
-    assert (stop.stop_window, stop.stop_action, stop.stop_kappa) == ("auto", "stop", 2.0)
-    assert script.parse([*config, "--stop_kappa", "3"])[3].stop_kappa == 3.0
+    assert (args.packing, args.max_grad_norm, args.num_train_epochs) == (False, 0.0, 3)
+    assert (stop.stop_criterion, stop.stop_sit_out, stop.stop_action) == ("auto", 0.15, None)
+    changed = script.parse([*config, "--stop_kappa", "3", "--stop_action", "monitor"])[3]
+    assert (changed.stop_kappa, changed.stop_action) == (3.0, "monitor")
     with pytest.raises(ValueError, match="stop_kapa"):
         script.parse([*config, "--stop_kapa", "3"])
 
@@ -50,9 +51,12 @@ def test_smoke_stops_and_restores_its_best_checkpoint(script, offline):
     out = offline / "out-smoke"
     assert list(offline.iterdir()) == [out]
     report = json.loads((out / "poprisk_stop.json").read_text())
+    assert report["criterion"] == "risk"
     assert report["stopped"]
-    assert report["stop_step"] < 160  # of 480
-    assert trainer.state.best_global_step == report["stop_step"]
+    best = report["best_step"]
+    assert best < 100  # of 480
+    assert report["stop_step"] == best + 10 * 16  # patience
+    assert trainer.state.global_step < 400  # with the cooldown
     # Lists without wrong words: the model was not trained on one.
     assert trainer.state.log_history[-1]["eval_mean_token_accuracy"] > 0.88
     assert (out / "model.safetensors").is_file()

@@ -14,15 +14,14 @@ import torch
 from datasets import load_dataset
 
 from poprisk_integrations.cli.main import main
-from poprisk_integrations.core.noise_rate import estimate_noise_rate
-from poprisk_integrations.core.untrained_margins import UntrainedMargins
+from poprisk_integrations.core.noise_rate import UntrainedMargins, estimate_noise_rate
 from poprisk_integrations.trl import FlipReport
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("poprisk_integrations.cli.commands.flips.find_spec", lambda name: None)
+    monkeypatch.setattr("poprisk_integrations.cli.output.find_spec", lambda name: None)
 
 
 def recorded(margins: np.ndarray, step: Any) -> UntrainedMargins:

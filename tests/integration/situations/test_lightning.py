@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from poprisk_integrations.core.learning_rate_cut import LearningRateCutRule
 from poprisk_integrations.lightning import PopRiskEarlyStopping, PopRiskLRCut
 from tests.integration.lightning import toy
 
@@ -29,7 +30,10 @@ pytestmark = [
 
 
 def watchers():
-    return [PopRiskEarlyStopping(window=8, action="monitor"), PopRiskLRCut(window=8)]
+    return [
+        PopRiskEarlyStopping(criterion="signal", window=8, action="monitor"),
+        PopRiskLRCut(window=8),
+    ]
 
 
 def fit(root, callbacks, model=None, data=None, ckpt_path=None, **kwargs):
@@ -85,7 +89,7 @@ def test_a_resume_that_freezes_again_what_was_unfrozen(tmp_path):
     assert ours[0].history[3]["step"] == 28 + 8
 
 
-def test_a_one_cycle_whose_groups_are_fewer_than_the_optimizers(tmp_path):
+def test_a_one_cycle_whose_groups_are_fewer_than_the_optimizers(tmp_path, monkeypatch):
     """A cut must not fail where a group was added that no schedule knows."""
 
     class Grows(WithBackbone):
@@ -94,11 +98,8 @@ def test_a_one_cycle_whose_groups_are_fewer_than_the_optimizers(tmp_path):
             one = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=10_000)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": one, "interval": "step"}}
 
-    class Always(PopRiskLRCut):
-        def _is_due(self, step, closed):
-            return step == 40
-
-    cut = Always(window=8, factor=0.1)
+    monkeypatch.setattr(LearningRateCutRule, "update", lambda self, *, step, **_: step == 40)
+    cut = PopRiskLRCut(window=8, factor=0.1)
     _, trainer = fit(tmp_path, [unfreezing(), cut], Grows(), max_epochs=5)
     rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
     assert cut.switched_off is None
@@ -118,7 +119,7 @@ def test_weights_are_averaged_and_batch_norm_gets_an_epoch_of_its_own(tmp_path):
 
     stop = same_as_without(tmp_path, averaging, Normed)
     assert [row["step"] for row in stop.history] == [8, 16, 24, 32, 40, 48]
-    assert stop.state_dict()["setup"]["accumulate_grad_batches"] == 1
+    assert stop.state_dict()["setup"]["accumulation_steps"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*pruning")
@@ -168,7 +169,7 @@ class OfBatchSize(toy.Classifier):
 
 
 def test_a_batch_size_finder_runs_in_mid_run(tmp_path):
-    stop = PopRiskEarlyStopping(window=8, action="monitor")
+    stop = PopRiskEarlyStopping(criterion="signal", window=8, action="monitor")
     model = OfBatchSize()
     trainer = toy.trainer(tmp_path, [stop, FindsBatchSize()], max_epochs=6)
     trainer.fit(model)
@@ -205,7 +206,10 @@ def test_accumulation_over_more_batches_than_there_are(tmp_path, caplog):
     """Lightning steps at the end of each epoch: every step takes all the data."""
     with caplog.at_level(logging.INFO):
         _, trainer = fit(
-            tmp_path, [PopRiskEarlyStopping()], accumulate_grad_batches=64, max_epochs=12
+            tmp_path,
+            [PopRiskEarlyStopping(criterion="signal")],
+            accumulate_grad_batches=64,
+            max_epochs=12,
         )
     start = next(r.message for r in caplog.records if "PopRiskEarlyStopping" in r.message)
     assert trainer.global_step == 12
@@ -219,7 +223,7 @@ def test_a_batch_sampler_of_ones_own(tmp_path, caplog):
 
     data = toy.noisy_data(256, toy.FLIPS)
     sampler = Bucketed(SequentialSampler(data), 32, drop_last=False)
-    stop = PopRiskEarlyStopping(window=8)
+    stop = PopRiskEarlyStopping(criterion="signal", window=8)
     with caplog.at_level(logging.INFO):
         _, trainer = fit(tmp_path, [stop], data=DataLoader(data, batch_sampler=sampler))
     assert trainer.global_step == 48
@@ -239,13 +243,13 @@ def test_iterators_that_are_no_loaders(tmp_path):
             yield from toy.loader()
 
     for given, stopped in ((8, 45), (None, None)):
-        stop = PopRiskEarlyStopping(window=8, epoch_steps=given)
+        stop = PopRiskEarlyStopping(criterion="signal", window=8, epoch_steps=given)
         fit(tmp_path, [stop], data=Batches(), max_epochs=8)
         assert stop.stopped_step == stopped
 
 
 def test_double_precision(tmp_path):
-    stop = PopRiskEarlyStopping(window=8)
+    stop = PopRiskEarlyStopping(criterion="signal", window=8)
     _, trainer = fit(tmp_path, [stop], precision="64-true", max_epochs=20)
     assert trainer.global_step == stop.stopped_step == 45
 
@@ -284,7 +288,7 @@ def test_sparse_embeddings(tmp_path):
 
 def test_a_fit_after_a_fit_with_one_trainer(tmp_path):
     """The second has other data: nothing of it has been seen."""
-    stop = PopRiskEarlyStopping(window=8, action="monitor")
+    stop = PopRiskEarlyStopping(criterion="signal", window=8, action="monitor")
     model, trainer = fit(tmp_path, [stop], max_epochs=2)
     trainer.fit_loop.max_epochs = 4
     with pytest.warns(UserWarning, match="it knows nothing of the steps before 16"):

@@ -13,8 +13,9 @@ import torch
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 from poprisk_integrations import PopRiskAdamW
-from poprisk_integrations.optim import _triton_tables
-from tests.unit.optim.torch_generic.optimizer_info import EVERY, flags
+from poprisk_integrations.optim import _scalars
+from tests.unit.optim.conftest import _stand_ins  # noqa: F401 - of the parameter `impl`
+from tests.unit.optim.paths import FLAGS, TORCH
 
 
 def adamw(params, **options):
@@ -57,33 +58,6 @@ def values(model):
 def fresh(make):
     model = net()
     return model, make(model.parameters())
-
-
-@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float", "tensor"])
-def test_a_compiled_step_with_its_schedule(lr):
-    """pytorch#130467, pytorch#133898: OneCycleLR changes lr and beta1 at each step."""
-
-    def run(wrap):
-        torch._dynamo.reset()
-        model = net()
-        optimizer = PopRiskAdamW(model.parameters(), lr=copy.deepcopy(lr))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
-
-        @wrap
-        def step():
-            optimizer.step()
-            schedule.step()
-
-        for i in range(8):
-            optimizer.zero_grad()
-            backward(model, i)
-            # torch's own schedules change after their first step
-            with torch._dynamo.config.patch(error_on_recompile=i > 1):
-                step()
-        return values(model)
-
-    assert torch.equal(run(torch.compile(backend="eager")), run(lambda step: step))
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("make", [ours, ungated])
@@ -185,45 +159,36 @@ def resize(optimizer, rows):
     return new
 
 
-@pytest.mark.parametrize("impl", EVERY)
+def resized(make, rows, **options):
+    """A parameter that is resized in the middle of its steps, and its state."""
+    param = torch.nn.Parameter(torch.linspace(-1, 1, 150).view(50, 3))
+    optimizer = make([param], **options)
+    for step in range(8):
+        if step == 4:
+            param = resize(optimizer, rows)
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    return param.detach(), optimizer.state[param]
+
+
+@pytest.mark.parametrize("impl", TORCH)
 @pytest.mark.parametrize("rows", [30, 70])
 def test_a_parameter_resized_with_adams_moments(impl, rows):
     """fvdb-reality-capture#84: the noise variance starts anew, and no foreign memory is read."""
-
-    def run(**options):
-        param = torch.nn.Parameter(torch.linspace(-1, 1, 150).view(50, 3))
-        optimizer = ours([param], **options)
-        for step in range(8):
-            if step == 4:
-                param = resize(optimizer, rows)
-            generator = torch.Generator().manual_seed(step)
-            param.grad = torch.randn(param.shape, generator=generator)
-            optimizer.step()
-        assert optimizer.state[param]["exp_dev_sq"].shape == (rows, 3)
-        assert optimizer.state[param]["dev_step"] == 4  # there is a mean to deviate from
-        return param
-
-    torch.testing.assert_close(run(**flags(impl)), run(fused=False), rtol=1e-6, atol=1e-7)
+    param, state = resized(ours, rows, **FLAGS[impl])
+    assert state["exp_dev_sq"].shape == (rows, 3)
+    assert state["dev_step"] == 4  # there is a mean to deviate from
+    torch.testing.assert_close(param, resized(ours, rows, fused=False)[0], rtol=1e-6, atol=1e-7)
 
 
 def test_a_resized_parameter_is_adamw_without_a_gate():
-    params = []
-    for make in (adamw, ungated):
-        param = torch.nn.Parameter(torch.linspace(-1, 1, 150).view(50, 3))
-        optimizer = make([param])
-        for step in range(8):
-            if step == 4:
-                param = resize(optimizer, 70)
-            param.grad = torch.full_like(param, 0.1 * (step + 1))
-            optimizer.step()
-        params.append(param.detach())
-    assert torch.equal(*params)
+    assert torch.equal(resized(adamw, 70)[0], resized(ungated, 70)[0])
 
 
-@pytest.mark.parametrize("impl", EVERY)
+@pytest.mark.parametrize("impl", TORCH)
 def test_a_parameter_resized_without_its_moments_is_refused(impl):
     """gaussian_splatting#32: the state was looked up under another key and left behind."""
-    model, optimizer = fresh(lambda params: ours(params, **flags(impl)))
+    model, optimizer = fresh(lambda params: ours(params, **FLAGS[impl]))
     train(model, optimizer, range(2))
     model[2].weight.data = torch.ones(4, 8)
     model[2].bias.data = torch.ones(4)
@@ -308,35 +273,35 @@ def test_states_are_not_made_while_a_graph_is_captured(monkeypatch):
     model, optimizer = fresh(lambda params: ours(params, capturable=True, fused=False))
     backward(model, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("poprisk_integrations.optim._state.is_capturing", lambda device: True)
+        patch.setattr("poprisk_integrations.optim._states.is_capturing", lambda device: True)
         with pytest.raises(RuntimeError, match="Run a step, or init_state"):
             optimizer.step()
         assert not any(optimizer.state.values())
     optimizer.init_state()
     made = {id(t) for state in optimizer.state.values() for t in state.values()}
-    counter = optimizer._counters()["skipped"]
+    counter = optimizer._record.skipped
     with monkeypatch.context() as patch:
-        patch.setattr("poprisk_integrations.optim._state.is_capturing", lambda device: True)
+        patch.setattr("poprisk_integrations.optim._states.is_capturing", lambda device: True)
         for step in range(3):
             train(model, optimizer, [step])
     # a graph replays on the tensors that it was captured with
     assert {id(t) for state in optimizer.state.values() for t in state.values()} == made
-    assert optimizer._counters()["skipped"] is counter
-    assert not _triton_tables.is_capturing(torch.device("cpu"))
+    assert optimizer._record.skipped is counter
+    assert not _scalars.is_capturing(torch.device("cpu"))
 
 
 def test_a_skipped_step_is_counted_in_place():
     """As above: a graph must be able to count at each of its replays."""
     model, optimizer = fresh(ours)
     train(model, optimizer, range(2))
-    counter = optimizer._counters()["skipped"]
+    counter = optimizer._record.skipped
 
     def spoil(step):
         model[0].bias.grad[0] = float("nan")
 
     train(model, optimizer, range(2, 4), before_step=spoil)
     assert optimizer.skipped_nonfinite == 2
-    assert optimizer._counters()["skipped"] is counter
+    assert optimizer._record.skipped is counter
 
 
 def test_accelerate_accumulates_and_skips():

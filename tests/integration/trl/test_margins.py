@@ -10,48 +10,33 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
-from tests.helpers.tiny_dpo import config_options, pairs, tiny_model, tiny_tokenizer
-
-# transformers 5.23 deprecates a name that TRL 1.16 still uses.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
+from tests.helpers.tiny_dpo import dpo_trainer, pairs, sequence_log_probs, tiny_model
 
 BETA = 0.25
 
 
-def build(tmp_path: Path, *, peft: bool = False, **options: Any) -> PopRiskDPOTrainer:
-    return PopRiskDPOTrainer(
-        tiny_model(),
-        ref_model=None if peft else tiny_model(),
-        args=PopRiskDPOConfig(**config_options(tmp_path, stop=False, beta=BETA, **options)),
-        train_dataset=pairs(),
-        eval_dataset=pairs(8, seed=1),
-        processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules=["v_proj", "o_proj"]) if peft else None,
-    )
-
-
-def sequence_log_probs(model: torch.nn.Module, inputs: dict[str, Any]) -> np.ndarray:
-    with torch.no_grad():
-        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    log_probs = logits.double().log_softmax(-1)[:, :-1]
-    tokens = log_probs.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
-    return (tokens * inputs["completion_mask"][:, 1:]).sum(1).numpy()
+def build(tmp_path: Path, **options: Any) -> Any:
+    return dpo_trainer(tmp_path, None, pairs(8, seed=1), **{"stop": False, "beta": BETA, **options})
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_evaluation_logs_the_margins_of_the_trained_model(tmp_path: Path, peft: bool) -> None:
-    options = {"learning_rate": 0.05} if peft else {}
-    trainer = build(tmp_path, peft=peft, per_device_eval_batch_size=3, **options)
+    options: dict[str, Any] = {"per_device_eval_batch_size": 3}
+    if peft:
+        lora = LoraConfig(r=4, target_modules=["v_proj", "o_proj"])
+        options |= {"peft_config": lora, "ref_model": None, "learning_rate": 0.05}
+    trainer = build(tmp_path, **options)
     trainer.train()
     metrics = trainer.evaluate()
-    ratios = []
+    parts = []
     trainer.model.eval()
-    for inputs in trainer.get_eval_dataloader():
-        policy = sequence_log_probs(trainer.model, inputs)
-        reference = sequence_log_probs(tiny_model().eval(), inputs)
-        ratios.append((policy - reference).reshape(2, -1).T)
-    ratios = np.concatenate(ratios)
+    with torch.no_grad():
+        for inputs in trainer.get_eval_dataloader():
+            policy = sequence_log_probs(trainer.model, inputs)
+            reference = sequence_log_probs(tiny_model().eval(), inputs)
+            parts.append((policy - reference).numpy().reshape(2, -1).T)
+    ratios = np.concatenate(parts)
     assert len(ratios) == 8
     margins = BETA * (ratios[:, 0] - ratios[:, 1])
     logged = trainer.state.log_history[-1]
@@ -72,21 +57,17 @@ def test_quantiles_are_over_all_pairs_since_the_last_log(tmp_path: Path) -> None
     assert line["poprisk/margin_p10"] < line["poprisk/margin_p50"] - 1e-3
     rewards = (line["rewards/chosen"] + line["rewards/rejected"]) / 2
     assert line["poprisk/kl_data"] == pytest.approx(rewards / BETA, abs=1e-5)
-
-
-def test_nothing_is_left_between_logs(tmp_path: Path) -> None:
-    trainer = build(tmp_path)
-    trainer.train()
-    assert len(trainer._records.take("train")[0]) == 0
+    assert len(trainer.take_log_ratios("train")[0]) == 0  # nothing is left
     for model in (trainer.model, trainer.ref_model):
         assert not model._forward_hooks
         assert not model._forward_pre_hooks
 
 
-def test_training_goes_on_without_margins(
+def test_where_margins_cannot_be_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = build(tmp_path)
+    strict = build(tmp_path, noise="rdpo", noise_rate=0.3)
     module = "poprisk_integrations.trl.poprisk_dpo_trainer.ForwardRecorder.__enter__"
     blind = SimpleNamespace(policy_output=None, reference_output=None)
     monkeypatch.setattr(module, lambda self: blind)
@@ -94,8 +75,9 @@ def test_training_goes_on_without_margins(
         trainer.train()
     assert trainer.state.global_step == 6
     assert not any("poprisk/kl_data" in line for line in trainer.state.log_history)
-    warnings = [record for record in caplog.records if "Per-pair margins" in record.message]
-    assert len(warnings) == 1
+    assert sum("Per-pair margins" in record.message for record in caplog.records) == 1
+    with pytest.raises(ValueError, match=r"Invalid noise: 'rdpo'. Per-pair margins are not"):
+        strict.train()
 
 
 def test_trackers_get_our_numbers(tmp_path: Path) -> None:
@@ -110,12 +92,8 @@ def test_trackers_get_our_numbers(tmp_path: Path) -> None:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
             seen.append(dict(logs))
 
-    trainer = build(tmp_path)
-    trainer.args.stop = True
-    trainer.args.stop_window = 4
-    from poprisk_integrations.trl.early_stopping import add_stop
-
-    add_stop(trainer)
+    stop = PopRiskEarlyStoppingCallback(criterion="signal", window=4, kappa=1.0)
+    trainer = build(tmp_path, callbacks=[stop])
     trainer.callback_handler.callbacks.insert(0, Tracker())
     trainer.train()
     assert "poprisk/signal_ratio" in seen[-1]

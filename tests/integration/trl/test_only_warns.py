@@ -12,29 +12,21 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer_utils import HPSearchBackend
 
-from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
-from tests.helpers.tiny_dpo import config_options, pairs, tiny_model, tiny_tokenizer
-
-# transformers 5.23 deprecates a name that TRL 1.16 still uses.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+from tests.helpers.tiny_dpo import dpo_trainer, pairs
 
 FINAL = "poprisk_noise.json", "flip_report.csv"
+TRAINER = "poprisk_integrations.trl.poprisk_dpo_trainer"
 
 
-def build(output_dir: Path, count: int = 16, **options: Any) -> PopRiskDPOTrainer:
-    settings = {"stop": False, "max_steps": 4, "noise": "cdpo", "noise_rate": 0.2, **options}
-    return PopRiskDPOTrainer(
-        tiny_model(),
-        tiny_model(1),
-        PopRiskDPOConfig(**config_options(output_dir, **settings)),
-        train_dataset=pairs(count),
-        processing_class=tiny_tokenizer(),
-    )
+def build(output_dir: Path, count: int = 16, **options: Any) -> Any:
+    settings = {"stop": False, "max_steps": 4, "noise": "cdpo", "noise_rate": 0.2, "ref_model": 1}
+    return dpo_trainer(output_dir, pairs(count), **{**settings, **options})
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings(caplog: pytest.LogCaptureFixture, text: str = "") -> list[str]:
     ours = [record for record in caplog.records if record.name.startswith("poprisk")]
-    return [record.message for record in ours if record.levelno >= logging.WARNING]
+    found = [record.message for record in ours if record.levelno >= logging.WARNING]
+    return [message for message in found if text in message]
 
 
 @pytest.mark.parametrize("name", FINAL)
@@ -73,11 +65,15 @@ def test_labels_that_do_not_fit_into_a_checkpoint(
     assert (tmp_path / "checkpoint-4" / labels.name).is_file()
 
 
-TRAINER = "poprisk_integrations.trl.poprisk_dpo_trainer"
-BROKEN = {
-    "describe_end": "flip report and poprisk_noise.json",
-    "margin_metrics": "poprisk/margin_\\* and poprisk/kl_data are not logged",
-    "on_policy_kl": "the on-policy KL could not be sampled",
+# What breaks -> the words of the warning, and options of the run.
+BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "describe_run": ("flip report and poprisk_noise.json", {}),
+    "margin_metrics": ("poprisk/margin_* and poprisk/kl_data are not logged", {}),
+    "on_policy_kl": ("the on-policy KL could not be sampled", {"on_policy_kl_samples": 2}),
+    "batch_log_ratios": (
+        "the margins of a batch are not known",
+        {"noise": "auto", "noise_rate": None},
+    ),
 }
 
 
@@ -88,28 +84,16 @@ def test_an_unexpected_error(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("CUDA error: out of memory")
 
+    words, options = BROKEN[what]
     monkeypatch.setattr(f"{TRAINER}.{what}", broken)
-    trainer = build(tmp_path, on_policy_kl_samples=2 if what == "on_policy_kl" else 0)
+    trainer = build(tmp_path, **options)
     assert trainer.train().global_step == 4
     assert trainer.evaluate(pairs(4))["eval_loss"] > 0
-    (line,) = [line for line in warnings(caplog) if "CUDA error: out of memory" in line]
-    assert BROKEN[what].replace("\\", "") in line
+    (line,) = warnings(caplog, "CUDA error: out of memory")
+    assert words in line
     assert not any("poprisk/kl_on_policy" in entry for entry in trainer.state.log_history)
     trainer.save_model()
     assert (tmp_path / "model.safetensors").is_file()
-
-
-def test_margins_that_cannot_be_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*args: Any) -> Any:
-        raise IndexError("too many indices")
-
-    monkeypatch.setattr(f"{TRAINER}.batch_log_ratios", broken)
-    trainer = build(tmp_path, noise="auto", noise_rate=None)
-    trainer.train()
-    assert trainer.state.global_step == 4
-    assert sum("too many indices" in line for line in warnings(caplog)) == 1
 
 
 def test_rows_of_other_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -117,15 +101,18 @@ def test_rows_of_other_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     trainer.train_dataset = build(tmp_path, count=40).train_dataset
     trainer.train()
     assert trainer.state.global_step == 4
-    assert sum("the margins of some pairs are lost" in line for line in warnings(caplog)) == 1
+    assert len(warnings(caplog, "the margins of some pairs are lost")) == 1
 
 
 def test_margins_that_are_not_finite(tmp_path: Path) -> None:
-    trainer = build(tmp_path, learning_rate=1e30, noise="off", noise_rate=None)
+    # huggingface/trl#2435: rewards and logits turn to NaN in the middle of a run.
+    trainer = build(tmp_path, learning_rate=1e30)
     trainer.train()
     assert any(math.isnan(line.get("poprisk/margin_p50", 0)) for line in trainer.state.log_history)
     trainer.save_model()
     assert (tmp_path / "model.safetensors").is_file()
+    table = trainer.flip_report().to_pandas()
+    assert 0 < table["margin"].notna().sum() < 16  # those of the first batches
 
 
 def test_files_of_a_trial_go_to_its_directory(
@@ -151,7 +138,7 @@ def test_files_of_a_trial_go_to_its_directory(
 
 def test_window_follows_the_batch_size_that_was_found(tmp_path: Path) -> None:
     options = {"auto_find_batch_size": True, "per_device_train_batch_size": 5, "max_steps": 2}
-    trainer = build(tmp_path, count=120, stop=True, **options)
+    trainer = build(tmp_path, count=120, stop=True, stop_criterion="signal", **options)
 
     def small_memory(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if len(kwargs["input_ids"]) > 2 * 4:

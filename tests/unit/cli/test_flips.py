@@ -1,392 +1,396 @@
-"""The command: what it prints, draws, writes and refuses."""
+"""`poprisk flips`: which row is which pair, what is changed, and what files and picture hold.
 
+What it prints and refuses by its options is in tests/goldens/cli/flips.txt.
+"""
+
+import datetime
+import io
 import json
 import math
 import random
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
+from matplotlib.figure import Figure
+from rich.console import Console
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
+from trl import DatasetMixtureConfig, ScriptArguments
 
-from poprisk_integrations.cli.commands import flips as flips_command
+from poprisk_integrations.cli.flips.show import draw_flips, print_pairs
 from poprisk_integrations.cli.main import main
-from poprisk_integrations.trl.flip_report import FlipReport
+from poprisk_integrations.cli.preference_data import load_preferences
+from poprisk_integrations.trl import FlipReport
+from poprisk_integrations.trl.pairs import excerpts, pair_texts
 
-COUNT = 40
-RNG = random.Random(3)
-P = [math.nan if i % 13 == 5 else round(RNG.random(), 3) for i in range(COUNT)]
-ROWS = [
-    {"id": f"id-{i}", "prompt": f"p {i}", "chosen": f"good {i}", "rejected": f"bad {i}", "extra": i}
-    for i in range(COUNT)
+P = [0.2, 0.95, math.nan, 0.5, 0.35, 0.9]
+ALL = range(len(P))
+ROWS: list[dict[str, Any]] = [
+    {"key": f"k{i}", "prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}", "n": i or None}
+    for i in ALL
 ]
-RANKED = sorted((i for i in range(COUNT) if P[i] == P[i]), key=lambda i: (-P[i], i))
-ESTIMATE = {
-    "slope": 2.0,
-    "maximum_likelihood": 0.3,
-    "upper_bound": 0.3,
-    "anchor": 0.2,
-    "num_pairs": 37,
-    "method": "m",
-}
-SWAPPED = [i for i in range(COUNT) if i % 3 == 0]
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(f"{flips_command.__name__}.find_spec", lambda name: None)  # no picture
-    Dataset.from_list(ROWS).to_json(tmp_path / "data.jsonl")
-    save(tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def drawing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the picture, which takes most of the time."""
-    monkeypatch.setattr(flips_command, "find_spec", find_spec)
-
-
-def save(directory: Path, ids: Any = None, **changes: Any) -> None:
-    columns = {
-        "pair_id": range(COUNT) if ids is None else ids,
-        "row": range(COUNT),
-        "probability_wrong": P,
-        "margin": [0.5 - p for p in P],
-        "step": [-1 if p != p else 0 for p in P],
-    }
-    FlipReport(**{**columns, **changes}).save(directory)
-
-
-def study(run_dir: Path) -> None:
-    content = {"rows": SWAPPED, "num_pairs": COUNT, "flip_rate": 0.3}
-    (run_dir / "label_flips.json").write_text(json.dumps(content))
-
-
-def flips(*arguments: Any) -> int:
-    return main(["flips", *map(str, arguments)])
-
-
-def as_json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
-    capsys.readouterr()
-    assert flips(*arguments, "--json") == 0
-    captured = capsys.readouterr()
-    assert "poprisk" not in captured.err
-    found: dict[str, Any] = json.loads(captured.out)
-    return found
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    capsys.readouterr()
-    assert flips(*arguments) == 2
-    captured = capsys.readouterr()
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("poprisk: ")]
-    assert captured.out == ""
-    return line.removeprefix("poprisk: ")
-
-
-@pytest.mark.usefixtures("drawing")
-def test_top_pairs_and_picture(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert flips(run_dir, "--top", 3) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == str(FlipReport.load(run_dir))
-    table = [
-        line.split() for line in lines if line.strip() and line.split()[-1] in ("swap", "drop")
-    ]
-    expected = [[str(i), f"{P[i]:.3f}", f"{0.5 - P[i]:.3f}"] for i in RANKED[:3]]
-    assert [row[:3] for row in table] == expected
-    assert lines[-1] == str(run_dir / "flip_report.png")
-    assert (run_dir / "flip_report.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(run_dir.glob("*.tmp*"))
-
-
-def test_texts_of_the_data(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert flips(run_dir, "--dataset", run_dir.parent / "data.jsonl", "--top", 2) == 0
-    out = capsys.readouterr().out
-    at = [out.index(f"{name:<8}  {text} {i}\n") for i in RANKED[:2]
-          for name, text in (("prompt", "p"), ("chosen", "good"), ("rejected", "bad"))]  # fmt: skip
-    assert at == sorted(at)
-
-
-@pytest.mark.usefixtures("drawing")
-def test_json(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    noise = {"rate": 0.31, "low": 0.26, "high": 0.36, "method": "m", "num_pairs": 37}
-    (run_dir / "poprisk_noise.json").write_text(json.dumps(noise))
-    found = as_json(capsys, run_dir, "--dataset", run_dir.parent / "data.jsonl", "--top", 2)
-    assert found["summary"] == FlipReport.load(run_dir).summary()
-    assert found["noise"] == noise
-    assert found["study"] is None
-    assert found["written"] is None
-    assert [pair["pair_id"] for pair in found["top"]] == RANKED[:2]
-    assert found["top"][0]["chosen"] == f"good {RANKED[0]}"
-    assert found["top"][1]["probability_wrong"] == P[RANKED[1]]
-    assert Path(found["figure"]).is_file()
-
-
-@pytest.mark.parametrize(
-    ("noise", "line"),
-    [
-        (
-            ESTIMATE | {"rate": 0.31, "low": 0.26, "high": 0.36},
-            "31 % of the labels look wrong (95 % interval 26 to 36 %, 37 pairs)",
-        ),
-        (
-            ESTIMATE | {"rate": 0.4, "low": 0.0, "high": 0.48, "upper_bound": 0.49},
-            "the margins do not tell how many labels are wrong (0 to 48 %, 37 pairs)",
-        ),
-        ({"rate": 0.2, "method": "double labels"}, "20 % of the labels look wrong"),
-        ({"rate": None, "num_pairs": 3}, "noise rate not estimated"),
-    ],
-)
-def test_noise_rate(
-    run_dir: Path, noise: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (run_dir / "poprisk_noise.json").write_text(json.dumps(noise))
-    assert flips(run_dir, "--top", 0) == 0
-    assert capsys.readouterr().out.splitlines()[1] == line
-
-
-def test_a_rate_that_is_not_told(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    noise = {"rate": None, "low": 0.0, "high": 0.4, "num_pairs": 37, "reference_rate": 0.2}
-    (run_dir / "poprisk_noise.json").write_text(json.dumps(noise))
-    assert flips(run_dir, "--top", 0) == 0
-    line = "the margins do not tell how many labels are wrong (0 to 40 %, 37 pairs)"
-    assert capsys.readouterr().out.splitlines()[1] == line
-
-
-def test_a_ranking_is_not_cut_by_itself(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(run_dir, calibrated=False)
-    out, data = run_dir.parent / "out.jsonl", run_dir.parent / "data.jsonl"
-    assert flips(run_dir, "--top", 2) == 0
-    assert "P(wrong) ranks the pairs and is no probability here" in capsys.readouterr().out
-    message = refused(capsys, run_dir, "--dataset", data, "--write", out)
-    assert "no place to cut: say where with --min-probability" in message
-    assert not out.exists()
-    options = ("--dataset", data, "--write", out, "--min-probability", 0.8)
-    found = as_json(capsys, run_dir, *options)
-    assert found["summary"]["calibrated"] is False
-    assert found["written"]["dropped"] == len(suspects(0.8))
-
-
-def test_what_to_do_next_is_a_command_that_works(
-    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = run_dir.parent / "data.jsonl"
-    assert flips(run_dir, "--dataset", data) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: ")]
-    monkeypatch.chdir(run_dir)
-    assert flips(run_dir, *line[line.index("--dataset") :].split(), "--quiet") == 0
-    assert len((run_dir / "clean.jsonl").read_text().splitlines()) == COUNT - len(suspects(0.9))
-
-
-def test_the_report_s_own_texts_are_shown(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save(run_dir, texts={i: (f"ask {i}", f"left {i}", f"right {i}") for i in RANKED[:3]})
-    assert flips(run_dir, "--top", 3) == 0
-    out = capsys.readouterr().out
-    names = (("prompt", "ask"), ("chosen", "left"), ("rejected", "right"))
-    at = [out.index(f"{name:<8}  {text} {i}\n") for i in RANKED[:3] for name, text in names]
-    assert at == sorted(at)
-    found = as_json(capsys, run_dir, "--top", 1)
-    assert found["top"][0]["prompt"] == f"ask {RANKED[0]}"
-
-
-def test_min_probability_hides_pairs(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = as_json(capsys, run_dir, "--min-probability", 0.8, "--top", 1000)
-    assert [pair["row"] for pair in found["top"]] == [i for i in RANKED if P[i] >= 0.8]
-
-
-@pytest.mark.usefixtures("drawing")
-def test_quiet(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run_dir.parent / "out.jsonl"
-    data = run_dir.parent / "data.jsonl"
-    capsys.readouterr()
-    arguments = ("--quiet", "--dataset", data, "--write", out, "--figure", run_dir / "x.png")
-    assert flips(run_dir, *arguments) == 0
-    assert capsys.readouterr().out == ""
-    assert out.is_file()
-    assert (run_dir / "x.png").is_file()
-    assert not (run_dir / "flip_report.png").exists()
-
-
-def suspects(threshold: float) -> set[int]:
-    return {i for i in range(COUNT) if P[i] >= threshold}
 
 
 def turned(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
 
 
-EXPECTED: dict[tuple[str, ...], list[dict[str, Any]]] = {
-    (): [r for i, r in enumerate(ROWS) if i not in suspects(0.5)],
-    ("--min-probability", "0.8"): [r for i, r in enumerate(ROWS) if i not in suspects(0.8)],
-    ("--mode", "swap"): [turned(r) if i in suspects(0.5) else r for i, r in enumerate(ROWS)],
-    ("--mode", "suggested"): [
-        turned(r) if i in suspects(0.9) else r
-        for i, r in enumerate(ROWS)
-        if i not in suspects(0.5) - suspects(0.9)
-    ],
+def report(p: list[float] = P, **changes: Any) -> FlipReport:
+    columns = {
+        "pair_id": range(len(p)), "row": range(len(p)), "probability_wrong": p,
+        "margin": [-x for x in p], "step": [-1 if x != x else 0 for x in p], **changes,
+    }  # fmt: skip
+    return FlipReport(**columns)
+
+
+@pytest.fixture
+def flips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """Runs the command on a report and data; its JSON with the rows it wrote, or its complaint."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("poprisk_integrations.cli.output.find_spec", lambda name: None)  # slow
+    monkeypatch.chdir(tmp_path)
+
+    def run(found: FlipReport, data: Any = None, *options: str, out: str = "out.jsonl") -> Any:
+        found.save("run")
+        if data is not None:
+            dataset = data if isinstance(data, Dataset) else Dataset.from_list(data)
+            dataset.to_parquet("data.parquet")
+            options = ("--dataset", "data.parquet", "--write", out, "--force", *options)
+        capsys.readouterr()
+        status = main(["flips", "run", *options, "--json"])
+        captured = capsys.readouterr()
+        if status:
+            assert captured.out == ""
+            (line,) = [x for x in captured.err.splitlines() if x.startswith("poprisk: ")]
+            return line
+        result = json.loads(captured.out)
+        if data is not None:
+            kind = {".jsonl": "json"}.get(Path(out).suffix, Path(out).suffix[1:])
+            result["rows"] = load_dataset(kind, data_files=out, split="train").to_list()
+        return result
+
+    return run
+
+
+MODES: dict[tuple[str, ...], tuple[set[int], set[int]]] = {  # dropped, swapped
+    (): ({1, 3, 5}, set()),
+    ("--min-probability", "0"): ({0, 1, 3, 4, 5}, set()),
+    ("--min-probability", "1"): (set(), set()),
+    ("--min-probability", "0.9", "--mode", "swap"): (set(), {1, 5}),
+    ("--mode", "suggested"): ({3}, {1, 5}),
 }
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-@pytest.mark.parametrize("options", list(EXPECTED), ids=lambda o: "-".join(o) or "default")
-def test_cleaned_data(
-    run_dir: Path, options: tuple[str, ...], suffix: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = run_dir.parent / f"out{suffix}"
-    data = run_dir.parent / "data.jsonl"
-    written = as_json(capsys, run_dir, "--dataset", data, "--write", out, *options)["written"]
-    found = load_dataset({".jsonl": "json"}.get(suffix, suffix[1:]), data_files=str(out))["train"]
-    assert found.column_names == list(ROWS[0])
-    assert found.to_list() == EXPECTED[options]
-    assert written["pairs"] == len(EXPECTED[options]) == COUNT - written["dropped"]
-    assert written["swapped"] == sum(row["chosen"].startswith("bad") for row in found)
-
-
-def test_the_line_counts(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run_dir.parent / "out.csv"
-    options = ("--mode", "suggested", "--write", out, "--dataset", run_dir.parent / "data.jsonl")
-    assert flips(run_dir, *options) == 0
-    swap, drop = len(suspects(0.9)), len(suspects(0.5)) - len(suspects(0.9))
-    assert min(swap, drop) > 0
-    expected = f"{out}: {COUNT - drop} pairs, {drop} dropped, {swap} swapped"
-    assert expected in capsys.readouterr().out.splitlines()
-
-
-def test_columns_of_one_completion_are_named(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, out = run_dir.parent / "scored.jsonl", run_dir.parent / "out.jsonl"
-    Dataset.from_list([{**row, "score_chosen": 1.5} for row in ROWS]).to_json(data)
-    assert flips(run_dir, "--dataset", data, "--write", out, "--mode", "swap") == 0
-    assert " swapped; score_chosen not swapped\n" in capsys.readouterr().out
-    assert all(json.loads(line)["score_chosen"] == 1.5 for line in out.read_text().splitlines())
-
-
-def test_an_edited_csv_decides(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = run_dir / "flip_report.csv"
-    table = FlipReport.load(path).to_pandas()
-    table["action"] = ["swap" if row == 7 else "keep" for row in table["row"]]
-    table.to_csv(path, index=False)
-    out, data = run_dir.parent / "out.jsonl", run_dir.parent / "data.jsonl"
-    written = as_json(
-        capsys, path, "--dataset", data, "--write", out, "--mode", "suggested"
-    )["written"]  # fmt: skip
-    assert (written["dropped"], written["swapped"]) == (0, 1)
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == [turned(row) if i == 7 else row for i, row in enumerate(ROWS)]
-
-
-def test_ids_of_a_column(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(run_dir, ids=[f"id-{i}" for i in range(COUNT)])
-    shuffled = RNG.sample(ROWS, COUNT)
-    Dataset.from_list(shuffled).to_json(run_dir.parent / "shuffled.jsonl")
-    out = run_dir.parent / "out.jsonl"
-    options = ("--dataset", run_dir.parent / "shuffled.jsonl", "--id-column", "id")
-    found = as_json(capsys, run_dir, *options, "--write", out)
-    assert [pair["prompt"] for pair in found["top"][:3]] == [f"p {i}" for i in RANKED[:3]]
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == [row for row in shuffled if row["extra"] not in suspects(0.5)]
-    message = refused(capsys, run_dir, *options[:2])
-    assert "name their column of the data set with --id-column" in message
-
-
-def test_a_study_is_scored_and_shown_as_trained(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    study(run_dir)
-    out = run_dir.parent / "out.jsonl"
-    options = ("--dataset", run_dir.parent / "data.jsonl", "--top", COUNT)
-    found = as_json(capsys, run_dir, *options, "--write", out, "--min-probability", 0.2)
-    scored = [i for i in SWAPPED if P[i] == P[i]]
-    wins = [(P[i] > P[j]) + (P[i] == P[j]) / 2 for i in scored for j in RANKED if j not in scored]
-    assert found["study"]["auc"] == pytest.approx(sum(wins) / len(wins))
-    hits = len(suspects(0.5) & set(SWAPPED))
-    assert found["study"]["precision"] == pytest.approx(hits / len(suspects(0.5)))
-    assert found["study"]["recall"] == pytest.approx(hits / len(scored))
-    for pair in found["top"]:
-        assert pair["chosen"] == f"{'bad' if pair['row'] in SWAPPED else 'good'} {pair['row']}"
-    trained = [turned(row) if i in SWAPPED else row for i, row in enumerate(ROWS)]
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == [row for i, row in enumerate(trained) if i not in suspects(0.2)]
-    capsys.readouterr()
-    assert flips(run_dir, "--top", 5) == 0
-    text = capsys.readouterr().out
-    assert f"{len(SWAPPED)} labels were swapped on purpose (label_flips.json): AUC 0." in text
-    marks = [
-        line.split()[-1] for line in text.splitlines() if line.split()[-1:] in (["yes"], ["no"])
+@pytest.mark.parametrize("options", MODES, ids="-".join)
+def test_cleaned_data(flips: Any, options: tuple[str, ...], suffix: str) -> None:
+    dropped, swapped = MODES[options]
+    rows = [{**row, "n": i + 2**60} for i, row in enumerate(ROWS)]
+    found = flips(report(), rows, *options, out=f"out{suffix}")
+    changed = [turned(row) if i in swapped else row for i, row in enumerate(rows)]
+    assert found["rows"] == [row for i, row in enumerate(changed) if i not in dropped]
+    written = found["written"]
+    assert (written["dropped"], written["swapped"]) == (len(dropped), len(swapped))
+    assert sorted(path.name for path in Path().iterdir() if path.is_file()) == [
+        "data.parquet",
+        f"out{suffix}",
     ]
-    assert marks == ["yes" if i in SWAPPED else "no" for i in RANKED[:5]]
 
 
-@pytest.mark.usefixtures("drawing")
-def test_nothing_to_draw(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nothing = [math.nan] * COUNT
-    save(run_dir, probability_wrong=nothing, margin=nothing, step=[-1] * COUNT)
-    assert flips(run_dir) == 0
-    assert "No picture: no pair has a probability" in capsys.readouterr().out
-    assert not (run_dir / "flip_report.png").exists()
+def test_a_report_edited_by_hand_decides(flips: Any) -> None:
+    edited = report(action=["swap", "keep", "drop", "review", "too_long", "unseen"])
+    found = flips(edited, ROWS, "--mode", "suggested")
+    assert found["rows"] == [turned(ROWS[0]), ROWS[1], *ROWS[3:]]
 
 
-def test_without_matplotlib(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert flips(run_dir) == 0
-    assert "No picture: matplotlib not found. Run: pip install" in capsys.readouterr().out
+def test_the_command_that_it_proposes_works(flips: Any, capsys: Any) -> None:
+    Dataset.from_list(ROWS).to_json("data.jsonl")
+    report().save("run")
+    assert main(["flips", "run", "--dataset", "data.jsonl"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("Next: ")]
+    assert main(["flips", "run", *line[line.index("--dataset") :].split(), "--quiet"]) == 0
+    assert len(Path("clean.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_file_is_replaced_only_by_force(
-    run_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = run_dir.parent / "out.jsonl"
-    out.write_text("mine")
-    options = (run_dir, "--dataset", run_dir.parent / "data.jsonl", "--write", out)
-    assert "exists (--force replaces a file)" in refused(capsys, *options)
-    assert out.read_text() == "mine"
-    assert flips(*options, "--force", "--quiet") == 0
-    assert len(out.read_text().splitlines()) == COUNT - len(suspects(0.5))
+# Which row is which pair.
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("ids", "order"),
+    [([f"k{i}" for i in ALL], [3, 0, 5, 1, 4, 2]), ([int(i) for i in ALL], [*ALL])],
+    ids=["text", "numbers beside text"],
+)
+def test_ids_are_looked_up(flips: Any, ids: list[Any], order: list[int]) -> None:
+    rows = [{**ROWS[i], "key": str(ids[i])} for i in order]
+    found = flips(report(pair_id=ids), [*rows, {**ROWS[0], "key": "99"}], "--id-column", "key")
+    assert [pair["prompt"] for pair in found["top"]] == ["p1", "p5", "p3", "p4", "p0"]
+    assert found["rows"] == [row for row in rows if row["prompt"] in ("p0", "p2", "p4")] + [
+        {**ROWS[0], "key": "99"}
+    ]
+
+
+def gaps(rows: list[int], data: list[dict[str, Any]], texts: int = 2) -> FlipReport:
+    """A report of some rows of the data, with the first words of the first of them."""
+    known = {row: excerpts(data[row]) for row in rows[:texts]}
+    return report([1 - 0.1 * i for i in range(len(rows))], pair_id=rows, row=rows, texts=known)
+
+
+@pytest.mark.parametrize("data", [ROWS, [turned(row) for row in ROWS]], ids=["as are", "swapped"])
+def test_rows_dropped_before_training_are_known_by_their_texts(flips: Any, data: Any) -> None:
+    """Rows 0 and 3 were left out, the others kept their numbers; swaps were made afterwards."""
+    found = flips(gaps([1, 2, 4, 5], ROWS), data, "--min-probability", "0.95")
+    assert found["rows"] == [row for i, row in enumerate(data) if i != 1]
+
+
+OTHER_DATA: dict[str, tuple[FlipReport, Any, list[str]]] = {  # more in the transcript
+    "report is of 6 pairs, --dataset has 7": (report(), [*ROWS, ROWS[0]], []),
+    "have ids of their own": (report(pair_id=[5, 4, 3, 2, 1, 0]), ROWS, []),
+    "6 of the report's 6 pairs (such as 'b') are not in column 'key'": (
+        *(report(pair_id=list("abcdef")), ROWS, ["--id-column", "key"]),
+    ),
+    "(such as 'None') are not in": (  # a missing id is not the text "None"
+        report(pair_id=["None", *"abcde"]),
+        [{**row, "key": key} for row, key in zip(ROWS, [None, *"abcde"], strict=True)],
+        ["--id-column", "key"],
+    ),
+    "'k0' occurs twice in 'key'": (report(), [ROWS[0], *ROWS], ["--id-column", "key"]),
+    "has other texts than the flip report ('c1'": (gaps([1, 2, 4, 5], ROWS), ROWS[::-1], []),
+    "has other texts than": (gaps([*ALL], ROWS), [ROWS[1], ROWS[0], *ROWS[2:]], []),
+    "report is of 2 pairs, --dataset has 6": (gaps([1, 4], ROWS, texts=0), ROWS, []),
+    "same split, order and number of rows": (gaps([0, 9], [*ROWS] * 2, texts=0), ROWS[:2], []),
+}
+
+
+@pytest.mark.parametrize("message", OTHER_DATA)
+def test_a_report_of_other_data_is_refused(flips: Any, message: str) -> None:
+    found, data, options = OTHER_DATA[message]
+    assert message in flips(found, data, *options)
+    assert not Path("out.jsonl").exists()
+
+
+# What the files hold.
+
+
+def test_a_swap_touches_nothing_else(flips: Any) -> None:
+    extra = {"ref_chosen_logps": 1.0, "score_chosen": 5, "ref_rejected_logps": 2.0}
+    rows = [row | extra for row in ROWS]
+    found = flips(report(), rows, "--mode", "swap", "--min-probability", "0.9")
+    changed = {"ref_chosen_logps": 2.0, "ref_rejected_logps": 1.0}
+    assert found["rows"] == [turned(r) | changed if i in (1, 5) else r for i, r in enumerate(rows)]
+    assert found["written"]["columns_not_swapped"] == ["score_chosen"]
+    assert [type(row["n"]) for row in found["rows"]] == [type(row["n"]) for row in rows]
+
+
+def test_conversations_and_long_texts_are_swapped(flips: Any) -> None:
+    talks = [[{"role": "assistant", "content": f"{side}{i}"} for i in ALL] for side in "cr"]
+    rows = [{"chosen": [a], "rejected": [b]} for a, b in zip(*talks, strict=True)]
+    swap = ("--mode", "swap", "--min-probability", "0.9")
+    expected = [turned(row) if i in (1, 5) else row for i, row in enumerate(rows)]
+    assert flips(report(), rows, *swap)["rows"] == expected
+    text = Features({"chosen": Value("string"), "rejected": Value("large_string")})
+    long = Dataset.from_dict({"chosen": ["a"] * 6, "rejected": ["b"] * 6}, features=text)
+    assert flips(report(), long, *swap)["rows"][1] == {"chosen": "b", "rejected": "a"}
+    mixed = Dataset.from_dict({"chosen": ["a"] * 6, "rejected": [1] * 6})
+    assert "'chosen' and 'rejected' are of different types" in flips(report(), mixed, *swap)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_awkward_texts_and_ids_are_read_back_byte_by_byte(flips: Any, suffix: str) -> None:
+    """By `poprisk dpo` and `poprisk flips`, which guess no types."""
+    awkward = ["None", "NA", "null", "nan", "007", "1e5", "true", "2020-01-01", " x ", "a\r\nb"]
+    awkward += ["\u00e9", "e\u0301", "a\u2028b", str(2**53 + 1), "a\rb", '"', "x,y", "\ufeffz"]
+    rows = [{"id": t, "prompt": t, "chosen": f"{t}+", "rejected": t} for t in awkward]
+    of_these = report([0.5] * len(rows), pair_id=awkward)
+    flips(of_these, rows, "--id-column", "id", "--min-probability", "1", out=f"out{suffix}")
+    script = ScriptArguments(dataset_name=f"out{suffix}")
+    loaded, _ = load_preferences(script, DatasetMixtureConfig(), evaluate=False)
+    assert loaded.to_list() == rows
+    Path("run/flip_report.parquet").unlink()  # its CSV keeps the ids as well
+    options = ("--dataset", f"out{suffix}", "--id-column", "id", "--top", "99")
+    found = flips(FlipReport.load("run"), None, *options)
+    assert [pair["id"] if "id" in pair else pair["pair_id"] for pair in found["top"]] == [
+        pair["prompt"] for pair in found["top"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value", "message"),
     [
-        (["--write", "x.jsonl"], "--write needs --dataset"),
-        (["--id-column", "id"], "--id-column needs --dataset"),
-        (["--dataset", "d", "--mode", "drop"], "--mode is for --write"),
-        (["--dataset", "d", "--force"], "--force is for --write"),
-        (["--dataset", "d", "--write", "x.txt"], "Must end in .jsonl, .csv, .parquet"),
-        (["--dataset", "d", "--write", "no/such/x.csv"], "Its directory does not exist"),
-        (["--figure", "no/such/x.png"], "Invalid --figure"),
-        (["--top", "-1"], "--top: '-1' must be an integer >= 0"),
-        (["--min-probability", "2"], r"'2' must be in [0, 1]"),
-        (["--min-probability", "nan"], "'nan' must be in [0, 1]"),
-        (["--mode", "keep"], "invalid choice: 'keep'"),
-        (
-            ["--dataset", "d", "--write", "x.csv", "--mode", "suggested", "--min-probability", "1"],
-            "no --min-probability",
-        ),
+        (".csv", [{"role": "user"}], "column 'chosen' does not fit into CSV; use .jsonl"),
+        (".csv", b"x", "column 'chosen' does not fit into CSV"),
+        (".csv", "", "column 'chosen' has an empty text in row 0, which in CSV"),
+        (".jsonl", b"x", "row 0 cannot be written as JSON"),
+        (".jsonl", datetime.datetime(2020, 1, 1), "row 0 cannot be written as JSON"),
+        (".jsonl", math.nan, "row 0 cannot be written as JSON"),
     ],
 )
-def test_options_that_are_refused(
-    run_dir: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert message in refused(capsys, run_dir, *options)
+def test_what_a_format_cannot_hold(flips: Any, suffix: str, value: Any, message: str) -> None:
+    out = Path(f"out{suffix}")
+    out.write_text("before")
+    data = Dataset.from_list([{"chosen": value, "rejected": value}])
+    assert message in flips(report([0.1]), data, out=str(out))
+    assert out.read_text() == "before"
+    assert not list(Path().glob(".*"))
 
 
-def test_inputs_that_are_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parent = run_dir.parent
-    assert "no flip_report.parquet or flip_report.csv in" in refused(capsys, parent)
-    assert "no flip report at" in refused(capsys, parent / "nowhere")
-    assert "is not a flip report" in refused(capsys, parent / "data.jsonl")
-    Dataset.from_list(ROWS[:9]).to_json(parent / "short.jsonl")
-    message = refused(capsys, run_dir, "--dataset", parent / "short.jsonl")
-    assert f"The flip report is of {COUNT} pairs, --dataset has 9" in message
-    (parent / "folder").mkdir()
-    (parent / "data.jsonl").rename(parent / "folder" / "train.jsonl")
-    message = refused(capsys, run_dir, "--dataset", parent / "folder", "--split", "x")
-    assert "the data have no split 'x'; found 'train'" in message
-    (run_dir / "poprisk_noise.json").write_text("[")
-    assert "is no estimate of a noise rate" in refused(capsys, run_dir)
-    assert not (run_dir / "flip_report.png").exists()
+# Studies: against scikit-learn on the pairs that have a probability.
+
+
+def study(flips: Any, found: FlipReport, swapped: set[int]) -> Any:
+    Path("run").mkdir(exist_ok=True)
+    content = {"rows": sorted(swapped), "num_pairs": len(found)}
+    Path("run/label_flips.json").write_text(json.dumps(content))
+    return flips(found)["study"]
+
+
+def test_a_study_equals_scikit_learn(flips: Any) -> None:
+    rng = random.Random(1)
+    p = [math.nan if i % 10 == 0 else round(rng.random(), 1) for i in range(200)]
+    swapped = {i for i in range(200) if rng.random() < (0.5 if math.isnan(p[i]) else p[i])}
+    seen = [i for i in range(200) if not math.isnan(p[i])]
+    truth, scores = [i in swapped for i in seen], [p[i] for i in seen]
+    flags = [score >= 0.5 for score in scores]
+    expected = {
+        "num_swapped": len(swapped), "num_scored": 180, "swapped_scored": sum(truth),
+        "flagged": sum(flags), "auc": roc_auc_score(truth, scores),
+        "precision": precision_score(truth, flags), "recall": recall_score(truth, flags),
+    }  # fmt: skip
+    assert study(flips, report(p), swapped) == pytest.approx(expected, abs=1e-12)
+
+
+def test_margins_rank_pairs_of_one_probability(flips: Any) -> None:
+    margins, truth = [0.5, -1.0, 0.5, -2.0, 3.0, 0.0], [i in {0, 3, 5} for i in range(6)]
+    found = study(flips, report([0.0] * 6, margin=margins), {0, 3, 5})
+    assert found["auc"] == pytest.approx(roc_auc_score(truth, [-margin for margin in margins]))
+    # A probability comes first, whatever the margins say.
+    assert study(flips, report([0.2, 0.1], margin=[9.0, -9.0]), {0})["auc"] == 1.0
+    nothing = study(flips, report([0.1, 0.2]), set())
+    assert [nothing[name] for name in ("auc", "precision", "recall")] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no record of swapped labels"),
+        ("[1]", "is no record of swapped labels"),
+        ('{"rows": [0]}', "is no record of swapped labels"),
+        ('{"rows": 3, "num_pairs": 2}', "is no record of swapped labels"),
+        ('{"rows": [2], "num_pairs": 2}', "not of one run"),
+    ],
+)
+def test_a_record_of_another_run_is_refused(flips: Any, text: str, message: str) -> None:
+    Path("run").mkdir()
+    Path("run/label_flips.json").write_text(text)
+    assert message in flips(report([0.1, 0.2]))
+
+
+# The picture: every pair is in the histogram once, and the curve ends at the sums.
+
+MARGINS = [-2.0, -1.0, -0.5, 0.0, 1.0, 2.0, 3.0, math.nan]
+PROBABILITIES = [0.95, 0.7, 0.6, 0.3, 0.2, 0.08, 0.0, math.nan]
+
+
+def drawn(p: list[float], margins: list[float], swapped: Any = None, **changes: Any) -> Figure:
+    figure: Figure = draw_flips(report(p, margin=margins, **changes), "run $x$ $\\y$", swapped)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    assert file.getvalue().startswith(b"\x89PNG")
+    return figure
+
+
+def heights(figure: Figure) -> dict[str, float]:
+    """Pairs in the bars of each entry of the legend."""
+    axis = figure.axes[0]
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    bars = [sum(bar.get_height() for bar in container) for container in axis.containers]
+    return dict(zip(names, bars, strict=True))
+
+
+def test_picture_by_action() -> None:
+    figure = drawn(PROBABILITIES, MARGINS)
+    assert heights(figure) == {"swap (1)": 1, "drop (2)": 2, "review (1)": 1, "keep (3)": 3}
+    lines = {str(line.get_label()).split(":")[0]: line for line in figure.axes[1].lines}
+    sums = [0, 0.95, 1.65, 2.25, 2.55, 2.75, 2.83, 2.83]
+    assert list(lines["expected wrong labels"].get_ydata()) == pytest.approx(sums)
+    assert [lines[name].get_xdata()[0] for name in ("swap", "drop", "review")] == [1, 3, 4]
+    assert "8 pairs, 2.8 wrong" in figure.get_suptitle()
+
+
+def test_picture_by_truth() -> None:
+    figure = drawn(PROBABILITIES, MARGINS, {0, 2, 6, 7})
+    assert heights(figure) == {"swapped on purpose (3)": 3, "not swapped (4)": 4}
+    (true,) = [line for line in figure.axes[1].lines if "purpose" in str(line.get_label())]
+    assert list(true.get_ydata()) == [0, 1, 1, 2, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("margins", "p"),
+    [([1.5], [0.2]), ([0.0] * 5, [0.3] * 5), ([1e30, -1e30], [0.0, 1.0])],
+    ids=["one pair", "one value", "huge"],
+)
+def test_small_and_odd_reports_are_drawn(margins: list[float], p: list[float]) -> None:
+    assert sum(heights(drawn(p, margins)).values()) == len(margins)
+
+
+def test_far_margins_and_other_actions_are_not_lost() -> None:
+    margins = [index / 1000 for index in range(1000)] + [500.0]
+    figure = drawn([0.1] * 1001, margins)
+    assert heights(figure) == {"keep (1001)": 1001}
+    assert figure.axes[0].get_xlim()[1] < 2
+    assert "outermost bars hold 1 from beyond" in figure.axes[0].get_xlabel()
+    figure = drawn(PROBABILITIES[:2], MARGINS[:2], action=["too_long", "drop"])
+    assert heights(figure) == {"drop (1)": 1, "no action (1)": 1}
+
+
+# Texts of every format of pairs, on lines that end with the terminal.
+
+USER = {"role": "user", "content": "q1"}
+MORE = [USER, {"role": "assistant", "content": "a1"}, {"role": "user", "content": "q2"}]
+TALK = "H: a\n\nA: b\n\nH: c\n\n"
+PAIR = {"pair_id": "[b]\x1b", "probability_wrong": 0.91251, "margin": -1.5, "action": "swap"}
+
+
+def said(text: Any, **more: Any) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": text, **more}]
+
+
+PARTS = [{"type": "image"}, {"type": "text", "text": "what?"}]
+TEXTS: list[tuple[tuple[str, str, str], dict[str, Any]]] = [
+    (("p", "c", "r"), {"prompt": "p", "chosen": "c", "rejected": "r"}),
+    (("q2", "c", "r"), {"prompt": MORE, "chosen": said("c"), "rejected": said("r")}),
+    (("q2", "c", "r"), {"chosen": [*MORE, *said("c")], "rejected": [*MORE, *said("r")]}),
+    (("H: c\n\nA: ", "yes", "no"), {"chosen": f"{TALK}A: yes", "rejected": f"{TALK}A: no"}),
+    (("", "yes", "no"), {"chosen": "yes", "rejected": "no"}),
+    (("", "", "r"), {"prompt": None, "chosen": None, "rejected": "r"}),
+    (("s", "", "r"), {"prompt": [{"role": "x", "content": "s"}], "chosen": [], "rejected": "r"}),
+    (("[image] what?", "[tool call]", ""),
+     {"prompt": [{"role": "user", "content": PARTS}], "chosen": said(None, tool_calls=[1]),
+      "rejected": said(None)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "example"), TEXTS)
+def test_texts_of_a_pair(expected: tuple[str, str, str], example: dict[str, Any]) -> None:
+    assert pair_texts(example) == expected
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_texts_end_with_the_terminal_and_cannot_steer_it(width: int) -> None:
+    example = {
+        "prompt": "word " * 100,
+        "chosen": "東京" * 100,
+        "rejected": "[/x]\x07\u202e\x1b[31m",
+    }
+    console = Console(file=io.StringIO(), width=width)
+    print_pairs(console, [PAIR], [example])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    prompt, chosen, rejected = [line for line in text.splitlines() if line.startswith("  ")]
+    assert prompt.endswith("…")
+    assert width - 3 <= len(prompt.rstrip()) <= width
+    assert len(chosen) < width  # these characters are two cells wide
+    assert rejected.split() == ["rejected", "[/x]", "[31m"]
+    assert "pair [b]" in text
+    assert not set("\x1b\x07\r\u202e") & set(text)

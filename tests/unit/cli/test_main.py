@@ -1,9 +1,12 @@
-"""Exit status, one line on stderr, and what is passed through."""
+"""Exit status, one line on stderr, and what is passed through; `poprisk env`.
+
+What is refused on the command line is in tests/goldens/cli/main.txt.
+"""
 
 import importlib.metadata
+import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,88 +18,52 @@ from poprisk_integrations.cli.main import main
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Replaces what `poprisk env` does."""
+def ends_with(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replaces what `poprisk env` does: it raises, or returns a status."""
 
-    def replace(run: Any) -> None:
+    def replace(end: Any) -> None:
+        def run(args: Any) -> int:
+            if isinstance(end, BaseException):
+                raise end
+            return int(end)
+
         monkeypatch.setattr(module.env, "run", run)
 
     return replace
 
 
-def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("poprisk")
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("error", "status", "message"),
     [
-        ([], "required: COMMAND"),
-        (["nonsense"], "invalid choice: 'nonsense'"),
-        (["env", "--jsn"], "unrecognized arguments: --jsn"),
-        (["--version=3"], "--version"),
-        (["run"], "required: TARGET (see"),
-        (["run", "no/such.py"], "no script at 'no/such.py'"),
-        (["run", "no_such_module"], "no module named 'no_such_module'"),
-        (["run", "no.such.module"], "no module named 'no.such.module'"),
-        (["run", "not a name"], "no module named 'not a name'"),
-        (["run", "tests"], "'tests' is a package, or a folder, without a __main__.py to run"),
-    ],
-)
-def test_bad_usage(
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert main(arguments) == 2
-    assert message in one_error_line(capsys)
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (UsageError("fix\n  this"), "poprisk: fix this"),
-        (ValueError("Invalid x: 3."), "poprisk: Invalid x: 3."),
-        (FileNotFoundError(2, "No such file", "a.yaml"), "poprisk: No such file: 'a.yaml'"),
-        (PermissionError("no permission"), "poprisk: no permission"),
-        (ImportError("Run: pip install x"), "poprisk: Run: pip install x"),
+        (UsageError("fix\n  this"), 2, "poprisk: fix this"),
+        (ValueError("Invalid x: 3."), 2, "poprisk: Invalid x: 3."),
+        (FileNotFoundError(2, "No such file", "a.yaml"), 2, "poprisk: No such file: 'a.yaml'"),
+        (PermissionError("no permission"), 2, "poprisk: no permission"),
+        (ImportError("Run: pip install x"), 2, "poprisk: Run: pip install x"),
+        (KeyboardInterrupt(), 130, "poprisk: interrupted"),
     ],
 )
 def test_errors_become_one_line(
-    error: Exception, message: str, command: Any, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    status: int,
+    message: str,
+    ends_with: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def run(args: Any) -> int:
-        raise error
-
-    command(run)
-    assert main(["env"]) == 2
-    assert one_error_line(capsys).strip() == message
+    ends_with(error)
+    assert main(["env"]) == status
+    assert capsys.readouterr() == ("", f"{message}\n")
     with pytest.raises(type(error)):
         main(["--debug", "env"])
 
 
-def test_a_bug_keeps_its_traceback(command: Any) -> None:
-    def run(args: Any) -> int:
-        raise RuntimeError("a bug")
-
-    command(run)
+def test_a_bug_keeps_its_traceback_and_a_status_is_passed_on(ends_with: Any) -> None:
+    ends_with(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         main(["env"])
-
-
-def test_interrupt(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(args: Any) -> int:
-        raise KeyboardInterrupt
-
-    command(run)
-    assert main(["env"]) == 130
-    assert one_error_line(capsys) == "poprisk: interrupted\n"
+    ends_with(7)
+    assert main(["env"]) == 7
+    assert one_line(ValueError()) == "ValueError"
 
 
 def test_other_ranks_say_who_they_are(
@@ -104,16 +71,7 @@ def test_other_ranks_say_who_they_are(
 ) -> None:
     monkeypatch.setenv("RANK", "3")
     assert main(["nonsense"]) == 2
-    assert one_error_line(capsys).startswith("poprisk (rank 3): ")
-
-
-def test_exit_status_of_the_command_is_passed_on(command: Any) -> None:
-    command(lambda args: 7)
-    assert main(["env"]) == 7
-
-
-def test_an_error_without_words_has_a_name() -> None:
-    assert one_line(ValueError()) == "ValueError"
+    assert capsys.readouterr().err.startswith("poprisk (rank 3): ")
 
 
 def test_version_loads_no_framework() -> None:
@@ -127,7 +85,42 @@ def test_version_loads_no_framework() -> None:
     assert run.returncode == 0
 
 
-def test_console_script() -> None:
-    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="poprisk")
-    assert entry.load() is main
-    assert (Path(module.__file__).parent / "__main__.py").exists()
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report.keys() == {"system", "packages", "extras", "devices"}
+    assert report["packages"]["torch"] == importlib.metadata.version("torch")
+    assert report["packages"]["poprisk_integrations"] == __version__
+    assert "gloo" in report["devices"]["distributed_backends"]
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for section, names in report.items() for name in (section, *names))
+
+
+@pytest.mark.parametrize(
+    ("absent", "extras"),
+    [
+        (["trl", "lightning", "pytorch-lightning"],
+         {"hf": "available", "trl": ["trl"], "lightning": ["lightning"], "demo": ["trl"]}),
+        (["lightning"], dict.fromkeys(("hf", "trl", "lightning", "demo"), "available")),
+    ],
+)  # fmt: skip
+def test_env_without_extras(
+    absent: list[str],
+    extras: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lightning has two names, of which one is enough."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name in absent:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "2.4.0" if name == "pytorch-lightning" else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["env", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["packages"][absent[0]] == "not installed"
+    assert report["extras"] == extras

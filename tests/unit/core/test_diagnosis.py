@@ -1,6 +1,7 @@
 """One diagnosis with its uncertainty: what it says, when, and with which numbers."""
 
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,73 @@ def test_overshooting_has_its_own_numbers():
 def test_the_threshold_is_the_users():
     assert diagnose([row(1.3)], threshold=1.6).kind == "memorising"
     assert "F = 1.3 +- 0.1 over 1 window, below 1.6" in str(diagnose([row(1.3)], threshold=1.6))
+
+
+def risk_rows(values, train, change=0.02, se=0.1):
+    return [
+        {
+            "step": 10 * (k + 1),
+            "epoch": k + 1.0,
+            "train_loss": loss,
+            "estimated_test_loss": value,
+            "estimated_test_loss_se": se,
+            "estimated_test_loss_change_se": change,
+            "signal_ratio": None,
+        }
+        for k, (value, loss) in enumerate(zip(values, train, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "train", "certainty", "kind"),
+    [
+        ([2.0, 1.5, 1.2, 1.0], [2.0, 1.4, 1.0, 0.8], "very probably", "learning"),
+        # 0.05 down, each change known to 0.02: 1.4 standard errors of three changes.
+        ([1.05, 1.02, 1.01, 1.0], [1.0, 0.9, 0.8, 0.7], "probably", "learning"),
+        ([1.0, 1.0, 1.0, 1.0], [1.0, 0.9, 0.8, 0.7], "", "unclear"),
+        ([2.0, 1.0, 1.2, 1.3], [2.0, 0.9, 0.8, 0.7], "very probably", "memorising"),
+        # 0.04 and 0.05 up: 2 and 1.8 standard errors, 1.9 on average, less 0.5.
+        ([2.0, 1.0, 1.04, 1.05], [2.0, 0.9, 0.8, 0.7], "probably", "memorising"),
+        ([2.0, 1.0, 1.2], [2.0, 0.9, 0.8], "", "unclear"),  # one window above only
+        ([1.0, 1.2], [1.0, 0.8], "very probably", "memorising"),  # there are no others
+        ([2.0, 1.0, 1.2, 1.3], [2.0, 0.9, 1.1, 1.2], "very probably", "overshooting"),
+        ([2.0, 1.0, None, 1.3, 1.3], [2.0, 0.9, 0.8, 0.7, 0.7], "very probably", "memorising"),
+        ([2.0, 1.0, 1.2, math.nan, 1.3], [2.0, 0.9, 0.8, 0.7, 0.7], "very probably", "memorising"),
+    ],
+)
+def test_the_estimated_test_loss_speaks_for_itself(values, train, certainty, kind):
+    diagnosis = diagnose(risk_rows(values, train))
+    assert (diagnosis.certainty, diagnosis.kind) == (certainty, kind)
+    assert diagnosis.phrase in PHRASES.values()
+
+
+def test_the_change_is_known_better_than_the_value():
+    """0.1 up where R is known to 0.1: the same examples are compared with themselves."""
+    values, train = [2.0, 1.0, 1.1, 1.1], [2.0, 0.9, 0.8, 0.7]
+    assert diagnose(risk_rows(values, train)).kind == "memorising"
+    assert diagnose(risk_rows(values, train, change=0.2)).kind == "unclear"
+    assert diagnose(risk_rows(values, train, change=None, se=None)).kind == "unclear"
+
+
+def test_numbers_of_the_estimated_test_loss():
+    text = str(diagnose(risk_rows([2.0, 1.0, 1.2, 1.3], [2.0, 0.9, 0.8, 0.7])))
+    assert text.startswith("very probably memorising: the test loss has risen from its minimum")
+    assert text.endswith("(R = 1.3 +- 0.1, lowest 1 at step 20; training loss 0.7)")
+    assert "seen only once" in str(diagnose(risk_rows([2.0], [2.0])))
+
+
+def test_a_flat_test_loss_is_seldom_called_memorising():
+    """R wanders by its errors alone: the lowest window was picked, and that is allowed for."""
+    draw = random.Random(0)
+    found = []
+    for _ in range(400):
+        values = [1.0]
+        for _ in range(9):
+            values.append(values[-1] + draw.gauss(0.0, 0.02))
+        found.append(diagnose(risk_rows(values, [1.0] * 10)))
+    memorising = [d.certainty for d in found if d.kind == "memorising"]
+    assert memorising.count("very probably") <= 0.03 * len(found)
+    assert len(memorising) <= 0.2 * len(found)
 
 
 def test_the_table_of_phrases_is_the_code():

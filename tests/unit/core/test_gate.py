@@ -1,8 +1,20 @@
+"""Where the gate opens, and how much it lets through; more of it in the twin's tests of `optim`."""
+
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chi2
 
-from poprisk_integrations.core import default_lambda_pop, gate_factor, open_mask
+from poprisk_integrations.core import (
+    calibrated_alpha,
+    chi2_quantile_1dof,
+    finite_alpha,
+    gate_factor,
+    open_mask,
+    resolve_alpha,
+)
 from tests.reference.poprisk_adamw import Twin
 
 
@@ -19,17 +31,6 @@ def test_gate_equals_twin(gate, alpha, lambda_pop, eps):
     assert np.all((q >= 0) & (q <= 1))
 
 
-def test_soft_default_is_the_positive_part_shrinker():
-    ratio = torch.tensor([0.1, 0.5, 1.0, 4.0], dtype=torch.float64)
-    q = gate_factor(ratio, torch.ones(4).double(), gate="soft", alpha=0.5, lambda_pop=0.5)
-    torch.testing.assert_close(q, (1 - 0.5 / ratio).clamp(min=0))
-
-
-def test_snr_is_half_on_the_boundary():
-    q = gate_factor(torch.tensor([0.3]), torch.ones(1), gate="snr", alpha=0.3, lambda_pop=1.0)
-    torch.testing.assert_close(q, torch.tensor([0.5]))
-
-
 @pytest.mark.parametrize("gate", ["soft", "hard", "snr"])
 def test_no_noise_is_open_and_no_gradient_is_closed(gate):
     mean_sq, noise = torch.tensor([0.0, 1e-30]), torch.zeros(2)
@@ -38,21 +39,55 @@ def test_no_noise_is_open_and_no_gradient_is_closed(gate):
     assert open_mask(mean_sq, noise, 0.2).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("gate", ["soft", "hard", "snr"])
-def test_gate_does_not_depend_on_the_scale(gate):
-    mean, noise = torch.randn(1000), torch.rand(1000)
-    kwargs = {"gate": gate, "alpha": 0.2, "lambda_pop": 0.2}
-    base = gate_factor(mean**2, noise, **kwargs)
-    for power in (-40, 40):  # powers of two scale exactly
-        scaled = gate_factor((mean * 2.0**power) ** 2, noise * 4.0**power, **kwargs)
-        assert torch.equal(base, scaled)
-
-
-def test_default_lambda_pop():
-    assert default_lambda_pop("soft", 0.19) == 0.19
-    assert default_lambda_pop("snr", 0.19) == 1.0
-
-
 def test_unknown_gate_is_named():
     with pytest.raises(ValueError, match="Invalid gate: 'firm'"):
         gate_factor(torch.ones(1), torch.ones(1), gate="firm", alpha=1.0, lambda_pop=1.0)
+
+
+@pytest.mark.parametrize("p", [0.999, 0.5, 0.32, 0.05, 1e-3, 7.7e-6, 1e-12])
+def test_chi2_quantile_equals_scipy(p):
+    assert chi2_quantile_1dof(p) == pytest.approx(chi2.isf(p, 1), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rate", "alpha"), [(0.32, 0.050), (0.10, 0.135), (0.05, 0.192), (0.001, 0.541), (7.7e-6, 1.0)]
+)
+def test_calibration_table(rate, alpha):
+    """For beta1 = 0.9; the last is the published boundary, a test at four and a half sigma."""
+    assert calibrated_alpha(0.9, rate) == pytest.approx(alpha, abs=1e-3)
+
+
+def test_finite_alpha_turns_batch_variance_into_leave_one_out_penalty():
+    """Exact for batches without replacement: Var(batch mean) * b/(n-b) = Sigma / (n-1)."""
+    x = torch.tensor([0.3, -1.2, 2.0, 0.7, -0.4, 1.1], dtype=torch.float64)
+    n, b = len(x), 2
+    means = torch.tensor([float(x[list(c)].mean()) for c in combinations(range(n), b)])
+    variance = float(means.double().var(correction=0))
+    penalty = float(x.var(correction=0)) / (n - 1)
+    assert variance * finite_alpha(b, n) == pytest.approx(penalty, rel=1e-6)
+
+
+def test_resolve_names_and_numbers():
+    common = {"beta1": 0.9, "false_open_rate": 0.05}
+    assert resolve_alpha("fresh", **common) == 1.0
+    assert resolve_alpha(0.3, **common) == 0.3
+    assert resolve_alpha("calibrated", **common) == calibrated_alpha(0.9, 0.05)
+    assert resolve_alpha("finite", **common, batch_size=1, dataset_size=5) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"alpha": "best"}, "Invalid alpha: 'best'"),
+        ({"alpha": -1.0}, "Invalid alpha: -1"),
+        ({"alpha": float("nan")}, "Invalid alpha: nan"),
+        ({"alpha": "finite"}, "needs batch_size and dataset_size"),
+        ({"alpha": "finite", "batch_size": 8, "dataset_size": 8}, "Invalid dataset_size: 8"),
+        ({"alpha": "finite", "batch_size": 0, "dataset_size": 8}, "Invalid batch_size: 0"),
+        ({"alpha": "calibrated", "false_open_rate": 1.0}, "Invalid false_open_rate: 1.0"),
+        ({"alpha": "calibrated", "beta1": 1.0}, "Invalid beta1: 1.0"),
+    ],
+)
+def test_bad_alpha_is_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_alpha(**{"beta1": 0.9, "false_open_rate": 0.05, **kwargs})

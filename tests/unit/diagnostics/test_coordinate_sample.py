@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from poprisk_integrations.diagnostics.coordinate_sample import (
+from poprisk_integrations.diagnostics.window_layout import (
     LARGEST_WHOLE,
     SAMPLED_COORDINATES,
     CoordinateSample,
@@ -58,15 +58,11 @@ def test_no_random_state_is_touched_and_positions_differ():
 
 
 @pytest.mark.parametrize("shards", [[100_000], [50_000] * 2, [70_000, 30_000, 0], [30] * 3_000])
-def test_shards_share_the_number(shards):
+def test_shards_of_a_large_tensor_share_the_number(shards):
+    assert [sampled_count(n, LARGEST_WHOLE) for n in (32_000, 768, 0)] == [32_000, 768, 0]
     counts = [sampled_count(shard, sum(shards)) for shard in shards]
     assert SAMPLED_COORDINATES - len(shards) < sum(counts) <= SAMPLED_COORDINATES
     assert all(count <= shard for count, shard in zip(counts, shards, strict=True))
-
-
-def test_a_small_tensor_is_taken_whole_by_all_its_shards():
-    assert [sampled_count(n, LARGEST_WHOLE) for n in (32_000, 768, 0)] == [32_000, 768, 0]
-    assert sample_coordinates(32_000, 32_000, 0) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -91,12 +87,3 @@ def test_read(dtype):
     assert not out.parts[0].any()
     assert not out.parts[4].any()
     assert out.parts[1].any()
-
-
-def test_a_shard_without_a_share_reads_nothing():
-    shard = torch.randn(10)
-    sample = CoordinateSample([shard], [10_000_000])
-    assert sample.counts == [0]
-    out = sample.zeros()
-    sample.read([shard], out)
-    assert out.flat.numel() == 0

@@ -44,8 +44,3 @@ def test_with_other_ranks_waiting_it_is_raised(monkeypatch):
     monkeypatch.setattr(guard, "world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="no memory"):
         Callback().on_step_end(RuntimeError("no memory"))
-
-
-def test_a_hook_keeps_its_name_and_words():
-    assert Callback.on_step_end.__name__ == "on_step_end"
-    assert Callback.on_step_end.__doc__ == "The hook's own words."

@@ -2,7 +2,7 @@
 
 import pytest
 
-from poprisk_integrations.diagnostics.layer_groups import (
+from poprisk_integrations.diagnostics.layer_sample import (
     MOST_GROUPS,
     check_per_layer,
     layer_groups,

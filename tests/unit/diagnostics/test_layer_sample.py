@@ -13,7 +13,6 @@ PATHS = {
     "single_tensor": {"foreach": False, "fused": False},
     "foreach": {"foreach": True},
     "capturable": {"capturable": True},
-    "fused_compiled": {"fused": True},
     "bfloat16": {"state_dtype": "bfloat16"},
 }
 NAMES = ("layers.0.w", "layers.0.b", "layers.1.w", "head.w")
@@ -120,7 +119,7 @@ def test_agrees_with_the_twin(path):
         {"maximize": True, "gate_warmup": 4},
         {"gate_warmup": 6},
         {"gate": "none"},
-        {"noise_mean": "raw", "alpha": 1.0},
+        {"noise_mean": "raw", "alpha": 1.0, "lambda_pop": 0.0},  # the paper's
     ],
     ids=str,
 )
@@ -128,18 +127,6 @@ def test_layers_add_up_to_the_sums_of_the_step(options):
     for optimizer, sample in steps(6, foreach=False, fused=False, **options):
         total = optimizer.gate_sums()[0, :8].double()
         torch.testing.assert_close(sample.sums().sum(0)[:8], total, rtol=1e-5, atol=1e-6)
-
-
-def test_paper():
-    params = [torch.nn.Parameter(torch.zeros(5))]
-    optimizer = PopRiskAdamW.paper(params, collect_stats_every=1)
-    sample = LayerSample(optimizer)
-    for step in range(3):
-        params[0].grad = torch.arange(5.0) + step
-        optimizer.step()
-        sample.after_step()
-        ours, sums = sample.sums().sum(0)[:8], optimizer.gate_sums()[0, :8].double()
-        torch.testing.assert_close(ours, sums, rtol=1e-5, atol=1e-6)
 
 
 def test_large_tensors_are_sampled_and_weighted_up():
@@ -212,14 +199,8 @@ def test_what_is_unknown_is_left_out():
     sample.before_step()
     sample.after_step()
     assert sample.metrics(sample.sums()) == {}
-
-
-def test_a_bad_gradient_gives_no_number():
-    param = torch.nn.Parameter(torch.zeros(3))
-    optimizer = PopRiskAdamW([param])
-    sample = LayerSample(optimizer)
     for value in (1.0, 1.0, float("nan")):
-        param.grad = torch.full((3,), value)
+        optimizer.param_groups[0]["params"][0].grad = torch.full((3,), value)
         sample.before_step()
         optimizer.step()
         sample.after_step()

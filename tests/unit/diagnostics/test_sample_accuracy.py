@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from poprisk_integrations.diagnostics import GradientWindow
-from poprisk_integrations.diagnostics.coordinate_sample import LARGEST_WHOLE
+from poprisk_integrations.diagnostics.window_layout import LARGEST_WHOLE
 
 WINDOW = 8
+
+pytestmark = pytest.mark.slow
 
 
 def classifier():

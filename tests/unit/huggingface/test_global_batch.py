@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import ParallelismConfig
+from transformers import Trainer
 
-from poprisk_integrations.huggingface.global_batch import global_batch_size
+from poprisk_integrations.huggingface.run_facts import global_batch_size
+from tests.helpers.tiny_trainer import TinyModel, arguments
 
 
 def _arguments(world_size, layout=None, split_batches=False):
@@ -43,11 +46,6 @@ def test_split_batches_are_one_batch():
 
 
 def test_agrees_with_trainer(tmp_path):
-    from accelerate.utils import ParallelismConfig
-    from transformers import Trainer
-
-    from tests.helpers.tiny_trainer import TinyModel, arguments
-
     args = arguments(tmp_path, gradient_accumulation_steps=4)
     trainer = Trainer(TinyModel(), args)
     assert global_batch_size(args, trainer.accelerator) == trainer.get_total_train_batch_size(args)

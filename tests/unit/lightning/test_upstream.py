@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities import CombinedLoader
@@ -25,16 +24,6 @@ def test_can_stop_early_exists():
     assert isinstance(_FitLoop._can_stop_early, property)
 
 
-def test_modelcheckpoint_remembers_its_last_save():
-    checkpoint = ModelCheckpoint()
-    assert checkpoint._last_global_step_saved == 0
-    assert checkpoint._last_checkpoint_saved == ""
-    checkpoint._last_global_step_saved, checkpoint._last_checkpoint_saved = 7, "a.ckpt"
-    assert _upstream.checkpoint_saved_at(checkpoint, 7) == "a.ckpt"
-    assert _upstream.checkpoint_saved_at(checkpoint, 8) == ""
-    assert _upstream.checkpoint_saved_at(object(), 8) == ""
-
-
 def test_the_loaders_that_are_drawn_from_are_kept():
     found = []
 
@@ -50,13 +39,6 @@ def test_the_loaders_that_are_drawn_from_are_kept():
     trainer.fit(Looks(), CombinedLoader([data, data]))
     assert [type(one.sampler).__name__ for one in found] == ["RandomSampler"] * 2
     assert _upstream.training_loaders(Trainer(max_steps=1, accelerator="cpu", barebones=True)) == []
-
-
-def test_optimizers_keep_their_hooks():
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    assert not _upstream.has_step_hooks(optimizer)
-    optimizer.register_step_pre_hook(lambda *_: None)
-    assert _upstream.has_step_hooks(optimizer)
 
 
 def test_fused_optimizers_say_that_they_unscale():
@@ -98,7 +80,7 @@ class Model(BoringModel):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 assert any(c.__module__.startswith("pytorch_lightning") for c in PopRiskMonitor.__mro__)
-stop = PopRiskEarlyStopping(window=4)
+stop = PopRiskEarlyStopping(criterion="signal", window=4)
 Trainer(
     accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
     max_steps=10, callbacks=[PopRiskOptimizer(), PopRiskMonitor(1), stop],

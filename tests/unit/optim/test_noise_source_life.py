@@ -11,112 +11,91 @@ import torch
 from torch import nn
 
 from poprisk_integrations import PopRiskAdamW
-from tests.helpers.gradient_pieces import (
-    SETTINGS,
-    backward,
-    noise,
-    pieces,
-)
-from tests.helpers.optim_problem import feed, gradients, make_params
+from tests.helpers.gradient_pieces import SETTINGS, backward, noise, pieces, take_step
+from tests.helpers.optim_problem import feed, gradients, make_params, snapshot, unchanged
 
 
-class TestShortSteps:
+def test_a_short_step_leaves_s_alone():
     """The last step of an epoch may have one pass: no information, no error."""
-
-    def test_leave_s_alone(self):
-        params = [nn.Parameter(torch.zeros(9))]
-        optimizer = PopRiskAdamW(params, **SETTINGS)
-        for count in (3, 1, 3):
-            optimizer.zero_grad()
-            before = optimizer.state[params[0]].get("exp_dev_sq", torch.zeros(9)).clone()
-            for _ in range(count):
-                backward(params, [torch.randn(9)])
-            optimizer.step()
-            assert torch.equal(before, optimizer.state[params[0]]["exp_dev_sq"]) == (count == 1)
-        state = optimizer.state[params[0]]
-        assert (state["step"].item(), state["dev_step"].item()) == (3, 2)
-
-    @pytest.mark.parametrize("resumed", [False, True])
-    def test_are_refused_if_there_is_nothing_else(self, resumed):
-        params = [nn.Parameter(torch.zeros(9))]
-        optimizer = PopRiskAdamW(params, **SETTINGS)
-        if resumed:  # a checkpoint may lie right before the short step of its epoch
-            optimizer.init_state()
-            backward(params, [torch.randn(9)])
-            optimizer.step()
-        optimizer.zero_grad()
-        backward(params, [torch.randn(9)])
-        before = copy.deepcopy(optimizer.state_dict())
-        with pytest.raises(RuntimeError, match="at least 2 backward passes per step, found 1"):
-            optimizer.step()
-        assert str(optimizer.state_dict()) == str(before)
+    param = nn.Parameter(torch.zeros(9))
+    optimizer = PopRiskAdamW([param], **SETTINGS)
+    for count in (3, 1, 3):
+        before = optimizer.state[param].get("exp_dev_sq", torch.zeros(9)).clone()
+        take_step(optimizer, [param], torch.randn(count, 1, 9))
+        assert torch.equal(before, optimizer.state[param]["exp_dev_sq"]) == (count == 1)
+    state = optimizer.state[param]
+    assert (state["step"].item(), state["dev_step"].item()) == (3, 2)
 
 
-class TestRefusals:
-    def test_bad_value(self):
-        with pytest.raises(ValueError, match=r"Invalid noise_source: 'batch'. Must be one of"):
-            PopRiskAdamW(make_params(), noise_source="batch")
+@pytest.mark.parametrize("resumed", [False, True])
+def test_short_steps_are_refused_if_there_is_nothing_else(resumed):
+    param = nn.Parameter(torch.zeros(9))
+    optimizer = PopRiskAdamW([param], **SETTINGS)
+    if resumed:  # a checkpoint may lie right before the short step of its epoch
+        optimizer.init_state()
+        take_step(optimizer, [param], torch.randn(1, 1, 9))
+    optimizer.zero_grad()
+    backward([param], [torch.randn(9)])
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="at least 2 backward passes per step, found 1"):
+        optimizer.step()
+    assert unchanged(optimizer, before)
 
-    @pytest.mark.parametrize("source", ["microbatch", "ranks"])
-    def test_published_rule(self, source):
-        with pytest.raises(ValueError, match="Must be 'temporal' with noise_mean='raw'"):
-            PopRiskAdamW.paper(make_params(), noise_source=source)
 
-    def test_ranks_on_one_process(self):
-        params = make_params()
-        optimizer = PopRiskAdamW(params, noise_source="ranks")
-        backward(params, gradients(2)[1])
-        with pytest.raises(RuntimeError, match=r"'ranks' needs at least 2 ranks .* found 1"):
-            optimizer.step()
-        assert not optimizer.state
+def passes(params):
+    for row in gradients(3):
+        backward(params, row)
 
-    def test_gradients_set_by_hand(self):
-        layer = nn.Linear(3, 2)
-        optimizer = PopRiskAdamW(layer.named_parameters(), **SETTINGS)
-        for p in layer.parameters():
-            p.grad = torch.ones_like(p)
-        with pytest.raises(RuntimeError, match=r"'weight' .* no backward pass has shown"):
-            optimizer.step()
-        assert not optimizer.state
 
-    def test_one_gradient_set_by_hand(self):
-        layer = nn.Linear(3, 2)
-        optimizer = PopRiskAdamW(layer.named_parameters(), **SETTINGS)
-        for _ in range(2):
-            backward([layer.weight], [torch.randn(2, 3)])
-        layer.bias.grad = torch.ones(2)
-        with pytest.raises(RuntimeError, match=r"'bias' .* no backward pass has shown"):
-            optimizer.step()
+def by_hand(params, optimizer):
+    feed(params, gradients(2)[1])
 
-    def test_replaced_parameters(self):
-        params = make_params()
-        optimizer = PopRiskAdamW(params, **SETTINGS)
-        others = make_params()
-        optimizer.param_groups[0]["params"] = others
-        for row in gradients(3):
-            backward(others, row)
-        with pytest.raises(RuntimeError, match="no backward pass has shown"):
-            optimizer.step()
 
-    def test_clipping_by_value(self):
-        params = make_params()
-        optimizer = PopRiskAdamW(params, **SETTINGS)
-        for row in gradients(4):
-            backward(params, row)
-        nn.utils.clip_grad_value_(params, 0.1)
-        with pytest.raises(RuntimeError, match="no clipping by value"):
-            optimizer.step()
+def one_by_hand(params, optimizer):
+    for row in gradients(3):
+        backward(params[:1] + params[2:], row[:1] + row[2:])
+    params[1].grad = torch.ones_like(params[1])
 
-    def test_group_stays_out_if_refused(self, monkeypatch):
-        from poprisk_integrations.optim import _noise_source
 
-        first, second = make_params()[:2]
-        optimizer = PopRiskAdamW([first], noise_source="temporal")
-        monkeypatch.setattr(_noise_source, "is_dtensor", lambda p: p is second)
-        with pytest.raises(ValueError, match="'microbatch' for parameter 0 of group 1, a DTensor"):
-            optimizer.add_param_group({"params": [second], "noise_source": "microbatch"})
-        assert len(optimizer.param_groups) == 1
-        assert not second._backward_hooks
+def replaced(params, optimizer):
+    optimizer.param_groups[0]["params"] = make_params()
+    passes(optimizer.param_groups[0]["params"])
+
+
+def clipped_by_value(params, optimizer):
+    passes(params)
+    nn.utils.clip_grad_value_(params, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("source", "prepare", "message"),
+    [
+        ("ranks", lambda params, _: passes(params), r"'ranks' needs at least 2 ranks .* found 1"),
+        ("microbatch", by_hand, r"'of layer 0' .* no backward pass has shown"),
+        ("microbatch", one_by_hand, r"'of layer 1' .* no backward pass has shown"),
+        ("microbatch", replaced, "no backward pass has shown"),
+        ("microbatch", clipped_by_value, "no clipping by value"),
+    ],
+)
+def test_refusals(source, prepare, message):
+    params = make_params()
+    named = [(f"of layer {i}", p) for i, p in enumerate(params)]
+    optimizer = PopRiskAdamW(named, **{**SETTINGS, "noise_source": source})
+    prepare(params, optimizer)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+
+
+def test_a_group_stays_out_if_refused(monkeypatch):
+    from poprisk_integrations.optim import _noise_source
+
+    first, second = make_params()[:2]
+    optimizer = PopRiskAdamW([first], noise_source="temporal")
+    monkeypatch.setattr(_noise_source, "is_dtensor", lambda p: p is second)
+    with pytest.raises(ValueError, match="'microbatch' for parameter 0 of group 1, a DTensor"):
+        optimizer.add_param_group({"params": [second], "noise_source": "microbatch"})
+    assert len(optimizer.param_groups) == 1
+    assert not second._backward_hooks
 
 
 def test_templates_of_checkpoints_may_step_on_zero_gradients():
@@ -131,21 +110,12 @@ def test_templates_of_checkpoints_may_step_on_zero_gradients():
 
 def test_ungated_groups_have_no_hooks():
     params = make_params()
-    PopRiskAdamW(params, noise_source="microbatch", gate="none")
     PopRiskAdamW(params, noise_source="microbatch", gate_blend=0.0)
     PopRiskAdamW(params)
+    optimizer = PopRiskAdamW(params, noise_source="microbatch", gate="none")
     assert not any(p._backward_hooks for p in params)
-
-
-def test_gate_none_is_adamw_with_one_pass():
-    mine, theirs = make_params(), make_params()
-    ours = PopRiskAdamW(mine, lr=1e-2, gate="none", noise_source="microbatch")
-    adamw = torch.optim.AdamW(theirs, lr=1e-2)
-    for row in gradients(5):
-        for params, optimizer in ((mine, ours), (theirs, adamw)):
-            feed(params, row)
-            optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    feed(params, gradients(2)[1])
+    optimizer.step()  # which needs no pieces
 
 
 def test_hooks_go_with_the_optimizer():
@@ -164,22 +134,16 @@ def test_copies_measure_for_themselves(copier):
     params = make_params()
     optimizer = PopRiskAdamW(params, **SETTINGS)
     history = pieces(steps=6, count=3)
-
-    def run(owned, opt, steps):
-        for rows in steps:
-            opt.zero_grad()
-            for row in rows:
-                backward(owned, row)
-            opt.step()
-
-    run(params, optimizer, history[:3])
+    for rows in history[:3]:
+        take_step(optimizer, params, rows)
     if copier == "deepcopy":
         twin = copy.deepcopy(optimizer)
     else:
         twin = pickle.load(io.BytesIO(pickle.dumps(optimizer)))
     clones = twin.param_groups[0]["params"]
-    run(params, optimizer, history[3:])
-    run(clones, twin, history[3:])
+    for rows in history[3:]:
+        take_step(optimizer, params, rows)
+        take_step(twin, clones, rows)
     assert all(torch.equal(a, b) for a, b in zip(params, clones, strict=True))
     for a, b in zip(noise(optimizer, params), noise(twin, clones), strict=True):
         assert torch.equal(a, b)
@@ -190,9 +154,7 @@ def test_checkpoints_bring_no_source():
     params = make_params()
     optimizer = PopRiskAdamW(params, **SETTINGS)
     history = pieces(steps=2, count=3)
-    for row in history[0]:
-        backward(params, row)
-    optimizer.step()
+    take_step(optimizer, params, history[0])
     saved = optimizer.state_dict()
     assert set(saved["state"][0]) == {"step", "dev_step", "exp_avg", "exp_avg_sq", "exp_dev_sq"}
 
@@ -206,10 +168,7 @@ def test_checkpoints_bring_no_source():
 
     back = PopRiskAdamW(others, **SETTINGS)
     back.load_state_dict(temporal.state_dict())
-    back.zero_grad()
-    for row in history[1]:
-        backward(others, row)
-    back.step()
+    take_step(back, others, history[1])
     assert back.state[others[0]]["dev_step"].item() == 3
 
 
@@ -218,9 +177,7 @@ def test_a_gate_that_comes_with_the_checkpoint_is_measured():
     saved = PopRiskAdamW(gated, **SETTINGS).state_dict()
     optimizer = PopRiskAdamW(ungated, **SETTINGS, gate="none")
     optimizer.load_state_dict(saved)
-    for row in gradients(3):
-        backward(ungated, row)
-    optimizer.step()
+    take_step(optimizer, ungated, gradients(3))
     assert optimizer.state[ungated[0]]["dev_step"].item() == 1
 
 
@@ -253,30 +210,12 @@ def test_conversion_of_the_module_keeps_the_hooks():
 
 def test_no_host_sync_after_the_first_step():
     """The same code on the meta device: reading a number of a meta tensor raises."""
-    from poprisk_integrations.optim._noise_source import NoiseSource
-
     params = [nn.Parameter(torch.empty(4, 3, device="meta"))]
     optimizer = PopRiskAdamW(params, **SETTINGS, preserve_norm=True)
-    source = optimizer.__dict__["_poprisk_noise_source"]
-    assert isinstance(source, NoiseSource)
-    backward(params, [torch.empty(4, 3, device="meta")])
-    backward(params, [torch.empty(4, 3, device="meta")])
+    rows = [[torch.empty(4, 3, device="meta")]] * 2
     with pytest.raises(RuntimeError, match="meta"):
-        optimizer.step()  # the one check of a run
-    for record in source._records.values():
+        take_step(optimizer, params, rows)  # the one check of a run
+    for record in optimizer._noise_source._records.values():
         record.is_verified = True
     for _ in range(2):
-        optimizer.zero_grad()
-        backward(params, [torch.empty(4, 3, device="meta")])
-        backward(params, [torch.empty(4, 3, device="meta")])
-        optimizer.step()
-
-
-def test_gradients_are_not_written():
-    params = make_params()
-    optimizer = PopRiskAdamW(params, **SETTINGS)
-    for row in gradients(3, seed=7):
-        backward(params, row)
-    before = [p.grad.clone() for p in params]
-    optimizer.step()
-    assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))
+        take_step(optimizer, params, rows)

@@ -4,62 +4,50 @@ import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
-from tests.helpers.optim_problem import make_params
-
-PATHS = {
-    "single_tensor": {"foreach": False},
-    "foreach": {"foreach": True},
-    "capturable": {"capturable": True},
-}
+from tests.helpers.optim_problem import feed, gradients, make_params, train
+from tests.unit.optim.paths import FLAGS, TORCH
 
 
-def open_fraction(mean, steps=400, burn_in=100, n=20_000, **options):
-    param = torch.nn.Parameter(torch.zeros(n))
+@pytest.mark.parametrize(
+    ("options", "signal", "share", "tolerance"),
+    [
+        # contract: within 10 % of the rate that was asked for, whatever beta1
+        ({"false_open_rate": 0.05}, 0.0, 0.05, 0.005),
+        ({"false_open_rate": 0.3}, 0.0, 0.3, 0.03),
+        ({"betas": (0.8, 0.99)}, 0.0, 0.3173, 0.016),
+        ({"betas": (0.95, 0.999)}, 0.0, 0.3173, 0.016),
+        # the published boundary shuts nearly all noise, and half of unit signal
+        ({"alpha": "fresh"}, 0.0, 0.0, 1e-4),
+        ({"alpha": "fresh"}, 0.5, 0.012, 0.006),
+        ({"alpha": "fresh"}, 1.0, 0.46, 0.03),
+        # nearly no gate
+        ({"alpha": "finite", "batch_size": 256, "dataset_size": 3_840_000}, 0.0, 0.97, 0.01),
+    ],
+    ids=str,
+)
+def test_share_of_noisy_coordinates_that_are_open(options, signal, share, tolerance):
+    param = torch.nn.Parameter(torch.zeros(10_000))
     optimizer = PopRiskAdamW([param], lr=1e-3, gate="hard", collect_stats_every=1, **options)
     generator = torch.Generator().manual_seed(5)
     fractions = []
-    for step in range(steps):
-        param.grad = mean + torch.randn(n, generator=generator)
+    for step in range(250):
+        param.grad = signal + torch.randn(10_000, generator=generator)
         optimizer.step()
-        if step >= burn_in and step % 20 == 0:
+        if step >= 100 and step % 20 == 0:
             fractions.append(float(optimizer.gate_stats()["open_fraction"]))
-    return sum(fractions) / len(fractions)
+    assert sum(fractions) / len(fractions) == pytest.approx(share, abs=tolerance)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("rate", [0.05, 0.3])
-def test_calibrated_alpha_has_its_false_open_rate(path, rate):
-    fraction = open_fraction(0.0, false_open_rate=rate, **PATHS[path])
-    assert fraction == pytest.approx(rate, rel=0.1)
-
-
-@pytest.mark.parametrize("betas", [(0.8, 0.99), (0.95, 0.999)], ids=str)
-def test_calibration_follows_beta1(betas):
-    assert open_fraction(0.0, betas=betas) == pytest.approx(0.3173, rel=0.05)  # the default
-
-
-def test_published_alpha_shuts_nearly_all_noise_and_half_of_unit_signal():
-    assert open_fraction(0.0, alpha="fresh") < 1e-4
-    assert open_fraction(1.0, alpha="fresh") == pytest.approx(0.46, abs=0.03)
-    assert open_fraction(0.5, alpha="fresh") == pytest.approx(0.012, abs=0.006)
-
-
-def test_finite_alpha_is_nearly_no_gate():
-    fraction = open_fraction(0.0, alpha="finite", batch_size=256, dataset_size=3_840_000)
-    assert fraction == pytest.approx(0.97, abs=0.01)
-
-
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("impl", TORCH)
 @pytest.mark.parametrize("gate", ["soft", "hard", "snr"])
-@pytest.mark.parametrize("factor", [1e-6, 1e6])
-def test_scale_of_the_loss_leaves_the_open_set(path, gate, factor):
+def test_scale_of_the_loss_leaves_the_open_set(impl, gate):
     """Contract: times 1e-6 or 1e6 leaves the open set unchanged, Adam's eps aside."""
 
     def moved(scale):
         torch.manual_seed(11)
         param = torch.nn.Parameter(torch.zeros(2000, dtype=torch.float64))
         optimizer = PopRiskAdamW(
-            [param], lr=1e-2, gate=gate, weight_decay=0.0, eps=0.0, **PATHS[path]
+            [param], lr=1e-2, gate=gate, weight_decay=0.0, eps=0.0, **FLAGS[impl]
         )
         signal = torch.linspace(0, 1, 2000)
         history = []
@@ -70,49 +58,21 @@ def test_scale_of_the_loss_leaves_the_open_set(path, gate, factor):
             history.append(param.detach() - before)
         return torch.stack(history)
 
-    base, scaled = moved(1.0), moved(factor)
-    assert torch.equal(base != 0, scaled != 0)
-    torch.testing.assert_close(base, scaled, rtol=1e-6, atol=1e-12)
+    base = moved(1.0)
+    for scaled in (moved(1e-6), moved(1e6)):
+        assert torch.equal(base != 0, scaled != 0)
+        torch.testing.assert_close(base, scaled, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_zero_gradients_and_zero_lr_change_nothing(path):
-    """Checkpoint templates are made with such a step."""
-    params = make_params()
-    start = [p.detach().clone() for p in params]
-    optimizer = PopRiskAdamW(params, lr=0.0, weight_decay=0.1, **PATHS[path])
-    for _ in range(3):
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-    for param, before in zip(params, start, strict=True):
-        assert torch.equal(param, before)
-        for key in ("exp_avg", "exp_avg_sq", "exp_dev_sq"):
-            assert not optimizer.state[param][key].any()
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("paper", [True, False])
-def test_zero_gradients_give_no_nan(path, paper):
-    params = make_params()
-    make = PopRiskAdamW.paper if paper else PopRiskAdamW
-    optimizer = make(params, lr=1e-2, **PATHS[path])
-    for step in range(4):
-        for p in params:
-            p.grad = torch.zeros_like(p) if step < 3 else torch.ones_like(p)
-        optimizer.step()
-    assert all(torch.isfinite(p).all() for p in params)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_gate_stats_add_up(path):
+@pytest.mark.parametrize("impl", TORCH)
+def test_gate_stats_add_up(impl):
     dead, noisy, clear = (torch.nn.Parameter(torch.zeros(500)) for _ in range(3))
     optimizer = PopRiskAdamW(
         [{"params": [dead, noisy, clear]}, {"params": [torch.nn.Parameter(torch.zeros(1))]}],
         lr=1e-3,
         false_open_rate=0.05,
         collect_stats_every=10,
-        **PATHS[path],
+        **FLAGS[impl],
     )
     assert optimizer.gate_stats() == {}
     generator = torch.Generator().manual_seed(0)
@@ -139,13 +99,16 @@ def test_gate_stats_add_up(path):
     assert {k: float(v) for k, v in twice.items()} == pytest.approx(stats)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_sampling_does_not_change_the_run(path):
-    from tests.helpers.optim_problem import train
-
-    plain, _ = train(lambda p: PopRiskAdamW(p, lr=1e-2, **PATHS[path]), steps=20)
-    sampled, optimizer = train(
-        lambda p: PopRiskAdamW(p, lr=1e-2, collect_stats_every=3, **PATHS[path]), steps=20
-    )
-    assert all(torch.equal(a, b) for a, b in zip(plain, sampled, strict=True))
-    assert optimizer.gate_stats()
+@pytest.mark.parametrize("impl", TORCH)
+def test_sampling_does_not_change_the_run(impl):
+    plain, _ = train(lambda p: PopRiskAdamW(p, lr=1e-2, **FLAGS[impl]), steps=10)
+    params, sampled_at = make_params(), []
+    optimizer = PopRiskAdamW(params, lr=1e-2, collect_stats_every=3, **FLAGS[impl])
+    for step, row in enumerate(gradients(10)):
+        before = optimizer.gate_sums()
+        feed(params, row)
+        optimizer.step()
+        if not torch.equal(optimizer.gate_sums(), before):
+            sampled_at.append(step)
+    assert sampled_at == [0, 3, 6, 9]
+    assert all(torch.equal(a, b) for a, b in zip(plain, params, strict=True))

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
-from poprisk_integrations.optim import _fused_triton as fused
-from poprisk_integrations.optim import _triton_tables as tables
-from poprisk_integrations.optim._capturable import _capturable_poprisk_adamw
+from poprisk_integrations.optim import _triton
 from poprisk_integrations.optim._options import resolve_group
+from tests.unit.optim.paths import needs_cuda
 
 triton = pytest.importorskip("triton", reason="triton is not installed: no kernel is compiled")
 
@@ -40,7 +39,7 @@ def compile_for(target, kind, tmp_path, monkeypatch, collect=False, **options):
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: kernels are not compiled")
-    constants = fused.kernel_constants(kind, options_of(**options), collect=collect)
+    constants = _triton.kernel_constants(kind, options_of(**options), collect=collect)
     pointers = {"table": "*i64", "layout": "*i64", "blocks": "*i32"}
     pointers |= {"rows": "*fp32", "keys": "*i32", "partials": "*fp32"}
     source = ASTSource(
@@ -67,7 +66,7 @@ def resources(cubin, tmp_path):
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target, dtypes, tmp_path, monkeypatch):
-    kind = tables.Kind(dtypes, is_vector=True)
+    kind = _triton.Kind(dtypes, is_vector=True)
     compiled = compile_for(target, kind, tmp_path, monkeypatch)
     if target == "gfx942":
         assert re.search(r"vgpr_spill_count:\s*0\b", compiled.asm["amdgcn"])
@@ -100,14 +99,9 @@ def test_compiles(target, dtypes, tmp_path, monkeypatch):
     ids=str,
 )
 def test_every_variant_compiles(options, is_vector, tmp_path, monkeypatch):
-    kind = tables.Kind(DTYPES["params-bfloat16"], is_vector)
+    kind = _triton.Kind(DTYPES["params-bfloat16"], is_vector)
     compiled = compile_for("sm_90", kind, tmp_path, monkeypatch, **options)
     assert resources(compiled.asm["cubin"], tmp_path)[1] == 0
-
-
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device: the compiled kernel is not run"
-)
 
 
 def make(dtype, state_dtype, **options):
@@ -118,12 +112,6 @@ def make(dtype, state_dtype, **options):
     optimizer = PopRiskAdamW([torch.nn.Parameter(p) for p in params], **options)
     optimizer.init_state()
     return optimizer
-
-
-def step(optimizer, run, *arguments):
-    group = optimizer.param_groups[0]
-    with torch.no_grad():
-        run(optimizer._gather(0, group), resolve_group(group), *arguments)
 
 
 def set_grads(optimizer, number):
@@ -138,48 +126,48 @@ def tensors(optimizer):
         yield from (param.detach(), *optimizer.state[param].values())
 
 
-@pytest.mark.gpu
-@needs_cuda
+CUDA = pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_cuda)])
+
+
+@CUDA
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16", {"exp_dev_sq": "bfloat16"}], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("gate", ["soft", "hard", "snr", "none"])
-def test_on_cuda_it_equals_the_capturable_path(gate, dtype, state_dtype):
-    assert fused.triton_is_usable(torch.device("cuda", torch.cuda.current_device()))
-    ours, theirs = (make(dtype, state_dtype, gate=gate) for _ in range(2))
-    keep = torch.ones((), device="cuda")
+def test_on_cuda_it_equals_the_capturable_path(device, gate, dtype, state_dtype):
+    options = {"gate": gate, "collect_stats_every": 1}
+    ours, theirs = (
+        make(dtype, state_dtype, **options),
+        make(dtype, state_dtype, fused=False, **options),
+    )
+    assert (ours.path, theirs.path) == ("fused_triton", "capturable")
     for number in range(4):
         for a, b in zip(tensors(ours), tensors(theirs), strict=True):
             a.copy_(b)
         for optimizer in (ours, theirs):
             set_grads(optimizer, number)
-        sums, expected = [], []
-        step(ours, fused.triton_poprisk_adamw, sums, keep, None)
-        step(theirs, _capturable_poprisk_adamw, expected, keep)
+            optimizer.step()
         for a, b in zip(tensors(ours), tensors(theirs), strict=True):
             is_low = b.dtype == BF16
             torch.testing.assert_close(a, b, rtol=2**-7 if is_low else 1e-5, atol=1e-6)
             if is_low and b.numel():
                 assert float((a != b).float().mean()) <= 1e-3 + 1 / b.numel()
-        torch.testing.assert_close(sum(sums), sum(expected), rtol=1e-4, atol=1.0)
+        torch.testing.assert_close(ours.gate_sums(), theirs.gate_sums(), rtol=1e-4, atol=1.0)
 
 
-@pytest.mark.gpu
-@needs_cuda
-def test_a_captured_step_replays_after_the_tables_have_changed():
+@CUDA
+def test_a_captured_step_replays_after_the_tables_have_changed(device):
     ours, theirs = make(FP32, None), make(FP32, None)
-    keep = torch.ones((), device="cuda")
     for optimizer in (ours, theirs):
         set_grads(optimizer, 0)
-    step(ours, fused.triton_poprisk_adamw, None, keep, None)  # compiles
-    step(theirs, fused.triton_poprisk_adamw, None, keep, None)
+        optimizer.step()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(ours, fused.triton_poprisk_adamw, None, keep, None)
+        ours.step()
     for number in range(1, 4):
         other = make(FP32, None)  # the same sizes elsewhere
         set_grads(other, number)
-        step(other, fused.triton_poprisk_adamw, None, keep, None)
+        other.step()
         graph.replay()
-        step(theirs, fused.triton_poprisk_adamw, None, keep, None)
+        theirs.step()
     for a, b in zip(tensors(ours), tensors(theirs), strict=True):
         assert torch.equal(a, b)

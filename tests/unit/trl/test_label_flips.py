@@ -1,9 +1,11 @@
 """Exact counts, fixed draws, nothing else touched."""
 
+from typing import Any
+
 import pytest
 from datasets import Dataset
 
-from poprisk_integrations.trl.label_flips import flip_preferences, flipped_rows
+from poprisk_integrations.trl.label_flips import flip_preferences, flipped_rows, swap_labels
 from tests.helpers.tiny_dpo import pairs
 
 
@@ -31,24 +33,35 @@ def test_rate_outside_zero_and_one_is_refused(rate: float) -> None:
 def test_only_the_labels_of_the_drawn_rows_change() -> None:
     before = pairs(20)
     after, rows = flip_preferences(before, 0.3, seed=4)
-    assert after.column_names == before.column_names
     assert rows == flipped_rows(20, 0.3, seed=4)
-    for index, (old, new) in enumerate(zip(before, after, strict=True)):
-        expected = (
-            (old["rejected"], old["chosen"]) if index in rows else (old["chosen"], old["rejected"])
-        )
-        assert (new["chosen"], new["rejected"]) == expected
-        assert new["prompt"] == old["prompt"]
+    expected = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if index in rows else row
+        for index, row in enumerate(before)
+    ]
+    assert list(after) == expected
+    assert after.column_names == before.column_names
 
 
-def test_what_belongs_to_a_completion_goes_with_it() -> None:
-    columns = {"chosen": ["a"], "rejected": ["b"], "ref_chosen_logps": [1.0]}
-    both = Dataset.from_dict({**columns, "ref_rejected_logps": [2.0], "score": [7]})
-    (row,) = flip_preferences(both, 1.0)[0]
-    assert row == {
-        "chosen": "b", "rejected": "a", "ref_chosen_logps": 2.0, "ref_rejected_logps": 1.0,
-        "score": 7,
-    }  # fmt: skip
-    tokens = Dataset.from_dict({"prompt_ids": [[0]], "chosen_ids": [[1]], "rejected_ids": [[2, 3]]})
-    (row,) = flip_preferences(tokens, 1.0)[0]
-    assert row == {"prompt_ids": [0], "chosen_ids": [2, 3], "rejected_ids": [1]}
+@pytest.mark.parametrize(
+    ("row", "swapped"),
+    [
+        (
+            {"chosen": "a", "rejected": "b", "ref_chosen_logps": 1.0, "ref_rejected_logps": 2.0},
+            {"chosen": "b", "rejected": "a", "ref_chosen_logps": 2.0, "ref_rejected_logps": 1.0},
+        ),
+        (
+            {"prompt_ids": [0], "chosen_ids": [1], "rejected_ids": [2, 3], "score": 7},
+            {"prompt_ids": [0], "chosen_ids": [2, 3], "rejected_ids": [1], "score": 7},
+        ),
+    ],
+)
+def test_what_belongs_to_a_completion_goes_with_it(
+    row: dict[str, Any], swapped: dict[str, Any]
+) -> None:
+    assert list(swap_labels(Dataset.from_list([row, row]), [1])) == [row, swapped]
+
+
+def test_columns_of_two_types_are_refused() -> None:
+    data = Dataset.from_dict({"chosen": ["a"], "rejected": [["b"]]})
+    with pytest.raises(ValueError, match="cannot swap: 'chosen' and 'rejected' are of different"):
+        swap_labels(data, [0])

@@ -1,10 +1,11 @@
-"""Batches are gathered once, and a row's first sight counts whatever rank it was on."""
+"""Batches are gathered once, a row's first sight counts, and the summary is that of float64."""
 
+import numpy as np
+import pytest
 import torch
 
-from poprisk_integrations.core.untrained_margins import UntrainedMargins
-from poprisk_integrations.trl.pair_columns import PairCollator, take_pair_columns
-from poprisk_integrations.trl.pair_records import PairRecords
+from poprisk_integrations.core.noise_rate import UntrainedMargins
+from poprisk_integrations.trl.pair_records import PairRecords, margin_metrics
 
 
 def test_first_sight_is_by_step_not_by_place() -> None:
@@ -34,31 +35,47 @@ def test_first_sight_is_by_step_not_by_place() -> None:
     assert len(records.take("train")[0]) == 0
 
 
-def test_evaluations_and_data_without_rows_leave_no_margin() -> None:
+def test_what_leaves_no_margin() -> None:
+    """Evaluations, data without rows, and pairs that are measured before training begins."""
     margins = UntrainedMargins(3)
     records = PairRecords(lambda tensor: tensor, beta=0.5, margins=margins)
-    records.add("eval", torch.tensor([[1.0, 0.0]]), torch.tensor([2]), step=0)
-    records.add("train", torch.tensor([[1.0, 0.0]]), None, step=0)
+    one = torch.tensor([[1.0, 0.0]])
+    records.add("eval", one, torch.tensor([2]), step=0)
+    records.add("train", one, None, step=0)
+    records.add("sitters", one, torch.tensor([1]), step=0)
     assert records.take("eval")[1].tolist() == [2]
     assert records.take("train")[1].tolist() == [-1]
     assert not margins.seen.any()
+    records.takes_sitters = True
+    records.add("sitters", one, torch.tensor([1]), step=4)
+    assert len(records.take("train")[1]) == 0  # not among what is logged
+    assert margins.step.tolist() == [-1, 4, -1]
 
 
-def test_our_columns_never_reach_the_model_or_another_collator() -> None:
-    seen = []
+def test_metrics_equal_a_float64_twin() -> None:
+    ratios = np.random.default_rng(0).normal(size=(37, 2))
+    ratios[5] = ratios[5, 0]  # equal rewards count half
+    margins = 0.1 * (ratios[:, 0] - ratios[:, 1])
+    expected = {
+        "poprisk/kl_data": ratios.mean(),
+        "poprisk/reward_accuracy": np.mean(margins > 0) + 0.5 / 37,
+        "poprisk/margin_p10": np.quantile(margins, 0.1),
+        "poprisk/margin_p50": np.median(margins),
+    }
+    found = margin_metrics(torch.tensor(ratios, dtype=torch.float32), beta=0.1)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert margin_metrics(torch.empty(0, 2), beta=0.1) == {}
 
-    def collate(examples: list[dict[str, int]]) -> dict[str, torch.Tensor]:
-        seen.extend(examples)
-        return {"x": torch.tensor([example["x"] for example in examples])}
 
-    examples = [{"x": 1, "poprisk_row": 7, "poprisk_weight": 0.5}, {"x": 2, "poprisk_row": 3, "poprisk_weight": 2}]  # fmt: skip  # noqa: E501
-    batch = PairCollator(collate)(examples)
-    assert seen == [{"x": 1}, {"x": 2}]
-    assert batch["poprisk_weight"].dtype == torch.float32
-    rest, rows, weights = take_pair_columns(batch)
-    assert list(rest) == ["x"]
-    assert rows is not None
-    assert rows.tolist() == [7, 3]
-    assert weights is not None
-    assert weights.tolist() == [0.5, 2.0]
-    assert take_pair_columns({"x": 1}) == ({"x": 1}, None, None)
+def test_suspect_pairs_are_told_from_the_others() -> None:
+    margins = torch.tensor([3.0, 1.0, -1.0, -2.0, 0.5])
+    ratios = torch.stack([margins, torch.zeros(5)], dim=1)
+    suspect = torch.tensor([False, False, True, True, True])
+    metrics = margin_metrics(ratios, beta=1.0, suspect=suspect)
+    assert metrics["poprisk/flips_fitted"] == pytest.approx(1 / 3)
+    assert metrics["poprisk/margin_p50_clean"] == 2.0
+    assert metrics["poprisk/margin_p50_suspect"] == -1.0
+    assert metrics["poprisk/margin_p10_suspect"] == pytest.approx(-1.8)
+    none = margin_metrics(ratios, beta=1.0, suspect=torch.zeros(5, dtype=torch.bool))
+    assert not any("suspect" in name or "fitted" in name for name in none)
+    assert none["poprisk/margin_p50_clean"] == none["poprisk/margin_p50"]

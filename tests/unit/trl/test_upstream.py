@@ -3,16 +3,22 @@
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
 from poprisk_integrations.trl import _upstream
-from poprisk_integrations.trl.pair_log_ratios import pair_log_ratios
-from tests.helpers.tiny_dpo import config_options, pairs, tiny_model, tiny_tokenizer
-from tests.helpers.trl_versions import needs_trl
+from poprisk_integrations.trl._upstream import ForwardRecorder
+from tests.helpers.tiny_dpo import (
+    config_options,
+    needs_trl,
+    pairs,
+    sequence_log_probs,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 # transformers 5.23 deprecates a name that TRL 1.16 still uses.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -43,14 +49,6 @@ def test_metrics_are_averaged_and_reset_by_log(trainer: DPOTrainer) -> None:
     assert trainer.state.log_history[-1]["eval_poprisk/x"] == 3.0
 
 
-def test_term_of_the_pairs(trainer: DPOTrainer) -> None:
-    assert _upstream.pair_term(trainer) == (1.0, True)
-    trainer.loss_types, trainer.loss_weights = ["sft", "sigmoid"], [0.5, 2.0]
-    assert _upstream.pair_term(trainer) == (2.0, False)
-    trainer.loss_types, trainer.aux_loss_enabled = ["sigmoid"], True
-    assert not _upstream.pair_term(trainer)[1]
-
-
 def test_constructor_still_takes_our_positions() -> None:
     names = list(inspect.signature(DPOTrainer.__init__).parameters)[1:10]
     assert names == [
@@ -61,24 +59,11 @@ def test_constructor_still_takes_our_positions() -> None:
     assert compute_loss == ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
 
 
-def batch(trainer: DPOTrainer) -> dict[str, Any]:
-    return next(iter(trainer.get_train_dataloader()))
-
-
-def plain_log_probs(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """Sequence log-probabilities straight from the logits, in float64."""
-    with torch.no_grad():
-        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    log_probs = logits.double().log_softmax(-1)[:, :-1]
-    tokens = log_probs.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
-    return (tokens * inputs["completion_mask"][:, 1:]).sum(1)
-
-
 @pytest.mark.parametrize(
     "output", [pytest.param("log_probs", marks=needs_trl("1.15", "a fused head")), "logits"]
 )
 def test_log_ratios_equal_those_from_the_logits(trainer: DPOTrainer, output: str) -> None:
-    inputs = batch(trainer)
+    inputs = next(iter(trainer.get_train_dataloader()))
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     keywords = {"labels": labels, "fused_lm_head": True} if output == "log_probs" else {}
     models = (trainer.model, trainer.ref_model)
@@ -89,9 +74,12 @@ def test_log_ratios_equal_those_from_the_logits(trainer: DPOTrainer, output: str
     assert getattr(outputs[0], output) is not None
     recorder = SimpleNamespace(policy_output=outputs[0], reference_output=outputs[1])
     found = _upstream.batch_log_ratios(trainer, inputs, recorder)
-    expected = pair_log_ratios(*(plain_log_probs(model, inputs) for model in models))
+    with torch.no_grad():
+        policy, reference = (sequence_log_probs(model, inputs) for model in models)
+    expected = (policy - reference).reshape(2, -1).T  # a row per pair, chosen first
     assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+    assert found.requires_grad
 
 
 @pytest.mark.parametrize("missing", ["policy", "reference", "mask", "shape", "fields"])
@@ -108,3 +96,49 @@ def test_no_log_ratios_where_something_is_missing(trainer: DPOTrainer, missing: 
     )
     inputs = {} if missing == "mask" else {"completion_mask": mask}
     assert _upstream.batch_log_ratios(trainer, inputs, recorder) is None
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class Wrapper(nn.Module):
+    """Calls the module inside it, as DDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x) + 100.0
+
+
+def arrangement(name: str) -> tuple[nn.Module, Scale]:
+    reference = Scale(2.0)
+    policy = {"two models": Scale(2.0), "one module": reference, "wrapped": Wrapper(reference)}
+    return policy[name], reference
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("two models", 2.0), ("one module", 2.0), ("wrapped", 102.0)]
+)
+def test_what_policy_and_reference_return_is_kept(name: str, expected: float) -> None:
+    policy, reference = arrangement(name)
+    with ForwardRecorder(policy, reference) as recorder:
+        policy(torch.tensor(1.0))
+        assert recorder.reference_output is None  # not the policy's own call of it
+        reference.factor = 5.0  # the adapter is off
+        reference(torch.tensor(1.0))
+        policy(torch.tensor(7.0))  # further passes are not of interest
+        reference(torch.tensor(7.0))
+    assert (recorder.policy_output, recorder.reference_output) == (expected, 5.0)
+    with pytest.raises(TypeError), ForwardRecorder(policy, reference):
+        policy("not a tensor")
+    for module in (policy, reference):  # also after an error
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks

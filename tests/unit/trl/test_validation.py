@@ -1,6 +1,7 @@
-"""Each kind of unusable data gives one line that counts the rows and names the first."""
+"""Which data, models and directories are usable; the words of refusals are among the goldens."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from poprisk_integrations.trl.validation import (
     PairScan,
     check_output_dir,
     check_preferences,
+    check_vocabulary,
     scan_pairs,
 )
 from tests.helpers.tiny_dpo import pairs
@@ -19,85 +21,28 @@ def message(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def changed(index: int, **columns: Any) -> Dataset:
-    """The helper's pairs with some values of one row replaced."""
-    rows = list(pairs(8))
-    rows[index] = {**rows[index], **columns}
-    return Dataset.from_list(rows)
+CONVERSATION = {
+    "prompt": [[{"role": "user", "content": "hi"}]],
+    "chosen": [message("a")],
+    "rejected": [message("b")],
+}
+USABLE: dict[str, Dataset] = {
+    "explicit prompt": pairs(8),
+    "implicit prompt": pairs(8).remove_columns("prompt"),
+    "empty prompt text": Dataset.from_list([{**pairs(1)[0], "prompt": ""}]),
+    "formatted": pairs(8).with_format("numpy"),
+    "conversations": Dataset.from_dict(CONVERSATION),
+    "tokenized": Dataset.from_dict(
+        {"prompt_ids": [[1]], "chosen_ids": [[2]], "rejected_ids": [[3]]}
+    ),
+    "made on the fly": pairs(2).select_columns("prompt").with_transform(lambda batch: batch),
+}
 
 
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        pytest.param(pairs(8), id="explicit prompt"),
-        pytest.param(pairs(8).remove_columns("prompt"), id="implicit prompt"),
-        pytest.param(changed(2, prompt=""), id="empty prompt text"),
-        pytest.param(pairs(8).with_format("numpy"), id="formatted"),
-        pytest.param(
-            Dataset.from_dict(
-                {
-                    "prompt": [[{"role": "user", "content": "hi"}]],
-                    "chosen": [message("a")],
-                    "rejected": [message("b")],
-                }
-            ),
-            id="conversations",
-        ),
-        pytest.param(
-            Dataset.from_dict({"prompt_ids": [[1]], "chosen_ids": [[2]], "rejected_ids": [[3]]}),
-            id="tokenized",
-        ),
-    ],
-)
-def test_usable_data_pass(dataset: Dataset) -> None:
-    check_preferences(dataset)
-
-
-def test_missing_columns() -> None:
-    with pytest.raises(
-        ValueError, match=r"train_dataset has no column 'rejected'.*found.*'chosen'"
-    ):
-        check_preferences(pairs(8).remove_columns("rejected"))
-    with pytest.raises(ValueError, match="no column 'chosen' and no column 'rejected'"):
-        check_preferences(pairs(8).select_columns("prompt"))
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [{"chosen": ""}, {"rejected": "  \n"}, {"chosen": None}, {"prompt": None}],
-)
-def test_empty_rows(columns: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"my_data has 1 row \(first: row 5\) with an empty"):
-        check_preferences(changed(5, **columns), "my_data")
-
-
-@pytest.mark.parametrize("empty", [[], message("")])
-def test_empty_conversations(empty: list[dict[str, str]]) -> None:
-    data = {"chosen": [message("a"), message("a")], "rejected": [message("b"), empty]}
-    with pytest.raises(ValueError, match=r"1 row \(first: row 1\) with an empty"):
-        check_preferences(Dataset.from_dict(data))
-
-
-def test_completions_that_are_not_text() -> None:
-    data = {"chosen": [1, 2], "rejected": ["a", "b"]}
-    with pytest.raises(ValueError, match=r"row 0: chosen and rejected must be text or .* not int"):
-        check_preferences(Dataset.from_dict(data))
-
-
-@pytest.mark.parametrize(
-    ("completion", "message"),
-    [
-        (["a"], "chosen and rejected must be text or lists of messages, not lists of str"),
-        (
-            [{"from": "gpt", "value": "a"}],
-            r"needs 'role' and 'content', and has \['from', 'value'\]",
-        ),
-    ],
-)
-def test_lists_that_are_no_conversations(completion: list[Any], message: str) -> None:
-    data = Dataset.from_dict({"chosen": [completion], "rejected": [completion]})
-    with pytest.raises(ValueError, match=f"my_data row 0: .*{message}"):
-        check_preferences(data, "my_data", strict=False)
+@pytest.mark.parametrize("data", USABLE)
+def test_usable_data_pass(data: str) -> None:
+    scan = check_preferences(USABLE[data])
+    assert (scan.empty, scan.identical) == ([], [])
 
 
 def test_copies_and_contradictions_are_counted() -> None:
@@ -110,34 +55,18 @@ def test_copies_and_contradictions_are_counted() -> None:
         {"prompt": "x", "chosen": other, "rejected": one},  # a copy
         {"prompt": "x", "chosen": one, "rejected": message("c")},
         {"prompt": "x", "chosen": one, "rejected": one},  # no preference at all
+        {"prompt": "x", "chosen": one, "rejected": message("")},  # nor here
     ]
-    scan = scan_pairs(Dataset.from_list(rows))
-    assert (scan.repeated, scan.both_ways, scan.identical) == (2, 1, [6])
+    expected = PairScan(empty=[7], identical=[6], repeated=2, both_ways=1)
+    assert scan_pairs(Dataset.from_list(rows)) == expected
 
 
 def test_what_trl_trains_on_is_only_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     data = {"chosen": ["a", "", "c"], "rejected": ["a", "b", "d"]}
-    scan = check_preferences(Dataset.from_dict(data), strict=False)
+    scan = check_preferences(Dataset.from_dict(data), "my_data", strict=False)
     assert (scan.empty, scan.identical) == ([1], [0])
-    assert "1 row (first: row 1) with an empty" in caplog.text
-    assert "1 row (first: row 0) whose chosen and rejected are the same" in caplog.text
-
-
-def test_data_made_on_the_fly_are_not_looked_at() -> None:
-    made = pairs(2).select_columns("prompt").with_transform(lambda batch: batch)
-    assert scan_pairs(made) == PairScan()
-
-
-def test_identical_completions_are_counted() -> None:
-    data = {"chosen": ["a", "b", "c", "d"], "rejected": ["x", "b", "y", "d"]}
-    with pytest.raises(ValueError, match=r"2 rows \(first: row 1\) whose chosen and rejected"):
-        check_preferences(Dataset.from_dict(data))
-
-
-def test_identical_conversations() -> None:
-    data = {"chosen": [message("a")], "rejected": [message("a")]}
-    with pytest.raises(ValueError, match="are the same"):
-        check_preferences(Dataset.from_dict(data))
+    assert "my_data has 1 row (first: row 1) with an empty" in caplog.text
+    assert "my_data has 1 row (first: row 0) whose chosen and rejected are the same" in caplog.text
 
 
 def test_output_dir(tmp_path: Path) -> None:
@@ -153,8 +82,23 @@ def test_output_dir(tmp_path: Path) -> None:
 
 def test_output_dir_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(PermissionError, match="no permission to write"):
-        check_output_dir(tmp_path / "run", needed=False)  # Trainer makes it in any case
-    with pytest.raises(PermissionError, match="no permission to write"):
-        check_output_dir(tmp_path)
+    for path, needed in ((tmp_path / "run", False), (tmp_path, True)):  # Trainer makes the first
+        with pytest.raises(PermissionError, match="no permission to write"):
+            check_output_dir(path, needed=needed)
     check_output_dir(tmp_path, needed=False)
+
+
+def model(size: int) -> Any:
+    return SimpleNamespace(config=SimpleNamespace(vocab_size=size))
+
+
+def test_vocabularies(caplog: pytest.LogCaptureFixture) -> None:
+    check_vocabulary(model(10), None)
+    check_vocabulary(model(10), model(10))
+    check_vocabulary(SimpleNamespace(), model(10))  # nothing to compare
+    assert not caplog.text
+    words = "its vocabulary has 12 tokens, that of the model 10"
+    with pytest.raises(ValueError, match=words):
+        check_vocabulary(model(10), model(12))
+    check_vocabulary(model(10), model(12), strict=False)  # they may only be padded
+    assert words in caplog.text

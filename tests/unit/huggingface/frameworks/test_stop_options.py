@@ -1,13 +1,17 @@
 """Options of the stop, typed or as text, become the callback's arguments or one clear error."""
 
+import re
 from typing import Any
 
 import pytest
 
 from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
-from poprisk_integrations.huggingface.frameworks.stop_options import STOP_OPTIONS, stop_callbacks
+from poprisk_integrations.huggingface.frameworks import STOP_OPTIONS, stop_callbacks
 
 TYPED: dict[str, Any] = {
+    "criterion": "signal",
+    "sit_out": 0.2,
+    "patience": 4,
     "kappa": 3.0,
     "window": 20,
     "threshold": 0.9,
@@ -40,33 +44,31 @@ def test_left_out_means_the_defaults() -> None:
     assert arguments({"window": "auto"}) == expected
 
 
-@pytest.mark.parametrize("value", [False, "false", "0", "no", "OFF"])
-def test_switched_off(value: Any) -> None:
-    assert stop_callbacks({"poprisk_stop": value, "poprisk_stop_kappa": 3}) == []
-
-
-@pytest.mark.parametrize("value", [True, "true", "1", "Yes", "on", None])
-def test_switched_on(value: Any) -> None:
-    assert len(stop_callbacks({"poprisk_stop": value})) == 1
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [
+        *((value, 0) for value in (False, "false", "0", "no", "OFF")),
+        *((value, 1) for value in (True, "true", "1", "Yes", "on", None)),
+    ],
+)
+def test_switched_on_and_off(value: Any, count: int) -> None:
+    assert len(stop_callbacks({"poprisk_stop": value, "poprisk_stop_kappa": 3})) == count
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "value", "message"),
     [
-        ({"poprisk_stop_kapa": 3}, "Invalid option 'poprisk_stop_kapa'. Did you mean 'poprisk_st"),
-        ({"poprisk": 3}, "Known: poprisk_stop, poprisk_stop_action"),
-        ({"poprisk_stop": "perhaps"}, "Invalid poprisk_stop: 'perhaps'"),
-        ({"poprisk_stop_kappa": "much"}, "Invalid poprisk_stop_kappa: 'much'"),
-        ({"poprisk_stop_kappa": 0.5}, "Invalid poprisk_stop_kappa: 0.5"),
-        ({"poprisk_stop_window": "epoch"}, "Invalid poprisk_stop_window: 'epoch'"),
-        ({"poprisk_stop_window": 1}, "Invalid poprisk_stop_window"),
-        ({"poprisk_stop_min_steps": [1]}, "Invalid poprisk_stop_min_steps"),
-        ({"poprisk_stop_action": "halt"}, "Invalid poprisk_stop_action: 'halt'"),
-        ({"poprisk_stop_restore": "best"}, "Invalid poprisk_stop_restore: 'best'"),
+        ("_kapa", 3, "Invalid option 'poprisk_stop_kapa'. Did you mean 'poprisk_stop_kappa'?"),
+        ("_", 3, "Known: poprisk_stop, poprisk_stop_action"),
+        ("", "perhaps", "Invalid poprisk_stop: 'perhaps'"),
+        ("_kappa", "much", "Invalid poprisk_stop_kappa: 'much'"),
+        ("_kappa", 0.5, "Invalid poprisk_stop_kappa: 0.5"),
+        ("_window", "epoch", "Invalid poprisk_stop_window: 'epoch'"),
+        ("_min_steps", [1], "Invalid poprisk_stop_min_steps"),
+        ("_restore", "last", "Invalid poprisk_stop_restore: 'last'"),
     ],
 )
-def test_mistakes(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="Invalid") as error:
-        stop_callbacks(options)
-    assert message in str(error.value)
+def test_mistakes(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        stop_callbacks({f"poprisk_stop{name}": value})
     assert "\n" not in str(error.value)

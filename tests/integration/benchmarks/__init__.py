@@ -1,0 +1,1 @@
+"""The studies: harness against the optimizer itself, tasks, rules, committed results."""

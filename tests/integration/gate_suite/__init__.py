@@ -1,1 +1,0 @@
-"""The gate studies: harness against the optimizer itself, tasks, tables."""
