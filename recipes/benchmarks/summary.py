@@ -1,23 +1,26 @@
-"""Writes README.md of this folder from the studies' READMEs and result files.
-
-Usage: python recipes/benchmarks/summary.py
-"""
+"""README.md of this folder, from the studies' READMEs and result files."""
 
 import re
-from pathlib import Path
 
-from gate_harness.comparison import comparisons, read_scores
+from benchmarks.harness.provenance import BENCHMARKS
+from benchmarks.harness.tables import comparisons, read_scores
 
-HERE = Path(__file__).parent
+__all__ = ["SHOWN", "gates", "page", "verdicts"]
+
 GATE_STUDIES = ("sparse_signal", "noisy_labels", "small_lm", "pinn", "inr")
 SHOWN = ("soft-32", "norm(soft-32)", "ratio(soft-32)", "paper", "soft-5", "snr-32")
 INTRODUCTION = """# Benchmarks
 
 One question for each folder: its README has the set-up, the decision rule written before the run,
 the verdict and what it does not show; `results/` has the CSV, with versions and hardware in each
-row, and the plot. `bench.py --quick` is the same in seconds. What did not work stays.
+row (in new ones the commit too), and the plot. What did not work stays.
 
-This page is written by `python recipes/benchmarks/summary.py`; a test writes it again and compares.
+From `recipes/`: `python -m benchmarks NAME` runs a study, `--quick --out DIR` the same in seconds,
+`python -m benchmarks all --out DIR` all of them. *Frozen* studies, whose question is closed, keep
+README, tables and pictures; their README names the commit and the command that made them. What the
+studies share: [harness](harness).
+
+This page is written by `python -m benchmarks --summary`; a test writes it again and compares.
 """
 
 
@@ -29,23 +32,24 @@ def page() -> str:
 def verdicts() -> list[str]:
     """Question and verdict of every folder, from its README."""
     lines = ["| question | verdict |", "|---|---|"]
-    for path in sorted(HERE.glob("*/README.md")):
-        if not (path.parent / "bench.py").exists():
-            continue
+    for path in sorted(BENCHMARKS.glob("*/README.md")):
         text = path.read_text(encoding="utf-8")
+        _, found, result = text.partition("## Result")
+        if not found:
+            continue
         question = text.splitlines()[0].removeprefix("# ")
-        result = text[text.index("## Result") :]
         verdict = re.search(r"\*\*(.+?)\*\*", result, flags=re.DOTALL)
         if verdict is None:
             raise ValueError(f"{path}: no verdict in bold after '## Result'")
         said = " ".join(verdict[1].split()).removeprefix("Verdict: ")
-        lines.append(f"| [{question}]({path.parent.name}) | {said} |")
+        frozen = "" if (path.parent / "study.py").exists() else " (frozen)"
+        lines.append(f"| [{question}]({path.parent.name}){frozen} | {said} |")
     return lines
 
 
 def gates(draws: int = 10_000) -> list[str]:
     """Gates and controls against tuned AdamW, from the committed scores."""
-    rows = comparisons(read_scores(HERE, GATE_STUDIES, "scores"), draws)
+    rows = comparisons(read_scores(GATE_STUDIES, "scores", BENCHMARKS), draws)
     at = {(row["study"], row["arm"]): row for row in rows}
     studies = [s for s in GATE_STUDIES if any(study == s for study, _ in at)]
     whole = next((s for s, arm in at if s.startswith("all") and arm == "soft-32"), "")
@@ -57,7 +61,7 @@ def gates(draws: int = 10_000) -> list[str]:
         "at the end of training. *Range*: mean over the learning rates 3e-4, 1e-3, 3e-3, 1e-2. "
         "`soft-32` is the default gate, `norm(soft-32)` AdamW with steps of its length, "
         "`ratio(soft-32)` a threshold on m^2/v, which needs no third state, `soft-5` the stricter "
-        "gate of DPO ([what the arms and scores are](gate_harness)). How the default was chosen: "
+        "gate of DPO ([what the arms and scores are](harness)). How the default was chosen: "
         "[default_gate](default_gate).",
     ]
     for score in ("tuned", "range"):
@@ -75,7 +79,3 @@ def _cell(row: dict[str, str] | None, score: str) -> str:
         return ""
     mean, low, high = (100 * float(row[score + end]) for end in ("", "_low", "_high"))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-if __name__ == "__main__":
-    (HERE / "README.md").write_text(page(), encoding="utf-8")

@@ -43,7 +43,7 @@ def noisy_digits(flips: float = 0.3) -> tuple[TensorDataset, TensorDataset]:
 
 
 def main() -> None:
-    """Train to the stop, and report the accuracy on images with right labels."""
+    """Train to the stop, and report the accuracy of the best weights on right labels."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="lightning_noisy_digits")
     parser.add_argument("--epochs", type=int, default=100)

@@ -49,8 +49,12 @@ class TextArguments:
         metadata={"help": "Share of the training labels replaced by another one, for studies."},
     )
     stop: bool = field(default=True, metadata={"help": "Stop without validation data."})
+    stop_criterion: str = field(
+        default="auto",
+        metadata={"help": "'risk': the estimated test loss; 'signal': F; 'auto': risk if it can."},
+    )
     stop_kappa: float = field(
-        default=2.0, metadata={"help": "Stop at this multiple of the training time of the onset."}
+        default=2.0, metadata={"help": "Of 'signal': stop at this multiple of the onset's time."}
     )
 
 
@@ -132,7 +136,9 @@ def main(argv: list[str]) -> Trainer:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
-        callbacks=[PopRiskEarlyStoppingCallback(kappa=text_args.stop_kappa)]
+        callbacks=[
+            PopRiskEarlyStoppingCallback(text_args.stop_criterion, kappa=text_args.stop_kappa)
+        ]
         if text_args.stop
         else None,
     )

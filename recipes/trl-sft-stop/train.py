@@ -2,7 +2,8 @@
 
 Usage: python train.py --config config.yaml [--key value ...]
 
-Keys are those of `trl sft`, and `stop_kappa`, `stop_window`, `stop_action` of the stop.
+Keys are those of `trl sft`, and `stop_criterion`, `stop_sit_out`, `stop_patience`, `stop_action`,
+`stop_kappa`, `stop_window` of the stop.
 """
 
 import random
@@ -38,15 +39,27 @@ WORDS = (
 class StopArguments:
     """Settings of the stop, see PopRiskEarlyStoppingCallback."""
 
+    stop_criterion: str = field(
+        default="auto",
+        metadata={"help": '"risk" (the estimated test loss), "signal", or "auto".'},
+    )
+    stop_sit_out: float = field(
+        default=0.15,
+        metadata={"help": "Share of the texts that join late and are only measured before."},
+    )
+    stop_patience: int = field(
+        default=10, metadata={"help": "Windows without a smaller estimate before the stop."}
+    )
+    stop_action: str | None = field(
+        default=None,
+        metadata={"help": '"cooldown", "stop", or "monitor" to log and end nothing.'},
+    )
     stop_kappa: float = field(
         default=2.0,
-        metadata={"help": "Stop at this multiple of the training time of the onset."},
+        metadata={"help": 'Of "signal": stop at this multiple of the training time of the onset.'},
     )
     stop_window: str = field(
-        default="auto", metadata={"help": 'Optimizer steps per window, or "auto".'}
-    )
-    stop_action: str = field(
-        default="stop", metadata={"help": '"stop", or "monitor" to log and change nothing.'}
+        default="auto", metadata={"help": 'Of "signal": optimizer steps per window, or "auto".'}
     )
 
 
@@ -102,9 +115,12 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
         peft_config=get_peft_config(model_args),
         callbacks=[
             PopRiskEarlyStoppingCallback(
+                criterion=stop.stop_criterion,
+                sit_out=stop.stop_sit_out,
+                patience=stop.stop_patience,
+                action=stop.stop_action,
                 kappa=stop.stop_kappa,
                 window="auto" if stop.stop_window == "auto" else int(stop.stop_window),
-                action=stop.stop_action,
             )
         ],
     )

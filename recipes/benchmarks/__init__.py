@@ -1,0 +1,1 @@
+"""Studies, one question each, on one harness; `python -m benchmarks NAME` from `recipes/`."""

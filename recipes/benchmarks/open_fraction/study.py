@@ -1,0 +1,74 @@
+"""Share of coordinates that the gate lets through, by true per-batch SNR and choice of alpha."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from benchmarks.harness.figures import legend, plt, save
+from benchmarks.harness.provenance import result_name, write_csv
+
+from poprisk_integrations import PopRiskAdamW
+
+TAKES = ()
+RULES = {
+    "fresh (published, 1)": {"alpha": "fresh"},
+    "calibrated 5 %": {"alpha": "calibrated", "false_open_rate": 0.05},
+    "calibrated 32 % (default)": {"alpha": "calibrated", "false_open_rate": 0.32},
+    "finite, n=60k, b=128": {"alpha": "finite", "batch_size": 128, "dataset_size": 60_000},
+    "finite, n=3.84M, b=256": {"alpha": "finite", "batch_size": 256, "dataset_size": 3_840_000},
+}
+SNRS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)
+
+
+def measure(options: dict, snr: float, coordinates: int, burn_in: int) -> dict[str, float]:
+    """Mean statistics of 20 sampled steps, 20 apart, after the burn-in (Gaussian gradients)."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.zeros(coordinates))
+    optimizer = PopRiskAdamW([param], lr=1e-3, collect_stats_every=1, **options)
+    rows = []
+    for step in range(burn_in + 400):
+        param.grad = snr + torch.randn(coordinates, generator=generator)
+        optimizer.step()
+        if step >= burn_in and step % 20 == 0:
+            rows.append({k: float(v) for k, v in optimizer.gate_stats().items()})
+    return {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
+
+
+def main(args: argparse.Namespace) -> list[str]:
+    """Measure, write the CSV, draw."""
+    coordinates, burn_in, snrs = (500, 20, SNRS[::4]) if args.quick else (20_000, 300, SNRS)
+    rows = []
+    for name, options in RULES.items():
+        for snr in snrs:
+            mean = measure(options, snr, coordinates, burn_in)
+            rows.append(
+                {
+                    "rule": name,
+                    "snr": snr,
+                    "open_fraction": round(mean["open_fraction"], 6),
+                    "mean_gate_soft": round(mean["mean_gate"], 6),
+                    "update_norm_ratio": round(mean["update_norm_ratio"], 6),
+                }
+            )
+    path = args.out / f"{result_name()}.csv"
+    write_csv(path, rows)
+    draw(rows, path.with_suffix(".png"))
+    return [f"{n}: {[r['open_fraction'] for r in rows if r['rule'] == n]}" for n in RULES]
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Open fraction and mean soft gate against SNR, one line per rule."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, layout="constrained")
+    for axis, key, title in (
+        (axes[0], "open_fraction", "share of coordinates that are open"),
+        (axes[1], "mean_gate_soft", "mean soft gate q (share of Adam's step)"),
+    ):
+        for name in RULES:
+            line = [r for r in rows if r["rule"] == name]
+            x, y = ([r[k] for r in line] for k in ("snr", key))
+            axis.plot(x, y, marker="o", ms=3, label=name)
+        axis.set(xlabel="true per-batch SNR  |mean| / std of the batch gradient", title=title)
+        axis.set_ylim(-0.02, 1.02)
+        axis.grid(alpha=0.3)
+    legend(figure, axes[1], "lower center", ncols=len(RULES))
+    save(figure, path, dpi=130)
