@@ -29,13 +29,13 @@ class SittingOut:
     (`core.first_epochs`). Their losses before they join, and in the first epoch everybody's,
     are losses on data never trained on; `core.late_joiner_estimate` makes a curve of them.
 
-    The same numbers on all ranks: who sits follows from the seed, and `join` adds up what the
-    ranks have measured.
+    The same numbers on all ranks: who sits follows from rank 0's seed, and `join` adds up what
+    the ranks have measured. All ranks construct it together.
 
     Args:
         examples: Number of examples of the data set, over all ranks.
         share: Of them that sits out from the start, in (0, 0.5].
-        seed: The same on all ranks.
+        seed: Of rank 0; that of other ranks is not used.
         epochs: Planned passes over the data; None if unknown.
         device: Where ranks exchange numbers.
 
@@ -65,12 +65,16 @@ class SittingOut:
             raise ValueError(f"Invalid share: {share}. Must lie in (0, 0.5].")
         self.examples = examples
         self.share = share
-        self.seed = seed
-        self.epochs = epochs
         self.device = torch.device(device)
+        self.seed = seed
+        if world_size() > 1:  # a script may well seed each rank differently
+            of_rank_0 = [seed]
+            dist.broadcast_object_list(of_rank_0, src=0, device=self.device)
+            (self.seed,) = of_rank_0
+        self.epochs = epochs
         self.epoch = -1
         self.history: list[dict[str, Any]] = []
-        self._joins = first_epochs(examples, share=share, seed=seed, epochs=epochs)
+        self._joins = first_epochs(examples, share=share, seed=self.seed, epochs=epochs)
         self._visited = torch.zeros(examples, dtype=torch.bool)  # at the start of the open window
         self._residuals: dict[str, Tensor] = {}  # against the curve, of the last measurement
         self._residual_ses: dict[str, Tensor] = {}

@@ -226,7 +226,8 @@ EXAMPLES, EPOCHS, BATCH = 96, 4, 16
 
 def sitting_out(rank, world_size, folder):
     """The curve, and the state in the middle of the last epoch."""
-    experiment = SittingOut(EXAMPLES, share=0.3, epochs=EPOCHS, seed=2)
+    # As a script that seeds each rank differently.
+    experiment = SittingOut(EXAMPLES, share=0.3, epochs=EPOCHS, seed=2 + rank)
     hard = torch.randn(EXAMPLES, generator=torch.Generator().manual_seed(0)).abs()
     state = None
     for epoch in range(EPOCHS):

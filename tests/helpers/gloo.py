@@ -24,6 +24,8 @@ def _worker(rank, world_size, fn, args, folder):
     os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
     os.environ.update({name: str(world_size) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")})
     os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    # The environment is that of the fork server's start, so of whatever test ran then.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     store = dist.FileStore(str(Path(folder, "store")), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
