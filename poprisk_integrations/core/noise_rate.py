@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poprisk_integrations.core.calibration import wilson_interval
+
 __all__ = [
     "FEWEST_PAIRS",
     "WIDEST",
@@ -361,10 +363,7 @@ def _ends(h: Tensor, wrong: Tensor) -> tuple[float, float, float, bool]:
 
 def _upper_limit(wrong: Tensor) -> float:
     """Wilson's, of the probability whose draws these are."""
-    n, z = len(wrong), SURE_ERRORS
-    share = float(wrong.mean())
-    spread = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return (share + z**2 / (2 * n) + spread) / (1 + z**2 / n)
+    return wilson_interval(float(wrong.mean()), len(wrong), SURE_ERRORS)[1]
 
 
 def _log_likelihood(rates: Tensor, slopes: Tensor, h: Tensor) -> Tensor:

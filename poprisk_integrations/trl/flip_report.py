@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from poprisk_integrations._files import write_whole
+from poprisk_integrations.core.label_advice import LabelAdvice, label_advice
 
 __all__ = [
     "ACTIONS",
@@ -186,6 +187,24 @@ class FlipReport:
             "expected_wrong": float(p.sum()) if self.calibrated else None,
             "actions": {name: int(counts.get(name, 0)) for name in ACTIONS},
         }
+
+    def advice(self, command: str = "poprisk flips RUN_DIR --dataset DATA") -> LabelAdvice:
+        """What to do next.
+
+        Args:
+            command: Cleans the data, up to where it says which file to write.
+
+        Returns:
+            Its `kind` is "suspect", "none_suspect", "not_told" or "not_judged"; as text it is a
+            sentence for people.
+        """
+        p = self._frame["probability_wrong"]
+        return label_advice(
+            num_judged=int(p.notna().sum()),
+            num_suspect=int(p.ge(DROP_AT).sum()),
+            calibrated=self.calibrated,
+            command=command,
+        )
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Write `flip_report.csv` and `flip_report.parquet`, each whole or not at all.

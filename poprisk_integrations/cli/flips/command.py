@@ -2,16 +2,18 @@
 
 import argparse
 import json
-import shlex
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError, at_least
+from poprisk_integrations.cli.flips.arguments import (
+    add_data_arguments,
+    check_data_arguments,
+    flips_command,
+)
 from poprisk_integrations.cli.output import NO_MATPLOTLIB, check_directory, say, write_figure
-
-if TYPE_CHECKING:
-    from poprisk_integrations.trl.flip_report import FlipReport
 
 __all__ = ["add_parser", "run"]
 
@@ -38,10 +40,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="RUN_DIR",
         help="directory of a run, or a flip report (.csv or .parquet)",
     )
-    add("--dataset", metavar="NAME_OR_PATH", help="the training data, to show and write pairs")
-    add("--dataset-config", metavar="NAME", help="its configuration, where there are several")
-    add("--split", default="train", help="its split (default: %(default)s)")
-    add("--id-column", metavar="NAME", help="its column that holds the ids of the report")
+    add_data_arguments(parser, "to show and write pairs")
     add(
         "--top",
         type=at_least(0),
@@ -88,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         require("matplotlib", extra="demo")
     from poprisk_integrations.cli.flips import study
     from poprisk_integrations.cli.flips.data import clean_data, load_data
-    from poprisk_integrations.cli.flips.show import draw_flips, print_pairs
+    from poprisk_integrations.cli.flips.groups import group_pairs
+    from poprisk_integrations.cli.flips.show import print_groups, print_pairs
     from poprisk_integrations.trl.flip_report import FlipReport
 
     try:
@@ -99,13 +99,18 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     directory = args.run_dir if args.run_dir.is_dir() else args.run_dir.parent
     swapped_rows = study.load_swapped_rows(directory, report)
-    found = None if swapped_rows is None else study.flips_found(report, swapped_rows)
+    found, bins = None, None
+    if swapped_rows is not None:
+        found = study.flips_found(report, swapped_rows)
+        bins = study.reliability_bins(report, swapped_rows)
     noise = study.load_noise(directory)
     top = report.top(args.top)
     pairs = top[top["probability_wrong"] >= (args.min_probability or 0.0)].to_dict("records")
-    examples, written = None, None
+    examples, written, groups = None, None, {}
     if args.dataset is not None:
-        dataset, rows = load_data(args, report, swapped_rows or set())
+        quiet = args.quiet or args.json
+        dataset, rows = load_data(args, report, swapped_rows or set(), quiet=quiet)
+        groups = group_pairs(report, dataset, rows, args.annotator_column)
         names = [name for name in _TEXTS if name in dataset.column_names]
         texts = dataset.select_columns(names)
         examples = [texts[row] for row in rows[: len(pairs)]]  # the report's order is that of rows
@@ -115,15 +120,26 @@ def run(args: argparse.Namespace) -> int:
         examples = [{name: pair[name] for name in _TEXTS} for pair in pairs]  # the report's own
     figure = args.figure or directory / _FIGURE
     scored = report.summary()["num_scored"]
-    drawn = bool(scored) and write_figure(
-        figure, lambda: draw_flips(report, str(directory), swapped_rows)
-    )
+
+    def draw() -> Any:
+        from poprisk_integrations.cli.flips.picture import draw_flips  # needs matplotlib
+
+        return draw_flips(report, str(directory), swapped_rows, groups=groups, bins=bins)
+
+    drawn = bool(scored) and write_figure(figure, draw)
+    ids = report.to_pandas()
+    has_ids = ids["pair_id"].tolist() != ids["row"].tolist()
+    command = flips_command(args.run_dir, args.dataset, args.id_column, has_ids=has_ids)
+    advice = report.advice(command)
     if args.json:
         result = {
             "report": str(args.run_dir),
             "summary": report.summary(),
             "noise": noise,
             "study": found,
+            "reliability": None if bins is None else [asdict(one) for one in bins],
+            "groups": groups,
+            "advice": asdict(advice),
             "top": [{**p, **e} for p, e in zip(pairs, examples or [{}] * len(pairs), strict=True)],
             "written": written,
             "figure": str(figure) if drawn else None,
@@ -141,10 +157,8 @@ def run(args: argparse.Namespace) -> int:
         if pairs:
             swapped = None if swapped_rows is None else [p["row"] in swapped_rows for p in pairs]
             print_pairs(console, pairs, examples, swapped)
-        if written is not None:
-            say(console, _written_line(written))
-        elif scored:
-            say(console, _next_line(report, args))
+        print_groups(console, groups, calibrated=report.calibrated)
+        say(console, f"Next: {advice}." if written is None else _written_line(written))
         no_figure = NO_MATPLOTLIB if scored else "No picture: no pair has a probability."
         say(console, str(figure) if drawn else no_figure)
     return 0
@@ -153,9 +167,9 @@ def run(args: argparse.Namespace) -> int:
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.figure is not None:
         check_directory("--figure", args.figure)
-    if args.dataset is None and (args.write is not None or args.id_column is not None):
-        option = "--write" if args.write is not None else "--id-column"
-        raise UsageError(f"{option} needs --dataset: the data that the trainer got.")
+    check_data_arguments(args)
+    if args.dataset is None and args.write is not None:
+        raise UsageError("--write needs --dataset: the data that the trainer got.")
     if args.write is None:
         if args.mode is not None or args.force:
             raise UsageError(f"{'--mode' if args.mode else '--force'} is for --write.")
@@ -168,22 +182,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
     check_directory("--write", out)
     if out.is_dir() or (out.exists() and not args.force):
         raise UsageError(f"Invalid --write: {str(out)!r} exists (--force replaces a file).")
-
-
-def _next_line(report: "FlipReport", args: argparse.Namespace) -> str:
-    """What to do about the pairs that were shown."""
-    table = report.to_pandas()
-    data = shlex.quote(args.dataset or "DATA")
-    if args.id_column or table["pair_id"].tolist() != table["row"].tolist():
-        data += f" --id-column {shlex.quote(args.id_column or 'NAME')}"
-    write = f"--dataset {data} --write clean.jsonl --min-probability"
-    if not report.calibrated:
-        return (
-            "P(wrong) ranks the pairs and is no probability here, since the noise rate is not "
-            "known. Next: look at the pairs above before you change anything; margins out of fold "
-            f"(cross_fit_flip_report) judge better. To leave out the top all the same: {write} P"
-        )
-    return f"Next: look at the pairs above; to leave out the surest: {write} 0.9"
 
 
 def _written_line(written: dict[str, Any]) -> str:

@@ -31,10 +31,13 @@ _SAME_DATA = (
 
 
 def load_data(
-    args: argparse.Namespace, report: FlipReport, swapped_rows: set[int]
+    args: argparse.Namespace, report: FlipReport, swapped_rows: set[int], *, quiet: bool
 ) -> tuple[Dataset, list[int]]:
-    """The pairs as the trainer got them, and the row of each pair of the report, in its order."""
-    if args.quiet or args.json:
+    """The pairs as the trainer got them, and the row of each pair of the report, in its order.
+
+    `args` are those of `add_data_arguments`.
+    """
+    if quiet:
         disable_progress_bars()
     script = ScriptArguments(
         dataset_name=args.dataset,
@@ -43,6 +46,11 @@ def load_data(
     )
     dataset, _ = load_preferences(script, DatasetMixtureConfig(), evaluate=False)
     rows = _match_rows(report, dataset, args.id_column)
+    annotators = args.annotator_column
+    if annotators is not None and annotators not in dataset.column_names:
+        raise UsageError(
+            f"Invalid --annotator-column: {annotators!r}. The data set has {dataset.column_names}."
+        )
     numbers = report.to_pandas()["row"].tolist()
     swapped = {row for row, number in zip(rows, numbers, strict=True) if number in swapped_rows}
     return swap_labels(dataset, swapped), rows

@@ -6,11 +6,15 @@ from typing import Any
 
 from poprisk_integrations.cli.errors import UsageError
 from poprisk_integrations.core._plain import number
+from poprisk_integrations.core.calibration import ReliabilityBin, calibration_error, reliability
 from poprisk_integrations.core.noise_rate import WIDEST, NoiseRateEstimate
 from poprisk_integrations.trl.flip_report import DROP_AT, FlipReport
 from poprisk_integrations.trl.label_noise_callback import NOISE_REPORT
 
-__all__ = ["flips_found", "load_noise", "load_swapped_rows", "noise_line", "study_line"]
+__all__ = [
+    "flips_found", "load_noise", "load_swapped_rows", "noise_line", "reliability_bins",
+    "study_line",
+]  # fmt: skip
 
 LABEL_FLIPS = "label_flips.json"  # `poprisk dpo` writes it where flip_rate > 0
 
@@ -39,8 +43,9 @@ def flips_found(report: FlipReport, swapped_rows: set[int]) -> dict[str, Any]:
     `auc` is the probability that a swapped pair is ranked above another one, ties counted half. The
     ranking is the report's: by probability, and by margin among equal ones, as where a noise rate
     of 0 was given. A pair is flagged from a probability of 0.5 on; `precision` is the share of the
-    flagged pairs that were swapped, `recall` that of the swapped ones that are flagged. What is not
-    defined is None.
+    flagged pairs that were swapped, `recall` that of the swapped ones that are flagged.
+    `calibration_error` is the expected one over ten bins, `calibration_error_by_chance` what it is
+    on average where every probability is right. What is not defined is None.
     """
     table = report.to_pandas()
     table = table[table["probability_wrong"].notna()]
@@ -51,6 +56,7 @@ def flips_found(report: FlipReport, swapped_rows: set[int]) -> dict[str, Any]:
     rank = table.groupby(["probability_wrong", -table["margin"]]).ngroup().rank()
     wins = float(rank[swapped].sum()) - positive * (positive + 1) / 2
     hits = int((flagged & swapped).sum())
+    error, by_chance = calibration_error(reliability_bins(report, swapped_rows)) or (None, None)
     return {
         "num_swapped": len(swapped_rows),
         "num_scored": len(table),
@@ -59,7 +65,15 @@ def flips_found(report: FlipReport, swapped_rows: set[int]) -> dict[str, Any]:
         "auc": wins / (positive * negative) if positive and negative else None,
         "precision": hits / int(flagged.sum()) if flagged.any() else None,
         "recall": hits / positive if positive else None,
+        "calibration_error": error,
+        "calibration_error_by_chance": by_chance,
     }
+
+
+def reliability_bins(report: FlipReport, swapped_rows: set[int]) -> list[ReliabilityBin]:
+    """Ten bins of P(wrong), and what share of each was swapped on purpose."""
+    table = report.top(len(report))
+    return reliability(table["probability_wrong"].tolist(), table["row"].isin(swapped_rows))
 
 
 def study_line(found: dict[str, Any]) -> str:
@@ -67,7 +81,9 @@ def study_line(found: dict[str, Any]) -> str:
     shown = {k: "not defined" if v is None else f"{v:.3f}" for k, v in found.items()}
     return (
         f"{found['num_swapped']} labels were swapped on purpose ({LABEL_FLIPS}): AUC "
-        f"{shown['auc']}; at {DROP_AT} precision {shown['precision']}, recall {shown['recall']} "
+        f"{shown['auc']}; at {DROP_AT} precision {shown['precision']}, recall {shown['recall']}; "
+        f"calibration error {shown['calibration_error']} "
+        f"({shown['calibration_error_by_chance']} by chance alone) "
         f"({found['num_scored']} pairs with a margin, {found['swapped_scored']} of them swapped, "
         f"{found['flagged']} flagged)"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError
+from poprisk_integrations.cli.flips.arguments import add_data_arguments, check_data_arguments
 from poprisk_integrations.cli.output import check_directory, writing
 from poprisk_integrations.cli.recipes import recipes_root
 
@@ -26,8 +27,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "trainer_state.json, metrics.csv, poprisk_stop.json, poprisk_noise.json, flip_report.csv "
         "and settings beside them; never a pickle. Prints why the run ended, draws "
         f"poprisk_stop.png beside poprisk_stop.json, and writes {_PAGE}, one file that needs no "
-        "network, with a PNG of all its charts. Several runs share their charts. With "
-        "--playground instead of a run: a page on what wrong labels do to a small network.",
+        "network, with a PNG of all its charts. Several runs share their charts. With --dataset "
+        "the page of a DPO run has the texts of the most suspect pairs, and says which annotators "
+        "and lengths suspect labels come from. With --playground instead of a run: a page on what "
+        "wrong labels do to a small network.",
     )
     parser.add_argument(
         "run_dir",
@@ -50,6 +53,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="without a RUN_DIR: write the noise playground, where wrong labels and the learning "
         f"rate can be chosen, to ./{_PLAYGROUND} or to --out",
     )
+    add_data_arguments(parser, "to show the texts of suspect pairs")
     parser.add_argument("--json", action="store_true", help="print the report instead of lines")
     parser.set_defaults(run=run)
 
@@ -66,9 +70,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"Invalid run_dir: {len(given)} of them; {_MOST_RUNS} fit a page.")
     if out is not None:
         _check_out(out, len(given))
+    check_data_arguments(args)
+    if args.dataset is not None and len(given) > 1:
+        raise UsageError("Invalid --dataset: it is of one run. Name one RUN_DIR.")
     require("matplotlib", "pandas", "jinja2", "yaml", extra="demo")
     from poprisk_integrations.cli.report.findings import headline
     from poprisk_integrations.cli.report.page import as_json, stop_charts, write_page, write_stops
+    from poprisk_integrations.cli.report.pair_texts import add_texts
     from poprisk_integrations.cli.report.sources import load_runs
 
     runs = load_runs(given)
@@ -76,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     page = out or first / (_PAGE if len(given) == 1 else _COMPARISON)
     is_page = page.suffix != ".png"
     one = runs[0]
+    if args.dataset is not None:
+        add_texts(one, args)
     if one.report is None and not is_page:
         no_report = "No poprisk_stop.json in it, so no picture of it."
         raise UsageError(f"Invalid run_dir: {str(given[0])!r}. {no_report}")

@@ -5,7 +5,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from poprisk_integrations.cli.report.charts import Chart, Line
 from poprisk_integrations.cli.report.run import short
 
-__all__ = ["DARK", "LIGHT", "draw_charts", "drawing", "histogram_svg", "svg_of", "thinned"]
+__all__ = ["DARK", "LIGHT", "draw_charts", "drawing", "panel_svg", "svg_of", "thinned"]
 
 # Text and lines have a contrast of at least 4.5:1 to both backgrounds of their theme. Series go
 # from blue to grey so that neighbours differ in brightness too.
@@ -111,18 +111,24 @@ def svg_of(chart: Chart, name: str, description: str) -> str:
 
 
 @drawing()
-def histogram_svg(bars: pd.DataFrame, name: str, title: str, description: str) -> str:
-    """Bars of several kinds, one in front of the other, over the left ends of the bars."""
-    figure = Figure(figsize=(_WIDTH / 72, 0.8 * _PLOT / 72))
-    axes = figure.add_axes((0.08, 0.25, 0.88, 0.7))
-    width = bars.index[1] - bars.index[0]
-    for kind, color in zip(bars, _SERIES, strict=False):
-        some = bars[kind][bars[kind] > 0]
-        axes.bar(some.index, some, 0.9 * width, align="edge", color=color)
-    axes.set_xlim(bars.index[0] - width, bars.index[-1] + 2 * width)
-    if bars.index[0] < 0 < bars.index[-1] + width:
-        axes.axvline(0.0, color=_MUTED, lw=1.0)
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+def panel_svg(
+    fill: Callable[[Axes], None],
+    name: str,
+    title: str,
+    description: str,
+    *,
+    margins: tuple[float, float, float, float],
+    height: float = _PLOT,
+) -> str:
+    """A plot that `fill` draws, as an element of the page.
+
+    `margins` are left, right, top and bottom of the plot, which is `height` high: points.
+    """
+    left, right, top, bottom = margins
+    whole = top + height + bottom
+    figure = Figure(figsize=(_WIDTH / 72, whole / 72))
+    width = (_WIDTH - left - right) / _WIDTH
+    fill(figure.add_axes((left / _WIDTH, bottom / whole, width, height / whole)))
     return _svg(figure, name, title, description)
 
 

@@ -1,12 +1,13 @@
 """What happened, in sentences and in a few figures."""
 
-import shlex
 from collections.abc import Sequence
 
 import numpy as np
 
+from poprisk_integrations.cli.flips.arguments import flips_command
 from poprisk_integrations.cli.report.charts import RATES, matching
 from poprisk_integrations.cli.report.run import NOTHING, Run, finite, number, plain, shown
+from poprisk_integrations.core.label_advice import label_advice
 
 __all__ = ["headline", "key_figures", "label_lines", "sentences"]
 
@@ -134,26 +135,26 @@ def _suspect_lines(run: Run) -> list[str]:
         return []
     counts = ", ".join(f"{count} {action}" for action, count in suspects.actions.items())
     found = f"{suspects.num_pairs} pairs, {len(suspects.pairs)} of them judged"
-    clean = f"poprisk flips {shlex.quote(str(run.directory))} --dataset DATA --write clean.jsonl"
-    likely = suspects.likely
+    likely, pairs = suspects.likely, suspects.pairs
+    has_ids = bool((pairs["pair_id"] != pairs["row"]).any())
+    advice = label_advice(
+        num_judged=len(pairs),
+        num_suspect=int(pairs["probability_wrong"].ge(0.5).sum()),
+        calibrated=suspects.calibrated,
+        command=suspects.command or flips_command(run.directory, None, None, has_ids=has_ids),
+    )
     if suspects.calibrated:
-        expected = suspects.pairs["probability_wrong"].sum()
-        lines = [
+        expected = pairs["probability_wrong"].sum()
+        judged = (
             f"{found}; {expected:.0f} wrong labels expected, {len(likely)} pairs more probably "
-            "wrong than right.",
-            f"Suggested actions: {counts}.",
-            "What to do next: look at the pairs below. If they are wrong, leave out the surest: "
-            f"{clean} --min-probability 0.9",
-        ]
+            "wrong than right."
+        )
     else:
-        lines = [
+        judged = (
             f"{found}; they are ranked by their margins. How many are wrong is not known, so the "
-            "column 'probability wrong' is a ranking and no probability.",
-            f"Suggested actions: {counts}.",
-            "What to do next: look at the pairs below before anything is changed. Margins out of "
-            "fold (cross_fit_flip_report) judge better; some hundred pairs labelled twice tell "
-            "the rate (double_annotation_rate).",
-        ]
+            "column 'probability wrong' is a ranking and no probability."
+        )
+    lines = [judged, f"Suggested actions: {counts}.", f"What to do next: {advice}."]
     if suspects.num_swapped is not None:
         among = (
             f"; {likely['swapped'].sum()} of the {len(likely)} pairs that are more probably wrong "

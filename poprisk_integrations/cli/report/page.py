@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -20,20 +18,12 @@ from poprisk_integrations.cli.report.draw import (
     LIGHT,
     draw_charts,
     drawing,
-    histogram_svg,
     svg_of,
     thinned,
 )
-from poprisk_integrations.cli.report.findings import headline, key_figures, label_lines, sentences
-from poprisk_integrations.cli.report.run import (
-    NOTHING,
-    Run,
-    Suspects,
-    finite,
-    natural,
-    plain,
-    shown,
-)
+from poprisk_integrations.cli.report.findings import headline, key_figures, sentences
+from poprisk_integrations.cli.report.labels import labels_of
+from poprisk_integrations.cli.report.run import NOTHING, Run, finite, natural, plain, shown
 
 __all__ = ["SCRIPT", "STYLE", "as_json", "page_of", "stop_charts", "write_page", "write_stops"]
 
@@ -43,8 +33,6 @@ _OF_GROUPS = (
     "closed_zero_grad",
 )  # fmt: skip
 _TABLE_POINTS = 24  # of each line
-_MOST_PAIRS = 20
-_BINS = 40
 Table = tuple[str, list[str], list[list[str]]]  # caption, columns, rows
 
 
@@ -133,7 +121,7 @@ def page_of(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     """The whole page: it loads nothing, and runs its one script, whatever text a log holds."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     names = [run.name for run in runs]
-    groups, labels = _groups(runs), _labels(runs)
+    groups, labels = _groups(runs), labels_of(runs)
     filled = {"gate": groups, "labels": labels}  # also without a chart
     return _TEMPLATE.render(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; "
@@ -225,62 +213,6 @@ def _groups(runs: Sequence[Run]) -> Table | None:
     if len(runs) == 1:
         columns, rows = columns[1:], [row[1:] for row in rows]
     return ("Last values by group", columns, rows) if rows else None
-
-
-def _labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What is known of wrong labels, run by run: sentences, margins, and the suspect pairs."""
-    found = []
-    for index, run in enumerate(runs):
-        lines, suspects = label_lines(run), run.suspects
-        of = f", {run.name}" if len(runs) > 1 else ""
-        judged = suspects if suspects is not None and suspects.pairs.size else None
-        one = {
-            "title": f"Wrong labels{of}",
-            "lines": lines,
-            "figure": None if judged is None else _margins(judged, f"margins{index}", of),
-            "pairs": None if judged is None else _pairs(judged, of),
-        }
-        found += [one] if lines else []
-    return found
-
-
-def _pairs(suspects: Suspects, of: str) -> Table:
-    top = suspects.pairs.head(_MOST_PAIRS)
-    table = pd.DataFrame({"pair": top["pair_id"]})
-    table["probability wrong"] = top["probability_wrong"].map("{:.3f}".format)
-    table["margin"] = [shown(None if np.isnan(margin) else margin) for margin in top["margin"]]
-    table["action"] = top["action"]
-    if suspects.num_swapped is not None:
-        table["swapped on purpose"] = np.where(top["swapped"], "yes", "no")
-    texts = top[["prompt", "chosen", "rejected"]]
-    if (texts != "").to_numpy().any():
-        table = table.join(texts)
-    return f"The {len(top)} most suspect pairs{of}", list(table), table.to_numpy().tolist()
-
-
-def _margins(suspects: Suspects, name: str, of: str) -> dict[str, Any] | None:
-    """How the margins of the pairs are spread; None where there are no margins."""
-    margins, suspect = (f["margin"].dropna() for f in (suspects.pairs, suspects.likely))
-    if margins.empty:
-        return None
-    # Half a per cent at either end shares the outermost bars.
-    low, high = margins.quantile([0.005, 0.995], interpolation="nearest")
-    low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
-    edges = np.linspace(low, high, _BINS + 1)
-    kinds = {"pairs": margins, "suspect": suspect}
-    counts = {kind: np.histogram(v.clip(low, high), edges)[0] for kind, v in kinds.items()}
-    bars = pd.DataFrame(counts, index=edges[:-1])
-    note = (
-        f"{len(margins)} pairs, {(margins < 0).sum()} of them with a negative margin: the model "
-        "would have ranked them the other way round."
-    )
-    if suspect.size:
-        note += f" The {len(suspect)} suspect ones are in the second colour."
-    title = f"Margins before training{of}"
-    rows = [[shown(at, 3), str(pairs), str(wrong)] for at, pairs, wrong in bars.itertuples()]
-    svg = Markup(histogram_svg(bars, name, title, f"Histogram. {note}"))
-    numbers = f"{title}: all bars", ["margin from", *bars], rows
-    return {"title": title, "svg": svg, "note": note, "numbers": numbers}
 
 
 def _compared(heading: str, runs: Sequence[Run], values: Sequence[dict[str, str]]) -> Table:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -182,6 +182,9 @@ class Suspects:
     actions: Mapping[str, int]  # how often each is suggested
     calibrated: bool  # else the probabilities are a ranking alone
     num_swapped: int | None  # on purpose; None if the run was no such study
+    # By annotator and by length, where the data were named: see `group_pairs` of `poprisk flips`.
+    groups: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    command: str = ""  # shows and cleans the data; that without --dataset where it is empty
 
     @property
     def likely(self) -> pd.DataFrame:

@@ -379,7 +379,7 @@ def _take_flips(run: Run, path: Path) -> None:
     for value in probability[(probability < 0) | (probability > 1)]:
         _refuse(path, f" is not a flip report: probability_wrong {value:g} is outside [0, 1].")
     pairs["swapped"] = frame["row"].isin(map(str, swapped or []))
-    for name in ("pair_id", "action", "prompt", "chosen", "rejected"):
+    for name in ("pair_id", "row", "action", "prompt", "chosen", "rejected"):
         pairs[name] = frame[name].map(plain) if name in frame else ""
     ranked = pairs.dropna(subset="probability_wrong").sort_values("margin", kind="stable")
     calibrated = frame.get("calibrated", pd.Series(dtype=object)).str.lower()
