@@ -1,4 +1,4 @@
-"""DPO on preference data with wrong labels, as a subclass of TRL's trainer."""
+"""DPO and reward models on preferences with wrong labels, as subclasses of TRL's trainers."""
 
 from poprisk_integrations._imports import require
 
@@ -9,11 +9,15 @@ from poprisk_integrations.trl.cross_fit import cross_fit_flip_report  # noqa: E4
 from poprisk_integrations.trl.flip_report import FlipReport  # noqa: E402
 from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig  # noqa: E402
 from poprisk_integrations.trl.poprisk_dpo_trainer import PopRiskDPOTrainer  # noqa: E402
+from poprisk_integrations.trl.poprisk_reward_config import PopRiskRewardConfig  # noqa: E402
+from poprisk_integrations.trl.poprisk_reward_trainer import PopRiskRewardTrainer  # noqa: E402
 
 __all__ = [
     "FlipReport",
     "PopRiskDPOConfig",
     "PopRiskDPOTrainer",
+    "PopRiskRewardConfig",
+    "PopRiskRewardTrainer",
     "cross_fit_flip_report",
     "double_annotation_rate",
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "ForwardRecorder",
     "add_metric",
     "batch_log_ratios",
+    "batch_rewards",
     "current_mode",
     "pair_term",
     "reference_model",
@@ -135,6 +136,21 @@ def batch_log_ratios(
     if reference is None:
         return None
     return torch.stack((policy.float() - reference.detach().float()).chunk(2), dim=1)
+
+
+def batch_rewards(recorder: ForwardRecorder) -> Tensor | None:
+    """Rewards of one batch of `trl.RewardTrainer`, from what its pass returned; detached.
+
+    Shape (B, 2), fp32, chosen then rejected, by the order of TRL's collator: first all chosen, then
+    all rejected. None where the model does not give one number for each completion.
+    """
+    logits = getattr(recorder.policy_output, "logits", None)
+    if not isinstance(logits, Tensor):
+        return None
+    rewards = logits.detach().squeeze(-1)
+    if rewards.dim() != 1 or len(rewards) % 2:
+        return None
+    return torch.stack(rewards.float().chunk(2), dim=1)
 
 
 def _sequence_log_probs(output: Any, inputs: dict[str, Any]) -> Tensor | None:

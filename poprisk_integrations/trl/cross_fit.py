@@ -10,17 +10,16 @@ from datasets import Dataset
 from poprisk_integrations.core.noise_rate import NoiseRateEstimate
 from poprisk_integrations.trl.flip_report import FlipReport
 from poprisk_integrations.trl.label_noise import LabelNoise, PairLoss
-from poprisk_integrations.trl.pair_records import reward_margins
 from poprisk_integrations.trl.pairs import ROW_COLUMN, LabelledPairs
 
 if TYPE_CHECKING:
-    from poprisk_integrations.trl.poprisk_dpo_trainer import PopRiskDPOTrainer
+    from poprisk_integrations.trl.pair_trainer import PairTrainerPart
 
 __all__ = ["cross_fit_flip_report"]
 
 
 def cross_fit_flip_report(
-    make_trainer: Callable[[Dataset, Dataset], "PopRiskDPOTrainer"],
+    make_trainer: Callable[[Dataset, Dataset], "PairTrainerPart"],
     dataset: Dataset,
     *,
     pair_id_column: str | None = None,
@@ -38,8 +37,9 @@ def cross_fit_flip_report(
 
     Args:
         make_trainer: Gets the pairs to train on and the pairs to judge, and returns a trainer with
-            these as `train_dataset` and `eval_dataset`, on a fresh model, with an output directory
-            of its own. Its settings decide how well the pairs are judged; the stop may end it.
+            these as `train_dataset` and `eval_dataset`, of a policy (`PopRiskDPOTrainer`) or of a
+            reward model (`PopRiskRewardTrainer`), on a fresh model, with an output directory of its
+            own. Its settings decide how well the pairs are judged; the stop may end it.
         dataset: Preference pairs.
         pair_id_column: Column with a unique id per pair; None for row numbers.
         folds: Parts of the data, >= 2.
@@ -78,5 +78,5 @@ def _judge(trainer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     trainer.model.eval()
     for inputs in trainer.get_eval_dataloader():
         trainer.prediction_step(trainer.model_wrapped, inputs, prediction_loss_only=True)
-    log_ratios, rows = trainer.take_log_ratios("eval")
-    return rows, reward_margins(log_ratios, trainer.args.beta)
+    margins, rows = trainer.take_margins("eval")
+    return rows, margins

@@ -67,10 +67,14 @@ class OnlyWarns:
         except Exception as error:
             if together and world_size() > 1:
                 raise
-            if failure not in self._known:
-                self._known.add(failure)
-                cause = " ".join(f"{type(error).__name__}: {error}".split())
-                logger.warning("%s (%s); %s.", failure, cause, kept)
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            self.once(f"{failure} ({cause}); {kept}.", topic=failure)
+
+    def once(self, message: str, topic: str = "") -> None:
+        """Log a warning, unless one of its topic (or the same) has been logged."""
+        if (topic or message) not in self._known:
+            self._known.add(topic or message)
+            logger.warning("%s", message)
 
 
 class LabelNoiseCallback(MetricsCallback):
@@ -184,7 +188,7 @@ class LabelNoiseCallback(MetricsCallback):
             path.write_text(f"{json.dumps(report, indent=2, allow_nan=False)}\n", encoding="utf-8")
 
     def _say_what_is_missing(self, args: Any, state: TrainerState, epoch: int | None) -> None:
-        """One line for each thing that this run cannot have. `args` is a `PopRiskDPOConfig`."""
+        """One line for each thing that this run cannot have. `args` are `PairOptions`."""
         pairs = len(self.noise.margins)
         if args.noise != "off" and args.noise_rate is None:
             if not pairs:
@@ -195,7 +199,7 @@ class LabelNoiseCallback(MetricsCallback):
             elif pairs < FEWEST_PAIRS:
                 logger.warning(
                     "train_dataset has %d pairs; an estimate of the noise rate needs %d. Give "
-                    "noise_rate, or the loss stays that of DPO.",
+                    "noise_rate, or the loss stays TRL's own and there is no flip report.",
                     pairs,
                     FEWEST_PAIRS,
                 )

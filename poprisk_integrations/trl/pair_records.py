@@ -1,4 +1,4 @@
-"""Log-ratios of the pairs: gathered over the ranks, recorded at first sight, summarised."""
+"""Two values of each pair: gathered over the ranks, recorded at first sight, summarised."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -31,28 +31,19 @@ def reward_accuracy(margins: Tensor) -> Tensor:
     return ((margins > 0).float() + (margins >= 0).float()) / 2
 
 
-def margin_metrics(
-    log_ratios: Tensor, beta: float, suspect: Tensor | None = None
-) -> dict[str, float]:
-    """What is logged of the pairs of all ranks since the last log; nothing if there is none.
-
-    `poprisk/kl_data` is the mean log-ratio over the completions of the data, in nats, chosen and
-    rejected alike. It is not the on-policy KL divergence, which is a mean over the policy's own
-    samples: it can be negative, and falls while the policy moves away from these completions.
+def margin_metrics(margins: Tensor, suspect: Tensor | None = None) -> dict[str, float]:
+    """What is logged of the margins, shape (N,), of the pairs since the last log; N > 0.
 
     With `suspect`, shape (N,), the quantiles of both kinds of pairs, and `poprisk/flips_fitted`:
     near 0 wrong labels are resisted, near 1 they are memorised; the accuracy on the training
-    labels (`rewards/accuracies`) rises with both. A host sync.
+    labels (TRL's `rewards/accuracies`, `accuracy`) rises with both. A host sync.
 
     Example:
-        >>> margin_metrics(torch.tensor([[1.0, -1.0], [3.0, -3.0]]), beta=0.5)["poprisk/margin_p50"]
+        >>> margin_metrics(torch.tensor([1.0, 3.0]))["poprisk/margin_p50"]
         2.0
     """
-    if not log_ratios.numel():
-        return {}
-    margins = reward_margins(log_ratios, beta).cpu()
+    margins = margins.cpu()
     found = {
-        "poprisk/kl_data": float(log_ratios.mean()),
         "poprisk/reward_accuracy": float(reward_accuracy(margins).mean()),
         **_quantiles(margins, ""),
     }
@@ -74,8 +65,9 @@ def _quantiles(margins: Tensor, kind: str) -> dict[str, float]:
 class PairRecords:
     """Keeps what each batch says about its pairs, and gathers it over the ranks when it is wanted.
 
-    `gather` is that of the accelerator; `margins` gets the margins of rows that are seen for the
-    first time in training.
+    That are two values of each pair, of its chosen and of its rejected completion: log-ratios of a
+    policy, or rewards, with `beta` 1. `gather` is that of the accelerator; `margins` gets the
+    margins of rows that are seen for the first time in training.
 
     Example:
         >>> records = PairRecords(lambda tensor: tensor, beta=0.5, margins=UntrainedMargins(4))
@@ -92,13 +84,13 @@ class PairRecords:
         # pair's first sight: margins of a model that has not moved say nothing.
         self.takes_sitters = False
         self._gather = gather
-        self._beta = beta
-        # mode -> (log-ratios, rows and steps) of this rank, and the same of all ranks
+        self.beta = beta
+        # mode -> (values, rows and steps) of this rank, and the same of all ranks
         self._pending: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._gathered: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
-    def add(self, mode: str, log_ratios: Tensor, rows: Tensor | None, step: int) -> None:
-        """Keep a batch of this rank: log-ratios (B, 2), row numbers (B,) if known, steps done.
+    def add(self, mode: str, values: Tensor, rows: Tensor | None, step: int) -> None:
+        """Keep a batch of this rank: values (B, 2), row numbers (B,) if known, steps done.
 
         `mode` is "train", "eval", or "sitters" for pairs that are measured and not trained on: they
         count for `margins`, which takes the first sight of a pair whichever it is, and not for
@@ -107,9 +99,9 @@ class PairRecords:
         if mode == "sitters" and not (self.takes_sitters and rows is not None):
             return
         if rows is None:
-            rows = torch.full((len(log_ratios),), -1, device=log_ratios.device)
+            rows = torch.full((len(values),), -1, device=values.device)
         numbers = torch.stack([rows, torch.full_like(rows, step)], dim=1)
-        self._pending[mode].append((log_ratios, numbers))
+        self._pending[mode].append((values, numbers))
 
     def flush(self, mode: str = "train") -> None:
         """Gather what is pending; all ranks must call it at the same step."""
@@ -120,24 +112,24 @@ class PairRecords:
             self._gathered[mode].append(own)
         firsts = [part for part in found.values() if part is not None]
         if mode == "train" and firsts:
-            log_ratios, numbers = (torch.cat(parts) for parts in zip(*firsts, strict=True))
+            values, numbers = (torch.cat(parts) for parts in zip(*firsts, strict=True))
             # In the order of the steps, not of the ranks: a row's first sight is what counts.
             order = numbers[:, 1].argsort(stable=True)
-            margins = reward_margins(log_ratios, self._beta)
+            margins = reward_margins(values, self.beta)
             self.margins.record(numbers[order, 0], margins[order], numbers[order, 1])
 
     def take(self, mode: str) -> tuple[Tensor, Tensor]:
-        """Log-ratios, shape (N, 2), and rows, shape (N,), of all ranks since the last call."""
+        """Values, shape (N, 2), and rows, shape (N,), of all ranks since the last call."""
         self.flush(mode)
         gathered = self._gathered.pop(mode, [])
         if not gathered:
             return torch.empty(0, 2), torch.empty(0, dtype=torch.int64)
-        log_ratios, numbers = (torch.cat(parts) for parts in zip(*gathered, strict=True))
-        return log_ratios, numbers[:, 0]
+        values, numbers = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+        return values, numbers[:, 0]
 
     def _joined(self, pending: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
         """Of all ranks; None where nothing is pending, which is so on all of them or on none."""
         if not pending:
             return None
-        log_ratios, numbers = (torch.cat(parts) for parts in zip(*pending, strict=True))
-        return self._gather(log_ratios), self._gather(numbers)
+        values, numbers = (torch.cat(parts) for parts in zip(*pending, strict=True))
+        return self._gather(values), self._gather(numbers)

@@ -76,16 +76,14 @@ class LabelledPairs:
         """Rows before any was dropped; 0 for streamed data."""
         return len(self.ids)
 
-    def note_dropped(self, prepared: Any) -> None:
+    def note_dropped(self, prepared: Any, because: str) -> None:
         """Compare with what TRL made of the data, and say how many pairs are missing."""
         if not len(self) or not isinstance(prepared, Dataset):
             return
         self.dropped = set(range(len(self))) - set(prepared.with_format(None)[ROW_COLUMN])
         if self.dropped:
             logger.warning(
-                "%d of %d training pairs were dropped: their prompts alone fill max_length.",
-                len(self.dropped),
-                len(self),
+                "%d of %d training pairs were dropped: %s.", len(self.dropped), len(self), because
             )
 
     def flip_report(self, noise: LabelNoise) -> FlipReport:

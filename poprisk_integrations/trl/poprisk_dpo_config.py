@@ -6,17 +6,13 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from transformers.training_args import OptimizerNames
 from trl import DPOConfig
 
-from poprisk_integrations.diagnostics.stop_options import StopOptions
-from poprisk_integrations.huggingface.optim_args import parse_optim_args
 from poprisk_integrations.trl._upstream import LIGER_HIDES_LOG_PROBS
 from poprisk_integrations.trl.label_noise import AUTO_MODE, MODES, PairLoss
+from poprisk_integrations.trl.pair_options import PairOptions, option
 
 __all__ = ["PopRiskDPOConfig"]
 
@@ -26,25 +22,10 @@ logger = logging.getLogger(__name__)
 _SMOOTHED_LOSSES = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
 # Options of TRL under which the margin of a pair is not DPO's.
 _OTHER_MARGINS = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
-# The options of the stop, `stop_criterion` and so on.
-_STOP = (
-    "criterion", "sit_out", "patience", "action", "restore", "window", "kappa", "threshold",
-    "min_steps",
-)  # fmt: skip
-# The gate that was measured on preferences with wrong labels.
-_BOUNDARY = "false_open_rate=0.05"
-
-
-def _option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
-    """A field as the command line shows it."""
-    metadata: dict[str, Any] = {"help": help}
-    if choices:
-        metadata["choices"] = list(choices)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
-class PopRiskDPOConfig(DPOConfig):
+class PopRiskDPOConfig(PairOptions, DPOConfig):
     """`trl.DPOConfig` for preference data with wrong labels: loss, optimizer and stop.
 
     With `optim="adamw_torch", noise="off", stop=False` training is that of `trl.DPOTrainer`, bit
@@ -117,68 +98,21 @@ class PopRiskDPOConfig(DPOConfig):
             losses that ignore it), or does not go with the noise mode.
     """
 
-    optim: OptimizerNames | str = field(
-        default="poprisk_adamw",
-        metadata={"help": "The optimizer: any name that transformers knows."},
-    )
-    noise: str = _option("auto", "What to do about wrong labels in the loss.", MODES)
-    noise_rate: float | None = _option(
-        None, "Share of wrong labels in [0, 0.5); left out, it is estimated."
-    )
-    pair_id_column: str | None = _option(
-        None, "Column with a unique id per pair, for the flip report."
-    )
-    pair_weight_column: str | None = _option(
+    noise: str = option("auto", "What to do about wrong labels in the loss.", MODES)
+    pair_weight_column: str | None = option(
         None, "Column with a weight >= 0 per pair, a factor of its loss."
     )
-    rdpo_max_margin: float | None = _option(
+    rdpo_max_margin: float | None = option(
         4.0, "Margin at which the push of noise='rdpo' ends, reward units."
     )
-    holder_gamma: float = _option(
+    holder_gamma: float = option(
         2.0, "Exponent of noise='holder'; larger forgives contradictions earlier."
     )
-    on_policy_kl_samples: int = _option(
+    on_policy_kl_samples: int = option(
         0, "Prompts from which to sample for the on-policy KL; 0 for none."
     )
-    auto_learning_rate: bool = _option(
+    auto_learning_rate: bool = option(
         False, "Search for the learning rate before training, from learning_rate on."
-    )
-    stop: bool = _option(
-        True, "Estimate the test loss without an eval set, and stop where it rises."
-    )
-    stop_criterion: str = _option(
-        "auto",
-        "'risk' (the estimated test loss), 'signal' (the gradients carry only noise), or 'auto': "
-        "'risk' where it can be had.",
-        ("auto", "risk", "signal"),
-    )
-    stop_sit_out: float = _option(
-        0.15, "Share of the pairs that are trained on late, and measured before."
-    )
-    stop_patience: int = _option(10, "Windows without a smaller estimate before the stop, >= 1.")
-    stop_kappa: float = _option(
-        1.0, "Stop at this multiple of the time at which the signal faded, >= 1."
-    )
-    # `int | str | None`, since the argument parser would read `int | str` as int alone.
-    stop_window: int | str | None = _option(
-        "auto",
-        "Optimizer steps per window of the statistic, or 'auto': a third of an epoch, at least 8.",
-    )
-    stop_threshold: float = _option(
-        1.0, "The signal has faded where the statistic falls below this."
-    )
-    stop_min_steps: int = _option(0, "No stop before this many optimizer steps.")
-    stop_action: str | None = _option(
-        None,
-        "'stop' ends the run, 'cooldown' anneals to zero from the best weights, 'monitor' only "
-        "logs; left out, what suits the criterion.",
-        ("stop", "cooldown", "monitor"),
-    )
-    stop_restore: str | None = _option(
-        "best",
-        "The run's best checkpoint: the one at the smallest estimate ('best'), of the 'stop', of "
-        "the 'onset', or 'none'.",
-        ("best", "stop", "onset", "none"),
     )
 
     def __post_init__(self) -> None:
@@ -188,12 +122,7 @@ class PopRiskDPOConfig(DPOConfig):
         self._check_label_smoothing()
         self._check_stop()
         super().__post_init__()
-        optim = OptimizerNames(self.optim).value
-        if optim.startswith("poprisk_"):
-            options = parse_optim_args(self.optim_args)  # now, not after the model is loaded
-            named = {"alpha", "false_open_rate"} & options.keys()
-            if not named and optim != "poprisk_adamw_paper":
-                self.optim_args = ",".join(filter(None, (self.optim_args, _BOUNDARY)))
+        self.optim_args = self._with_gate(self.optim_args)
         if self.on_policy_kl_samples:
             self._check_sharded(
                 f"Invalid on_policy_kl_samples: {self.on_policy_kl_samples}. Sampling needs the "
@@ -220,11 +149,6 @@ class PopRiskDPOConfig(DPOConfig):
         return self.noise != "auto" or self._noise_obstacle() is None
 
     @property
-    def stop_options(self) -> StopOptions:
-        """The options of the stop, checked; errors call them as they are called here."""
-        return StopOptions.named("stop_", {name: getattr(self, f"stop_{name}") for name in _STOP})
-
-    @property
     def pair_values_refusal(self) -> str:
         """Why a run has no loss of each pair, or none that compares between windows; or ""."""
         unknown = self._unknown_margin()
@@ -247,20 +171,7 @@ class PopRiskDPOConfig(DPOConfig):
         return None
 
     def _check_noise(self) -> None:
-        noise: object = self.noise
-        if noise is False:  # how YAML reads a bare `off`
-            self.noise = "off"
-        if self.noise not in MODES:
-            raise ValueError(f"Invalid noise: {self.noise!r}. Must be one of {MODES}.")
-        if self.noise_rate is not None and not 0.0 <= self.noise_rate < 0.5:
-            raise ValueError(
-                f"Invalid noise_rate: {self.noise_rate}. Must be in [0, 0.5), or None to estimate."
-            )
-        if self.noise_rate is not None and self.noise in ("off", "holder"):
-            raise ValueError(
-                f"Invalid noise_rate: {self.noise_rate}. noise={self.noise!r} makes no use of it: "
-                "leave it out."
-            )
+        self._check_noise_mode(MODES, without_rate=("off", "holder"))
         for name in ("rdpo_max_margin", "holder_gamma"):
             value = getattr(self, name)
             if not (value is None and name == "rdpo_max_margin") and not 0.0 < value < math.inf:
@@ -329,12 +240,3 @@ class PopRiskDPOConfig(DPOConfig):
         if self.noise != "off" or "sigmoid" in self.loss_type:
             raise ValueError(problem)
         logger.warning("%s", problem)
-
-    def _check_stop(self) -> None:
-        if isinstance(self.stop_window, str) and self.stop_window.isdigit():
-            self.stop_window = int(self.stop_window)  # the command line passes text
-        if self.stop_window is None:
-            self.stop_window = "auto"
-        if self.stop_restore == "none":
-            self.stop_restore = None
-        _ = self.stop_options  # raises

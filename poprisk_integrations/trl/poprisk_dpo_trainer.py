@@ -3,7 +3,6 @@
 # TRL exports lazily and leaves most functions untyped.
 # mypy: disable-error-code="attr-defined,no-untyped-call"
 
-import logging
 import math
 import os
 import sys
@@ -12,54 +11,30 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainerState
 from trl import DPOTrainer
 
 from poprisk_integrations.core.preference_losses import dpo_loss
 from poprisk_integrations.distributed import mean_over_ranks
-from poprisk_integrations.huggingface import (
-    PopRiskEarlyStoppingCallback,
-    suggest_learning_rate,
-)
+from poprisk_integrations.huggingface import suggest_learning_rate
 from poprisk_integrations.trl._upstream import (
     ForwardRecorder,
-    add_metric,
     batch_log_ratios,
     current_mode,
     pair_term,
     reference_model,
 )
-from poprisk_integrations.trl.flip_report import FlipReport
-from poprisk_integrations.trl.label_noise import LabelNoise
-from poprisk_integrations.trl.label_noise_callback import (
-    LabelNoiseCallback,
-    OnlyWarns,
-    describe_run,
-)
 from poprisk_integrations.trl.on_policy_kl import check_on_policy_kl, on_policy_kl
-from poprisk_integrations.trl.pair_records import (
-    PairRecords,
-    margin_metrics,
-    reward_accuracy,
-    reward_margins,
-)
-from poprisk_integrations.trl.pairs import (
-    PAIR_COLUMNS,
-    LabelledPairs,
-    PairCollator,
-    take_pair_columns,
-)
+from poprisk_integrations.trl.pair_records import reward_margins
+from poprisk_integrations.trl.pair_trainer import PairTrainerPart
 from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
-from poprisk_integrations.trl.validation import check_before_work, check_vocabulary
+from poprisk_integrations.trl.validation import check_vocabulary
 
 __all__ = ["PopRiskDPOTrainer"]
 
 LEARNING_RATE = "poprisk_learning_rate.json"
 
-logger = logging.getLogger(__name__)
 
-
-class PopRiskDPOTrainer(DPOTrainer):
+class PopRiskDPOTrainer(PairTrainerPart, DPOTrainer):
     """`trl.DPOTrainer` that says how wrong the labels are, and trains well in spite of them.
 
     It looks at what TRL's forward passes return and adds no pass of its own. In training, the term
@@ -75,8 +50,8 @@ class PopRiskDPOTrainer(DPOTrainer):
     - `poprisk/flips_fitted`: share of the suspect pairs that are ranked as labelled.
     - `poprisk/noise_rate` with `_low` and `_high`, `poprisk/flips_suspected`.
     - `poprisk/kl_data`: mean log-ratio policy / reference on the completions of the data. It is
-      not the on-policy KL divergence, see `margin_metrics`; that is `poprisk/kl_on_policy`, with
-      `args.on_policy_kl_samples`.
+      not the on-policy KL divergence, and can be negative; that is
+      `poprisk/kl_on_policy`, with `args.on_policy_kl_samples`.
 
     At the end of training `flip_report.csv`, `flip_report.parquet` and `poprisk_noise.json` are
     written to `args.output_dir` (in a hyper-parameter search to the trial's directory), and a line
@@ -103,7 +78,7 @@ class PopRiskDPOTrainer(DPOTrainer):
         OSError: If `args.output_dir` cannot be written.
     """
 
-    _own_stop: PopRiskEarlyStoppingCallback | None = None
+    _logged = "poprisk/margin_* and poprisk/kl_data"
 
     def __init__(
         self,
@@ -119,14 +94,7 @@ class PopRiskDPOTrainer(DPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = PopRiskDPOConfig() if args is None else args
-        if not isinstance(args, PopRiskDPOConfig):
-            raise TypeError(f"args must be a PopRiskDPOConfig, not {type(args).__name__}.")
-        check_before_work(args, train_dataset, eval_dataset)
-        self._only_warns = OnlyWarns()
-        self._pairs = LabelledPairs(train_dataset, args.pair_id_column, args.pair_weight_column)
-        self._margins_missing = False
-        self._flips_fitted: float | None = None
-        self._last_batch: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        self._number_pairs(args, PopRiskDPOConfig, train_dataset, eval_dataset)
         super().__init__(
             model,
             ref_model,
@@ -141,49 +109,7 @@ class PopRiskDPOTrainer(DPOTrainer):
         )
         check_vocabulary(self.model, self.ref_model, strict=args.noise != "off")
         check_on_policy_kl(self)
-        self.data_collator = PairCollator(self.data_collator)
-        self._pairs.note_dropped(self.train_dataset)
-        self._noise = LabelNoise(len(self._pairs), loss=args.pair_loss, noise_rate=args.noise_rate)
-        self._records = PairRecords(self.accelerator.gather, args.beta, self._noise.margins)
-        self.add_callback(
-            LabelNoiseCallback(
-                self._noise,
-                self._records,
-                self._describe_end,
-                self._save_flip_report,
-                only_warns=self._only_warns,
-            )
-        )
-        kinds = [type(callback) for callback in self.callback_handler.callbacks]
-        if args.stop and not any(issubclass(k, PopRiskEarlyStoppingCallback) for k in kinds):
-            options = args.stop_options.arguments()
-            if options["window"] == "auto":
-                # A third of a pass, however long the run: wrong labels are fitted within a few
-                # epochs, at large rates within the second, which leaves no window of a whole one.
-                # How many steps that is, is known when training starts (auto_find_batch_size).
-                options["window"] = "third"
-            stop = PopRiskEarlyStoppingCallback(**options)
-            self.add_callback(stop)
-            self._own_stop = stop
-
-    def add_callback(self, callback: Any) -> None:
-        """Trainer's; a stop of the user's takes the place of the one that `args.stop` added."""
-        kind = callback if isinstance(callback, type) else type(callback)
-        if self._own_stop is not None and issubclass(kind, PopRiskEarlyStoppingCallback):
-            self.remove_callback(self._own_stop)
-            self._own_stop = None
-        super().add_callback(callback)
-
-    def flip_report(self) -> FlipReport:
-        """The pairs with the probability that their label is wrong, the most suspect first.
-
-        Probabilities come from the margin that a pair had before it was first trained on, with the
-        noise rate that these margins give (or `args.noise_rate`).
-
-        Raises:
-            ValueError: If the data are streamed, or too few pairs have been trained on.
-        """
-        return self._pairs.flip_report(self._noise)
+        self._watch_pairs(args.pair_loss, args.beta, "their prompts alone fill max_length")
 
     def compute_loss(
         self,
@@ -193,16 +119,13 @@ class PopRiskDPOTrainer(DPOTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """TRL's loss, in training with the pairs' loss of the noise mode; keeps log-ratios."""
-        self._last_batch = None
-        is_trained_on = torch.is_grad_enabled()  # not so of pairs that sit out
-        inputs, rows, weights = take_pair_columns(inputs)
+        inputs, rows, weights = self._begin_batch(inputs)
         if return_outputs:
             return super().compute_loss(model, inputs, True, num_items_in_batch)
         reference: Any = self.ref_model if self.ref_model is not None else self.model
         with ForwardRecorder(model, reference) as recorder:
             loss = super().compute_loss(model, inputs, False, num_items_in_batch)
-        mode = current_mode(self)
-        replaced = mode == "train" and self.args.loss_is_replaced
+        replaced = current_mode(self) == "train" and self.args.loss_is_replaced
         log_ratios = None
         if replaced:
             log_ratios = batch_log_ratios(self, inputs, recorder)
@@ -210,39 +133,10 @@ class PopRiskDPOTrainer(DPOTrainer):
             unknown = "the margins of a batch are not known"
             with self._only_warns(unknown, together=True), torch.no_grad():
                 log_ratios = batch_log_ratios(self, inputs, recorder)
-        if log_ratios is None:
-            self._without_margins()
+        self._note_batch(log_ratios, rows, lambda margins: self._losses(margins, rows, weights))
+        if log_ratios is None or not replaced:
             return loss
-        if self._searches_rate:  # the pairs of a search have not been seen by the run
-            return self._replaced(loss, log_ratios, rows, weights) if replaced else loss
-        if mode == "train" and not len(self._pairs):
-            rows = None  # streamed: numbers of an earlier run, if any
-        kind = "sitters" if mode == "train" and not is_trained_on else mode
-        self._records.add(kind, log_ratios.detach(), rows, self.state.global_step)
-        self._last_batch = (reward_margins(log_ratios.detach(), self.args.beta), rows, weights)
-        return self._replaced(loss, log_ratios, rows, weights) if replaced else loss
-
-    def example_values(self) -> dict[str, Tensor] | None:
-        """Loss, reward accuracy and reward margin of each pair of the last batch, (B,) each.
-
-        The loss is that of the noise mode. In the first epoch it is NaN while that mode waits for
-        the noise rate: losses of two modes do not compare.
-        """
-        if self._last_batch is None:
-            return None
-        margins, rows, weights = self._last_batch
-        waits = self._noise.lacks_rate is not None and (self.state.epoch or 0.0) < 1.0
-        if weights is not None and self.args.noise == "weights":
-            waits = False  # these need no rate
-        losses = torch.full_like(margins, torch.nan)
-        if not waits:
-            with torch.no_grad():
-                losses = self._noise.losses(margins, rows, weights)
-        return {
-            "loss": losses,
-            "reward_accuracy": reward_accuracy(margins),
-            "reward_margin": margins,
-        }
+        return self._replaced(loss, log_ratios, rows, weights)
 
     def example_values_refusal(self) -> str:
         """Why there are no `example_values` in this run, in a few words; "" if there are."""
@@ -258,18 +152,6 @@ class PopRiskDPOTrainer(DPOTrainer):
             Shape (N, 2), chosen and rejected, and shape (N,); a row is -1 where pairs have none.
         """
         return self._records.take(mode)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, with the margins of the pairs since the last one."""
-        for name, value in self._margin_metrics(current_mode(self)).items():
-            add_metric(self, name, value)
-        super().log(logs, start_time)
-
-    @property
-    def _searches_rate(self) -> bool:
-        """Whether this training is one of `suggest_learning_rate`, which no callback watches."""
-        callbacks = self.callback_handler.callbacks
-        return not any(isinstance(callback, LabelNoiseCallback) for callback in callbacks)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, after a search and before the on-policy KL, if `args` ask for them."""
@@ -318,20 +200,17 @@ class PopRiskDPOTrainer(DPOTrainer):
             )
         return float(mean_over_ranks(torch.tensor(kl, device=self.accelerator.device)))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, with the flip report beside the model."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save and not _internal_call:
-            directory = str(output_dir or self.args.output_dir)
-            with self._only_warns(
-                "the flip report could not be written", f"the model is saved in {directory!r}"
-            ):
-                self._save_flip_report(directory)
+    def _losses(self, margins: Tensor, rows: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Those in force; NaN in the first epoch while a noise mode waits for its rate.
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        columns += [name for name in PAIR_COLUMNS if name not in columns]
+        The losses of two modes do not compare.
+        """
+        waits = self._noise.lacks_rate is not None and (self.state.epoch or 0.0) < 1.0
+        if weights is not None and self.args.noise == "weights":
+            waits = False  # these need no rate
+        if waits:
+            return torch.full_like(margins, torch.nan)
+        return self._noise.losses(margins, rows, weights)
 
     def _replaced(
         self, loss: Tensor, log_ratios: Tensor, rows: Tensor | None, weights: Tensor | None
@@ -360,19 +239,13 @@ class PopRiskDPOTrainer(DPOTrainer):
             self.log(dict(found))
         return found
 
-    def _margin_metrics(self, mode: str) -> dict[str, float]:
-        """What is to be logged of the pairs since the last log; nothing where that fails."""
-        metrics: dict[str, float] = {}
-        with self._only_warns("the margins of some pairs are lost", together=True):
-            log_ratios, rows = self._records.take(mode)
-            with self._only_warns("poprisk/margin_* and poprisk/kl_data are not logged"):
-                suspect = None
-                if mode == "train" and self._noise.estimate is not None and bool((rows >= 0).all()):
-                    suspect = self._noise.suspects()[rows.cpu()]
-                metrics = margin_metrics(log_ratios, self.args.beta, suspect)
-        if mode == "train":
-            self._flips_fitted = metrics.get("poprisk/flips_fitted", self._flips_fitted)
-        return metrics
+    def _more_metrics(self, values: Tensor) -> dict[str, float]:
+        """`poprisk/kl_data`: the mean log-ratio over the completions of the data, in nats.
+
+        It is not the on-policy KL divergence, which is a mean over the policy's own samples: it can
+        be negative, and falls while the policy moves away from these completions.
+        """
+        return {"poprisk/kl_data": float(values.mean())}
 
     def _without_margins(self) -> None:
         if self.args.noise not in ("off", "auto") or self.args.pair_weight_column is not None:
@@ -380,21 +253,4 @@ class PopRiskDPOTrainer(DPOTrainer):
                 f"Invalid noise: {self.args.noise!r}. Per-pair margins are not available in this "
                 "configuration: set noise='off'."
             )
-        if not self._margins_missing:
-            self._margins_missing = True
-            logger.warning(
-                "Per-pair margins are not available in this configuration: poprisk/margin_* and "
-                "poprisk/kl_data are not logged, and the noise rate is not estimated. Training is "
-                "that of TRL."
-            )
-
-    def _save_flip_report(self, directory: str) -> None:
-        known = self._noise.rate_of_report is not None and bool(self._noise.margins.seen.any())
-        if len(self._pairs) and known:
-            self.flip_report().save(directory)
-
-    def _describe_end(self, state: TrainerState) -> str:
-        self._margin_metrics("train")
-        return describe_run(
-            self._noise, self.callback_handler.callbacks, state, flips_fitted=self._flips_fitted
-        )
+        super()._without_margins()

@@ -2,16 +2,14 @@
 
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
 from transformers.trainer_utils import SaveStrategy
-
-if TYPE_CHECKING:
-    from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
 
 __all__ = [
     "PairScan",
@@ -24,7 +22,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZED_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
+# Of data that need no text any more: all columns of one of the sets.
+TOKENIZED = (frozenset({"prompt_ids", "chosen_ids", "rejected_ids"}),)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,11 +38,16 @@ class PairScan:
     both_ways: int = 0
 
 
-def check_before_work(args: "PopRiskDPOConfig", train_dataset: Any, eval_dataset: Any) -> None:
+def check_before_work(
+    args: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    tokenized: Collection[frozenset[str]] = TOKENIZED,
+) -> None:
     """Everything that can be refused before a model is loaded, in the order of its cost.
 
-    With `noise="off"` nothing is refused that `trl.DPOTrainer` trains on: there are warnings. Only
-    map-style data are looked at.
+    `args` are training arguments with `PairOptions`. With `noise="off"` nothing is refused that TRL
+    trains on: there are warnings. Only map-style data are looked at.
     """
     if args.should_save:
         check_output_dir(
@@ -51,7 +55,7 @@ def check_before_work(args: "PopRiskDPOConfig", train_dataset: Any, eval_dataset
         )
     strict = args.noise != "off"
     if isinstance(train_dataset, Dataset):
-        scan = check_preferences(train_dataset, strict=strict)
+        scan = check_preferences(train_dataset, strict=strict, tokenized=tokenized)
         if args.process_index == 0 and (scan.repeated or scan.both_ways):
             logger.log(
                 logging.WARNING if scan.both_ways else logging.INFO,
@@ -68,15 +72,15 @@ def check_before_work(args: "PopRiskDPOConfig", train_dataset: Any, eval_dataset
         eval_sets = {f"eval_dataset[{key!r}]": value for key, value in eval_dataset.items()}
     for name, dataset in eval_sets.items():
         if isinstance(dataset, Dataset):
-            check_preferences(dataset, name, strict=strict)
+            check_preferences(dataset, name, strict=strict, tokenized=tokenized)
 
 
-def _refuse_streamed(args: "PopRiskDPOConfig") -> None:
+def _refuse_streamed(args: Any) -> None:
     for name in ("pair_id_column", "pair_weight_column"):
-        if getattr(args, name) is not None:
+        column = getattr(args, name, None)
+        if column is not None:
             raise ValueError(
-                f"Invalid {name}: {getattr(args, name)!r}. It needs map-style training data, not "
-                "streamed ones."
+                f"Invalid {name}: {column!r}. It needs map-style training data, not streamed ones."
             )
     if args.noise in ("cdpo", "rdpo", "weights") and args.noise_rate is None:
         raise ValueError(
@@ -86,13 +90,17 @@ def _refuse_streamed(args: "PopRiskDPOConfig") -> None:
 
 
 def check_preferences(
-    dataset: Dataset, name: str = "train_dataset", *, strict: bool = True
+    dataset: Dataset,
+    name: str = "train_dataset",
+    *,
+    strict: bool = True,
+    tokenized: Collection[frozenset[str]] = TOKENIZED,
 ) -> PairScan:
     """Refuse preference data that no method could learn from; the error calls them `name`.
 
     Not strict, empty rows and equal completions are a warning: TRL trains on such data.
     """
-    scan = scan_pairs(dataset, name)
+    scan = scan_pairs(dataset, name, tokenized)
     faults = []
     if scan.empty:
         faults.append(
@@ -113,7 +121,11 @@ def check_preferences(
     return scan
 
 
-def scan_pairs(dataset: Dataset, name: str = "train_dataset") -> PairScan:
+def scan_pairs(
+    dataset: Dataset,
+    name: str = "train_dataset",
+    tokenized: Collection[frozenset[str]] = TOKENIZED,
+) -> PairScan:
     """Look at every pair once: one pass over the two or three columns.
 
     The formats are those of TRL: text or conversations (lists of messages), with a `prompt` column
@@ -128,7 +140,7 @@ def scan_pairs(dataset: Dataset, name: str = "train_dataset") -> PairScan:
     """
     scan = PairScan()
     columns = dataset.column_names
-    if _TOKENIZED_COLUMNS.issubset(columns) and "chosen" not in columns:
+    if "chosen" not in columns and any(names.issubset(columns) for names in tokenized):
         return scan
     if dataset.format["type"] == "custom":
         return scan

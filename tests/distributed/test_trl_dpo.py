@@ -1,4 +1,4 @@
-"""DPO in two processes: TRL's numbers bit for bit, joined margins, one stop for all."""
+"""DPO and reward models in two processes: numbers bit for bit, joined margins, one stop for all."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,7 @@ from tests.helpers.tiny_dpo import (
     upstream_numbers,
     weights_of,
 )
+from tests.helpers.tiny_reward import reward_trainer
 
 pytestmark = [
     pytest.mark.distributed,
@@ -106,7 +107,32 @@ def sitters(rank, world_size, folder):
     }
 
 
-JOBS = {2: [whole_model, adapter, stopping, sgd, noisy, sitters]}
+def reward(rank, world_size, folder):
+    """Learning, and then standing still with sitters, for the reasons above."""
+    settings = {"optim": "sgd", "per_device_train_batch_size": 8 // world_size, "noise_rate": 0.2}
+    learning = reward_trainer(
+        Path(folder, f"reward-{world_size}"), easy_pairs(66), stop=False, max_steps=12,
+        learning_rate=0.03, **settings,
+    )  # fmt: skip
+    learning.train()
+    still = reward_trainer(
+        Path(folder, f"still-{world_size}"), easy_pairs(66), max_steps=-1, num_train_epochs=2,
+        stop_criterion="risk", stop_sit_out=0.3, learning_rate=0.0, **settings,
+    )  # fmt: skip
+    still.train()
+    reports = [
+        trainer.flip_report().to_pandas().sort_values("row") for trainer in (learning, still)
+    ]
+    return {
+        "margins": [report["margin"].tolist() for report in reports],
+        "steps": reports[0]["step"].tolist(),
+        "losses": losses_of(learning),
+        "logged": logged(learning, "poprisk/margin_p50"),
+        "estimate": still.callback_handler.callbacks[-1].history[0]["estimated_test_loss"],
+    }
+
+
+JOBS = {2: [whole_model, adapter, stopping, sgd, noisy, sitters, reward]}
 
 
 @pytest.mark.parametrize("job", [whole_model, adapter])
@@ -170,3 +196,14 @@ def test_sitters_of_both_make_one_estimate(results, tmp_path):
         key = f"estimated_test_{name}"
         assert row[key] == pytest.approx(expected[key], abs=1e-5), name
     assert 0.1 < row["estimated_test_reward_accuracy"] < 0.9
+
+
+def test_a_reward_model_is_that_of_one_process(results, tmp_path):
+    first, second = results(2, reward)
+    assert first == second
+    alone = reward(0, 1, tmp_path)
+    for key, near in {"steps": 0, "losses": 1e-4, "logged": 1e-4, "estimate": 1e-5}.items():
+        assert first[key] == pytest.approx(alone[key], abs=near), key
+    for mine, theirs in zip(first["margins"], alone["margins"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    assert first["margins"][0] != pytest.approx(first["margins"][1], abs=0.1)  # it has learned

@@ -257,19 +257,19 @@ TABLE = (
         _in_class("transformers", "Trainer", "self._train_batch_size"),
     ),
     Private(
-        "_internal_call", "transformers", ("trl/poprisk_dpo_trainer.py",),
+        "_internal_call", "transformers", ("trl/pair_trainer.py",),
         "Trainer.save_model's own word for a save that is a checkpoint",
         lambda: "_internal_call"
         in inspect.signature(importlib.import_module("transformers").Trainer.save_model).parameters,
     ),
     # trl
     Private(
-        "_set_signature_columns_if_needed", "trl", ("trl/poprisk_dpo_trainer.py",),
+        "_set_signature_columns_if_needed", "trl", ("trl/pair_trainer.py",),
         "keeps the pair id and weight, which Trainer would drop from the data set",
         _has("trl", "DPOTrainer", "_set_signature_columns_if_needed"),
     ),
     Private(
-        "_signature_columns", "trl", ("trl/poprisk_dpo_trainer.py",), "as above",
+        "_signature_columns", "trl", ("trl/pair_trainer.py",), "as above",
         _in_class("trl", "DPOTrainer", "self._signature_columns"),
     ),
     Private(

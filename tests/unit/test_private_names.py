@@ -131,7 +131,7 @@ def test_all_are_listed() -> None:
     found = {(file, name) for file, tree in TREES.items() for name in _used(file, tree)}
     protocols = {("optim/poprisk_adamw.py", "_step_supports_amp_scaling")}  # defined, never read
     protocols |= {("huggingface/registration.py", "_clip_grad_norm")}
-    protocols |= {("trl/poprisk_dpo_trainer.py", "_set_signature_columns_if_needed")}
+    protocols |= {("trl/pair_trainer.py", "_set_signature_columns_if_needed")}
     assert found - _listed() == set(), "used, but not in the table"
     assert _listed() - found - protocols == set(), "in the table, but not used"
 

@@ -1,5 +1,6 @@
 """Nothing that only reports ends a run, or keeps a model from being saved."""
 
+import importlib
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ from transformers.trainer_utils import HPSearchBackend
 from tests.helpers.tiny_dpo import dpo_trainer, pairs
 
 FINAL = "poprisk_noise.json", "flip_report.csv"
-TRAINER = "poprisk_integrations.trl.poprisk_dpo_trainer"
+TRAINERS = [f"poprisk_integrations.trl.{name}" for name in ("pair_trainer", "poprisk_dpo_trainer")]
 
 
 def build(output_dir: Path, count: int = 16, **options: Any) -> Any:
@@ -85,7 +86,8 @@ def test_an_unexpected_error(
         raise RuntimeError("CUDA error: out of memory")
 
     words, options = BROKEN[what]
-    monkeypatch.setattr(f"{TRAINER}.{what}", broken)
+    (module,) = (name for name in TRAINERS if hasattr(importlib.import_module(name), what))
+    monkeypatch.setattr(f"{module}.{what}", broken)
     trainer = build(tmp_path, **options)
     assert trainer.train().global_step == 4
     assert trainer.evaluate(pairs(4))["eval_loss"] > 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from poprisk_integrations.core.noise_rate import UntrainedMargins
-from poprisk_integrations.trl.pair_records import PairRecords, margin_metrics
+from poprisk_integrations.trl.pair_records import PairRecords, margin_metrics, reward_margins
 
 
 def test_first_sight_is_by_step_not_by_place() -> None:
@@ -57,25 +57,22 @@ def test_metrics_equal_a_float64_twin() -> None:
     ratios[5] = ratios[5, 0]  # equal rewards count half
     margins = 0.1 * (ratios[:, 0] - ratios[:, 1])
     expected = {
-        "poprisk/kl_data": ratios.mean(),
         "poprisk/reward_accuracy": np.mean(margins > 0) + 0.5 / 37,
         "poprisk/margin_p10": np.quantile(margins, 0.1),
         "poprisk/margin_p50": np.median(margins),
     }
-    found = margin_metrics(torch.tensor(ratios, dtype=torch.float32), beta=0.1)
+    found = margin_metrics(reward_margins(torch.tensor(ratios, dtype=torch.float32), beta=0.1))
     assert found == pytest.approx(expected, abs=1e-6)
-    assert margin_metrics(torch.empty(0, 2), beta=0.1) == {}
 
 
 def test_suspect_pairs_are_told_from_the_others() -> None:
     margins = torch.tensor([3.0, 1.0, -1.0, -2.0, 0.5])
-    ratios = torch.stack([margins, torch.zeros(5)], dim=1)
     suspect = torch.tensor([False, False, True, True, True])
-    metrics = margin_metrics(ratios, beta=1.0, suspect=suspect)
+    metrics = margin_metrics(margins, suspect=suspect)
     assert metrics["poprisk/flips_fitted"] == pytest.approx(1 / 3)
     assert metrics["poprisk/margin_p50_clean"] == 2.0
     assert metrics["poprisk/margin_p50_suspect"] == -1.0
     assert metrics["poprisk/margin_p10_suspect"] == pytest.approx(-1.8)
-    none = margin_metrics(ratios, beta=1.0, suspect=torch.zeros(5, dtype=torch.bool))
+    none = margin_metrics(margins, suspect=torch.zeros(5, dtype=torch.bool))
     assert not any("suspect" in name or "fitted" in name for name in none)
     assert none["poprisk/margin_p50_clean"] == none["poprisk/margin_p50"]

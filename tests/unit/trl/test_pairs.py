@@ -64,9 +64,9 @@ def test_what_the_data_get_and_what_was_dropped(caplog: pytest.LogCaptureFixture
     assert part.dataset["poprisk_row"][:] == [0, 1]
     assert "poprisk_weight" not in part.dataset.column_names
     with caplog.at_level(logging.WARNING):
-        pairs.note_dropped(pairs.dataset)
+        pairs.note_dropped(pairs.dataset, "too long")
         assert not caplog.text
-        pairs.note_dropped(pairs.dataset.select([0, 2]))
+        pairs.note_dropped(pairs.dataset.select([0, 2]), "too long")
     assert pairs.dropped == {1}
     assert "1 of 3 training pairs were dropped" in caplog.text
     stream = raw.to_iterable_dataset()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, RewardTrainer
 
 from poprisk_integrations.trl import _upstream
 from poprisk_integrations.trl._upstream import ForwardRecorder
@@ -57,6 +57,31 @@ def test_constructor_still_takes_our_positions() -> None:
     ]  # fmt: skip
     compute_loss = list(inspect.signature(DPOTrainer.compute_loss).parameters)
     assert compute_loss == ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
+
+
+def test_a_reward_trainer_still_takes_our_positions() -> None:
+    names = list(inspect.signature(RewardTrainer.__init__).parameters)[1:9]
+    assert names == [
+        "model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class",
+        "compute_metrics", "callbacks",
+    ]  # fmt: skip
+    compute_loss = list(inspect.signature(RewardTrainer.compute_loss).parameters)
+    assert compute_loss == ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
+
+
+def test_rewards_are_those_of_the_halves_of_a_batch() -> None:
+    def found(**output: Tensor) -> Tensor | None:
+        recorder = ForwardRecorder(nn.Identity(), nn.Identity())
+        recorder.policy_output = SimpleNamespace(**output)
+        return _upstream.batch_rewards(recorder)
+
+    one_pair = found(logits=torch.tensor([[1.0], [2.0]], dtype=torch.bfloat16))
+    torch.testing.assert_close(one_pair, torch.tensor([[1.0, 2.0]]))
+    two_pairs = found(logits=torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True))
+    torch.testing.assert_close(two_pairs, torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
+    assert found(loss=torch.tensor(1.0)) is None
+    assert found(logits=torch.zeros(3, 1)) is None
+    assert found(logits=torch.zeros(4, 2)) is None
 
 
 @pytest.mark.parametrize(
