@@ -28,8 +28,8 @@ def test_config_parses(script):
     assert (flips.flip_rate, flips.flip_seed) == (0.3, 0)
     plain = script.parse([*config, *["--optim", "adamw_torch", "--noise", "off", "--no_stop"]])[1]
     assert (plain.optim, plain.noise, plain.stop) == ("adamw_torch", "off", False)
-    with pytest.raises(ValueError, match="flip_rat"):
-        script.parse([*config, "--flip_rat", "0.1"])
+    with pytest.raises(ValueError, match="flop_rate"):
+        script.parse([*config, "--flop_rate", "0.1"])
 
 
 def test_smoke(script, offline, capsys):
