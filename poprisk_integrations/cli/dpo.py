@@ -121,18 +121,19 @@ def build_trainer(config: "DPOArguments") -> "PopRiskDPOTrainer":
 
 def _drop_unusable(dataset: Any, name: str) -> tuple[Any, dict[str, Any] | None]:
     """The data without pairs that express no preference, and which these were (None for none)."""
+    from poprisk_integrations.trl.pair_scan import scan_pairs
     from poprisk_integrations.trl.pairs import drop_rows
-    from poprisk_integrations.trl.validation import scan_pairs
 
     scan = scan_pairs(dataset, name)
-    dropped = {*scan.empty, *scan.identical}
+    empty = sorted(scan.empty + scan.unanswered)
+    dropped = {*empty, *scan.identical}
     if not dropped:
         return dataset, None
     if len(dropped) == len(dataset):
         raise UsageError(f"{name}: none of its {len(dataset)} pairs expresses a preference")
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {len(scan.empty)} empty and {len(scan.identical)} identical pairs left out")
-    record = {"num_pairs": len(dataset), "empty": scan.empty, "identical": scan.identical}
+        print(f"{name}: {len(empty)} empty and {len(scan.identical)} identical pairs left out")
+    record = {"num_pairs": len(dataset), "empty": empty, "identical": scan.identical}
     return drop_rows(dataset, dropped), record
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from poprisk_integrations._files import write_whole
@@ -21,6 +22,7 @@ __all__ = [
     "check_directory",
     "held_back",
     "only_errors",
+    "progress_bar",
     "say",
     "write_figure",
     "writing",
@@ -103,3 +105,25 @@ def only_errors(*names: str) -> Iterator[None]:
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
+
+
+@contextmanager
+def progress_bar(
+    total: int, desc: str, leave: bool = False, *, shown: bool = True
+) -> Iterator[Any]:
+    """Like tqdm: a bar on a terminal, nothing elsewhere; `update(step)`, or `update()` for one."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr)
+    if not shown or not console.is_terminal:
+        yield SimpleNamespace(update=lambda step=None: None)
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=not leave) as bar:
+        task = bar.add_task(desc, total=total)
+
+        def update(step: int | None = None) -> None:
+            bar.update(task, completed=step, advance=1 if step is None else None)
+
+        yield SimpleNamespace(update=update)

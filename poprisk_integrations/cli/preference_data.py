@@ -29,7 +29,7 @@ from poprisk_integrations.cli.builtin import is_builtin, load_pairs
 from poprisk_integrations.cli.data_file import check_parquet, kind, read_columns
 from poprisk_integrations.cli.errors import UsageError, one_line
 
-__all__ = ["load_preferences"]
+__all__ = ["load_preferences", "load_split"]
 
 _TEXT_KINDS = (".csv", ".json", ".jsonl")
 _KINDS = (*_TEXT_KINDS, ".parquet")
@@ -77,6 +77,13 @@ def load_preferences(
         # What lies under "An error occurred while generating the dataset".
         cause = f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
         raise UsageError(f"cannot load the data: {one_line(error)}{cause}") from error
+
+
+def load_split(name: str, split: str, config: str | None = None) -> Dataset:
+    """The pairs that `dataset_name`, `dataset_train_split` and `dataset_config` stand for."""
+    script = ScriptArguments(dataset_name=name, dataset_config=config, dataset_train_split=split)
+    dataset, _ = load_preferences(script, DatasetMixtureConfig(), evaluate=False)
+    return dataset
 
 
 def _load(script: ScriptArguments, name: str, split: str, numbers: Collection[str]) -> Any:

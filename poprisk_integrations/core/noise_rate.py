@@ -298,7 +298,7 @@ def flip_probability(margins: Tensor, noise_rate: float, slope: float) -> Tensor
     return torch.sigmoid(log_odds - slope * margins)
 
 
-def double_annotation_rate(num_pairs: int, num_disagreements: int) -> tuple[float, float]:
+def double_annotation_rate(num_pairs: int, num_disagreements: float) -> tuple[float, float]:
     """Noise rate of single labels from pairs that were labelled twice, independently.
 
         D = 2 e (1 - e),   e = (1 - sqrt(1 - 2 D)) / 2
@@ -308,12 +308,14 @@ def double_annotation_rate(num_pairs: int, num_disagreements: int) -> tuple[floa
     too low.
 
     Args:
-        num_pairs: Pairs with two labels.
-        num_disagreements: How many of them have two different labels.
+        num_pairs: Pairs with two labels, or more.
+        num_disagreements: How many of them have two different labels. A pair with more than two
+            labels counts as the share of its label pairs that differ.
 
     Returns:
-        The rate and its standard error (delta method). More disagreements than half of the pairs
-        give 0.5, with an infinite standard error.
+        The rate and its standard error (delta method; of pairs with more than two labels it is too
+        large if anything). More disagreements than half of the pairs give 0.5, with an infinite
+        standard error.
 
     Raises:
         ValueError: If the counts are not such.

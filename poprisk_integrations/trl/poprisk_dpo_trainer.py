@@ -27,7 +27,7 @@ from poprisk_integrations.trl.on_policy_kl import check_on_policy_kl, on_policy_
 from poprisk_integrations.trl.pair_records import reward_margins
 from poprisk_integrations.trl.pair_trainer import PairTrainerPart
 from poprisk_integrations.trl.poprisk_dpo_config import PopRiskDPOConfig
-from poprisk_integrations.trl.validation import check_vocabulary
+from poprisk_integrations.trl.validation import check_tokens, check_vocabulary
 
 __all__ = ["PopRiskDPOTrainer"]
 
@@ -110,6 +110,9 @@ class PopRiskDPOTrainer(PairTrainerPart, DPOTrainer):
         check_vocabulary(self.model, self.ref_model, strict=args.noise != "off")
         check_on_policy_kl(self)
         self._watch_pairs(args.pair_loss, args.beta, "their prompts alone fill max_length")
+        if self.is_world_process_zero():
+            with self._only_warns("the tokens of the pairs could not be looked at"):
+                check_tokens(args, self._pairs.dataset, self.processing_class)
 
     def compute_loss(
         self,

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,22 @@ from datasets import Dataset
 from torch import nn
 from transformers.trainer_utils import SaveStrategy
 
+from poprisk_integrations.trl.pair_checks import Finding, label_findings, token_findings
+from poprisk_integrations.trl.pair_scan import TOKENIZED, PairScan, is_scannable, scan_pairs
+from poprisk_integrations.trl.pair_tokens import scan_tokens
+from poprisk_integrations.trl.pairs import source_rows
+
 __all__ = [
-    "PairScan",
     "check_before_work",
     "check_output_dir",
     "check_preferences",
+    "check_tokens",
     "check_vocabulary",
-    "scan_pairs",
 ]
 
 logger = logging.getLogger(__name__)
 
-# Of data that need no text any more: all columns of one of the sets.
-TOKENIZED = (frozenset({"prompt_ids", "chosen_ids", "rejected_ids"}),)
-
-
-@dataclass(kw_only=True, slots=True)
-class PairScan:
-    """What one pass over preference pairs found."""
-
-    # Rows with an empty chosen or rejected, or no prompt.
-    empty: list[int] = field(default_factory=list)
-    identical: list[int] = field(default_factory=list)  # rows whose completions are the same
-    repeated: int = 0  # how many pairs are copies of an earlier one
-    # How many pairs of completions are labelled in one direction and in the other.
-    both_ways: int = 0
+_SAMPLE = 256  # pairs that are tokenized before a training, evenly spaced
 
 
 def check_before_work(
@@ -56,15 +46,8 @@ def check_before_work(
     strict = args.noise != "off"
     if isinstance(train_dataset, Dataset):
         scan = check_preferences(train_dataset, strict=strict, tokenized=tokenized)
-        if args.process_index == 0 and (scan.repeated or scan.both_ways):
-            logger.log(
-                logging.WARNING if scan.both_ways else logging.INFO,
-                "train_dataset: %d of %d pairs are copies of an earlier one, and %d pairs of "
-                "completions are labelled both ways.",
-                scan.repeated,
-                len(train_dataset),
-                scan.both_ways,
-            )
+        if args.process_index == 0:
+            _log_findings(label_findings(scan, len(train_dataset)))
     elif train_dataset is not None:
         _refuse_streamed(args)
     eval_sets = {"eval_dataset": eval_dataset}
@@ -73,6 +56,41 @@ def check_before_work(
     for name, dataset in eval_sets.items():
         if isinstance(dataset, Dataset):
             check_preferences(dataset, name, strict=strict, tokenized=tokenized)
+
+
+def check_tokens(args: Any, train_dataset: Any, processing_class: Any) -> None:
+    """Warn of what the tokenizer and `max_length` do to a sample of the training pairs.
+
+    How many pairs `max_length` leaves without an answer TRL tells of all.
+    """
+    if not isinstance(train_dataset, Dataset) or not is_scannable(train_dataset):
+        return
+    if {"image", "images"} & set(train_dataset.column_names):
+        return
+    places = range(0, len(train_dataset), -(-len(train_dataset) // _SAMPLE))
+    sample = train_dataset.select(places)
+    unusable = scan_pairs(sample)
+    tokens = scan_tokens(
+        sample,
+        getattr(processing_class, "tokenizer", processing_class),
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        without={*unusable.empty, *unusable.identical},
+    )
+    tokens.emptied.clear()
+    numbers = source_rows(train_dataset)
+    rows = [numbers[place] for place in places]
+    _log_findings(token_findings(tokens, rows, args.max_length))
+
+
+def _log_findings(findings: list[Finding]) -> None:
+    for finding in findings:
+        logger.log(
+            logging.INFO if finding.level == "note" else logging.WARNING,
+            "train_dataset: %s.%s",
+            finding,
+            f" Advice: {finding.advice}." if finding.advice else "",
+        )
 
 
 def _refuse_streamed(args: Any) -> None:
@@ -100,7 +118,7 @@ def check_preferences(
 
     Not strict, empty rows and equal completions are a warning: TRL trains on such data.
     """
-    scan = scan_pairs(dataset, name, tokenized)
+    scan = scan_pairs(dataset, name, tokenized=tokenized)
     faults = []
     if scan.empty:
         faults.append(
@@ -119,86 +137,6 @@ def check_preferences(
     for fault in faults:
         logger.warning("%s", fault)
     return scan
-
-
-def scan_pairs(
-    dataset: Dataset,
-    name: str = "train_dataset",
-    tokenized: Collection[frozenset[str]] = TOKENIZED,
-) -> PairScan:
-    """Look at every pair once: one pass over the two or three columns.
-
-    The formats are those of TRL: text or conversations (lists of messages), with a `prompt` column
-    or with the prompt as the common start of `chosen` and `rejected`. Data that are tokenized
-    already, or made on the fly by `set_transform`, are not looked at.
-
-    Example:
-        >>> data = {"chosen": ["a", "a", "b"], "rejected": ["b", "b", "a"]}
-        >>> scan = scan_pairs(Dataset.from_dict(data))
-        >>> scan.repeated, scan.both_ways, scan.empty
-        (1, 1, [])
-    """
-    scan = PairScan()
-    columns = dataset.column_names
-    if "chosen" not in columns and any(names.issubset(columns) for names in tokenized):
-        return scan
-    if dataset.format["type"] == "custom":
-        return scan
-    missing = [column for column in ("chosen", "rejected") if column not in columns]
-    if missing:
-        raise ValueError(
-            f"{name} has no column {' and no column '.join(repr(c) for c in missing)}. "
-            f"Preference data need 'chosen' and 'rejected' (and 'prompt', unless both start with "
-            f"it); found {columns}."
-        )
-    wanted = [column for column in ("prompt", "chosen", "rejected") if column in columns]
-    directions: dict[int, int] = {}  # bits of the directions in which two completions are labelled
-    index = 0
-    for batch in dataset.with_format(None).select_columns(wanted).iter(batch_size=1000):
-        prompts = batch.get("prompt", [""] * len(batch["chosen"]))
-        for prompt, chosen, rejected in zip(
-            prompts, batch["chosen"], batch["rejected"], strict=True
-        ):
-            for completion in (chosen, rejected):
-                _check_completion(completion, f"{name} row {index}")
-            if prompt is None or _is_empty(chosen) or _is_empty(rejected):
-                scan.empty.append(index)
-            elif chosen == rejected:
-                scan.identical.append(index)
-            else:
-                first, second = str(chosen), str(rejected)
-                key = hash((str(prompt), *sorted((first, second))))
-                known, direction = directions.get(key, 0), 1 if first < second else 2
-                scan.repeated += bool(known & direction)
-                scan.both_ways += known == 3 - direction
-                directions[key] = known | direction
-            index += 1
-    return scan
-
-
-def _check_completion(completion: Any, where: str) -> None:
-    """Raise unless it is text, messages, or None."""
-    if completion is None or isinstance(completion, str):
-        return
-    wanted = f"{where}: chosen and rejected must be text or lists of messages"
-    if not isinstance(completion, list):
-        raise ValueError(f"{wanted}, not {type(completion).__name__}.")
-    for message in completion:
-        if not isinstance(message, dict):
-            raise ValueError(f"{wanted}, not lists of {type(message).__name__}.")
-        if "role" not in message:
-            raise ValueError(
-                f"{where}: a message needs 'role' and 'content', and has {sorted(message)}."
-            )
-
-
-def _is_empty(completion: Any) -> bool:
-    """True for None, blank text, no messages, or messages that all lack content."""
-    if completion is None:
-        return True
-    if isinstance(completion, str):
-        return not completion.strip()
-    return not any(message.get("content") or message.get("tool_calls") for message in completion)
 
 
 def _rows(indices: list[int]) -> str:

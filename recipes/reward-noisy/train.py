@@ -21,8 +21,8 @@ from trl import (
 from poprisk_integrations.cli.builtin import is_builtin, load_pairs, local_model
 from poprisk_integrations.trl import PopRiskRewardConfig, PopRiskRewardTrainer
 from poprisk_integrations.trl.label_flips import flip_preferences
+from poprisk_integrations.trl.pair_scan import scan_pairs
 from poprisk_integrations.trl.pairs import drop_rows, source_rows
-from poprisk_integrations.trl.validation import scan_pairs
 
 
 @dataclass

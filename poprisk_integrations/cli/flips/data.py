@@ -1,8 +1,5 @@
 """The data set of a flip report: which row is which pair, cleaned, and written."""
 
-# TRL exports lazily.
-# mypy: disable-error-code="attr-defined"
-
 import argparse
 import csv
 import json
@@ -11,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Value, disable_progress_bars
-from trl import DatasetMixtureConfig, ScriptArguments
 
 from poprisk_integrations._files import write_whole
 from poprisk_integrations.cli.errors import UsageError, one_line
-from poprisk_integrations.cli.preference_data import load_preferences
+from poprisk_integrations.cli.preference_data import load_split
 from poprisk_integrations.trl.flip_report import DROP_AT, FlipReport
 from poprisk_integrations.trl.label_flips import EXCHANGED, swap_labels
 from poprisk_integrations.trl.pairs import excerpts
@@ -39,12 +35,7 @@ def load_data(
     """
     if quiet:
         disable_progress_bars()
-    script = ScriptArguments(
-        dataset_name=args.dataset,
-        dataset_config=args.dataset_config,
-        dataset_train_split=args.split,
-    )
-    dataset, _ = load_preferences(script, DatasetMixtureConfig(), evaluate=False)
+    dataset = load_split(args.dataset, args.split, args.dataset_config)
     rows = _match_rows(report, dataset, args.id_column)
     annotators = args.annotator_column
     if annotators is not None and annotators not in dataset.column_names:

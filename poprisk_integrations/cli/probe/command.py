@@ -3,16 +3,18 @@
 import argparse
 import json
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError, at_least
-from poprisk_integrations.cli.output import NO_MATPLOTLIB, check_directory, say, write_figure
+from poprisk_integrations.cli.output import (
+    NO_MATPLOTLIB,
+    check_directory,
+    progress_bar,
+    say,
+    write_figure,
+)
 from poprisk_integrations.diagnostics.probe import SHORTEST_PROBE
 
 __all__ = ["add_parser", "run"]
@@ -108,9 +110,9 @@ def run(args: argparse.Namespace) -> int:
         if args.lr:
             from poprisk_integrations.cli.probe.rates import search_rate
 
-            report = search_rate(args, target, said, None if quiet else _bar)
+            report = search_rate(args, target, said, None if quiet else progress_bar)
         else:
-            with _bar(args.steps, "probing") as shown:
+            with progress_bar(args.steps, "probing") as shown:
                 watch = StepWatch(args.steps, None if quiet else shown.update)
                 found = watch_training(args, target, watch)
             report = build_report(watch, said.or_else(found), target or str(args.config))
@@ -128,23 +130,3 @@ def run(args: argparse.Namespace) -> int:
         (print_rates if args.lr else print_report)(console, report)
         say(console, str(figure) if drawn else NO_MATPLOTLIB)
     return 0
-
-
-@contextmanager
-def _bar(total: int, desc: str, leave: bool = False) -> Iterator[Any]:
-    """Like tqdm: a bar on a terminal, nothing elsewhere; `update(step)`, or `update()` for one."""
-    from rich.console import Console
-
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        yield SimpleNamespace(update=lambda step=None: None)
-        return
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=not leave) as bar:
-        task = bar.add_task(desc, total=total)
-
-        def update(step: int | None = None) -> None:
-            bar.update(task, completed=step, advance=1 if step is None else None)
-
-        yield SimpleNamespace(update=update)

@@ -83,6 +83,14 @@ def made_files(folder: Path) -> None:
         "same": [same] * 9, "one_side": [one_side] * 9,
     }.items():  # fmt: skip
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
+    labels = [
+        {"prompt": f"p {i}", "chosen": f"good {i}", "rejected": f"bad {i}", "rater": who}
+        for i in range(COUNT) for who in "abc"
+    ]  # fmt: skip
+    for row in labels[2::6]:  # half of those of "c"
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    faulty = [*labels, {"chosen": "a", "prompt": "b"}, same, labels[0]]
+    (folder / "faulty.jsonl").write_text("\n".join(map(json.dumps, faulty)))
     (folder / "folder").mkdir()
     shutil.copy(folder / "data.jsonl", folder / "folder" / "train.jsonl")
     rng = random.Random(3)

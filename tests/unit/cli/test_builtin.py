@@ -12,7 +12,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from poprisk_integrations.cli.builtin import check_names, load_pairs, local_model
 from poprisk_integrations.cli.errors import UsageError
 from poprisk_integrations.cli.preference_data import load_preferences
-from poprisk_integrations.trl.validation import PairScan, scan_pairs
+from poprisk_integrations.trl.pair_scan import PairScan, scan_pairs
 
 MODEL, PAIRS = "builtin:tiny-llama", "builtin:tiny-pairs"
 

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from poprisk_integrations.trl.pair_scan import PairScan, scan_pairs
 from poprisk_integrations.trl.validation import (
-    PairScan,
     check_output_dir,
     check_preferences,
     check_vocabulary,
-    scan_pairs,
 )
 from tests.helpers.tiny_dpo import pairs
 
