@@ -194,7 +194,7 @@ def _train_and_save(
     saved = list(after)
     if config.training.push_to_hub:
         after["push to the hub"] = lambda: trainer.push_to_hub(dataset_name=data)
-    after["summary"] = lambda: _report(trainer)
+    after["summary"] = lambda: _report(trainer, config)
     if hasattr(trainer, "end"):  # transformers >= 5.18: closes trackers and the process group
         after["end of the trainer"] = trainer.end
     failed: dict[str, Exception] = {}
@@ -222,7 +222,8 @@ def _train_and_save(
     return 1
 
 
-def _report(trainer: "PopRiskDPOTrainer") -> None:
+def _report(trainer: "PopRiskDPOTrainer", config: "DPOArguments") -> None:
+    from poprisk_integrations.cli.flips.arguments import flips_command
     from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 
     if not trainer.is_world_process_zero():
@@ -232,3 +233,16 @@ def _report(trainer: "PopRiskDPOTrainer") -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, PopRiskEarlyStoppingCallback):
             print(f"stop: {callback.stopping_state['reason']}; {callback.diagnosis}")
+    try:
+        report = trainer.flip_report()
+    except ValueError:  # streamed data, or too few pairs
+        return
+    script = config.script
+    command = flips_command(
+        Path(str(config.training.output_dir)),
+        script.dataset_name,
+        id_column=config.training.pair_id_column,
+        config=script.dataset_config,
+        split=script.dataset_train_split,
+    )
+    print(f"labels: {report.advice(command)}")

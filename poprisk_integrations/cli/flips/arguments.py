@@ -32,12 +32,21 @@ def check_data_arguments(args: argparse.Namespace) -> None:
 
 
 def flips_command(
-    run_dir: Path, dataset: str | None, id_column: str | None, *, has_ids: bool
+    run_dir: Path,
+    dataset: str | None = None,
+    *,
+    id_column: str | None = None,
+    has_ids: bool = False,
+    config: str | None = None,
+    split: str = "train",
 ) -> str:
     """The command that shows the pairs of a run with their texts; DATA and NAME for the unknown."""
     command = (
         f"poprisk flips {shlex.quote(str(run_dir))} --dataset {shlex.quote(dataset or 'DATA')}"
     )
-    if id_column or has_ids:
-        command += f" --id-column {shlex.quote(id_column or 'NAME')}"
+    column = id_column or ("NAME" if has_ids else None)
+    options = {"--dataset-config": config, "--split": split, "--id-column": column}
+    for option, value in options.items():
+        if value is not None and (option, value) != ("--split", "train"):
+            command += f" {option} {shlex.quote(value)}"
     return command

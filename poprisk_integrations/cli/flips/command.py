@@ -129,7 +129,14 @@ def run(args: argparse.Namespace) -> int:
     drawn = bool(scored) and write_figure(figure, draw)
     ids = report.to_pandas()
     has_ids = ids["pair_id"].tolist() != ids["row"].tolist()
-    command = flips_command(args.run_dir, args.dataset, args.id_column, has_ids=has_ids)
+    command = flips_command(
+        args.run_dir,
+        args.dataset,
+        id_column=args.id_column,
+        has_ids=has_ids,
+        config=args.dataset_config,
+        split=args.split,
+    )
     advice = report.advice(command)
     if args.json:
         result = {

@@ -141,7 +141,7 @@ def _suspect_lines(run: Run) -> list[str]:
         num_judged=len(pairs),
         num_suspect=int(pairs["probability_wrong"].ge(0.5).sum()),
         calibrated=suspects.calibrated,
-        command=suspects.command or flips_command(run.directory, None, None, has_ids=has_ids),
+        command=suspects.command or flips_command(run.directory, has_ids=has_ids),
     )
     if suspects.calibrated:
         expected = pairs["probability_wrong"].sum()

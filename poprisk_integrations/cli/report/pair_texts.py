@@ -41,6 +41,11 @@ def add_texts(run: Run, args: argparse.Namespace) -> None:
         for name, text in zip(("prompt", "chosen", "rejected"), shown, strict=True):
             pairs.at[label, name] = plain(text)
     groups = group_pairs(report, dataset, places, args.annotator_column)
-    has_ids = args.id_column is not None
-    command = flips_command(run.directory, args.dataset, args.id_column, has_ids=has_ids)
+    command = flips_command(
+        run.directory,
+        args.dataset,
+        id_column=args.id_column,
+        config=args.dataset_config,
+        split=args.split,
+    )
     run.suspects = replace(run.suspects, pairs=pairs, groups=groups, command=command)

@@ -80,6 +80,21 @@ def test_from_config_to_model(
     assert not list(out.glob("*.tmp*"))
 
 
+def test_what_to_do_about_the_labels_is_said_at_the_end(
+    config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `poprisk flips` says it of the files."""
+    path = config(noise="cdpo", noise_rate=0.499, learning_rate=1e-2, max_steps=5)
+    assert main(["dpo", "--config", path]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("labels: ")]
+    keys = yaml.safe_load(Path(path).read_text())
+    assert main(["flips", keys["output_dir"], "--dataset", keys["dataset_name"], "--json"]) == 0
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert line == f"labels: {advice['text']}"
+    assert advice["kind"] == "suspect"
+    assert keys["dataset_name"] in line
+
+
 def test_swapped_labels_reach_the_training(config: Any, tmp_path: Path) -> None:
     swapped = pairs(20).rename_columns({"chosen": "rejected", "rejected": "chosen"})
     swapped.to_json(tmp_path / "swapped.jsonl")

@@ -22,6 +22,7 @@ from poprisk_integrations.cli.flips.picture import draw_flips
 from poprisk_integrations.cli.flips.show import print_pairs
 from poprisk_integrations.cli.main import main
 from poprisk_integrations.cli.preference_data import load_preferences
+from poprisk_integrations.core.calibration import reliability
 from poprisk_integrations.trl import FlipReport
 from poprisk_integrations.trl.pairs import excerpts, pair_texts
 
@@ -323,6 +324,45 @@ def test_picture_by_action() -> None:
     assert list(lines["expected wrong labels"].get_ydata()) == pytest.approx(sums)
     assert [lines[name].get_xdata()[0] for name in ("swap", "drop", "review")] == [1, 3, 4]
     assert "8 pairs, 2.8 wrong" in figure.get_suptitle()
+
+
+def test_the_line_over_the_margins_is_the_probability() -> None:
+    """On an axis of its own, from 0 to 1; marked as a ranking where it is no probability."""
+    for calibrated, label in ((True, "P(wrong), line"), (False, "line: ranking only")):
+        axes = drawn(PROBABILITIES, MARGINS, calibrated=calibrated).axes[2]
+        (line,) = axes.lines
+        assert [*line.get_xdata()] == MARGINS[:-1]
+        assert [*line.get_ydata()] == PROBABILITIES[:-1]
+        assert axes.get_ylim() == (0.0, 1.02)
+        assert axes.get_ylabel() == label
+
+
+def test_picture_of_groups_and_of_calibration() -> None:
+    names = [f"name {i} that is too long for it" for i in range(15)]
+    rows = [
+        {"group": name, "pairs": 9, "suspects": 1, "mean": 0.2, "low": 0.1, "high": 0.3 + i / 100}
+        for i, name in enumerate(names)
+    ]
+    truth = [True, True, False, False, True, False, False]
+    bins = reliability(PROBABILITIES[:-1], truth)
+    found = report(PROBABILITIES, margin=MARGINS)
+    figure = draw_flips(found, "run", {0, 1, 4}, groups={"annotator": rows}, bins=bins)
+    calibration, groups = figure.axes[2:4]
+    diagonal, dots = calibration.lines
+    assert [*diagonal.get_xdata()] == [*diagonal.get_ydata()] == [0, 1]
+    full = [one for one in bins if one.count]
+    assert [*dots.get_xdata()] == [one.predicted for one in full]
+    assert [*dots.get_ydata()] == [one.share for one in full]
+    ends = [[*segment[:, 1]] for segment in calibration.collections[0].get_segments()]
+    assert ends == [[one.share_low, one.share_high] for one in full]
+    labels = [label.get_text() for label in groups.get_yticklabels()]
+    assert len(labels) == 12  # the others are in the table
+    assert labels[0] == "name 0 …g for it (9)"
+    dots, mean = groups.lines
+    assert [*dots.get_xdata()] == [0.2] * 12
+    assert mean.get_xdata()[0] == pytest.approx(sum(PROBABILITIES[:-1]) / 7)
+    ends = [[*segment[:, 0]] for segment in groups.collections[0].get_segments()]
+    assert ends == [pytest.approx([row["low"], row["high"]]) for row in rows[:12]]
 
 
 def test_picture_by_truth() -> None:
