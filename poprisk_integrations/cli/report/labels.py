@@ -16,11 +16,10 @@ from poprisk_integrations.cli.report.draw_labels import (
     draw_margins,
 )
 from poprisk_integrations.cli.report.findings import label_lines
-from poprisk_integrations.cli.report.run import Run, Suspects, plain, shown
+from poprisk_integrations.cli.report.run import MOST_PAIRS, Run, Suspects, plain, shown
 
 __all__ = ["labels_of"]
 
-_MOST_PAIRS = 20
 _TEXTS = ["prompt", "chosen", "rejected"]
 _ROW = 15.0  # points, of a group in a chart
 _OF_GROUPS = {
@@ -59,7 +58,7 @@ def labels_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _pairs(suspects: Suspects, of: str) -> tuple[str, list[str], list[list[str]]]:
-    top = suspects.pairs.head(_MOST_PAIRS)
+    top = suspects.pairs.head(MOST_PAIRS)
     table = pd.DataFrame({"pair": top["pair_id"]})
     if (top["row"] != top["pair_id"]).any():
         table["row"] = top["row"]

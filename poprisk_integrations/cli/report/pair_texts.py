@@ -4,11 +4,9 @@ import argparse
 from dataclasses import replace
 
 from poprisk_integrations.cli.errors import UsageError
-from poprisk_integrations.cli.report.run import Run, plain
+from poprisk_integrations.cli.report.run import MOST_PAIRS, Run, plain
 
 __all__ = ["add_texts"]
-
-_MOST_PAIRS = 20
 
 
 def add_texts(run: Run, args: argparse.Namespace) -> None:
@@ -36,7 +34,7 @@ def add_texts(run: Run, args: argparse.Namespace) -> None:
     texts = dataset.with_format(None).select_columns(names)
     pairs = run.suspects.pairs.copy()
     place_of = dict(zip(map(str, report.to_pandas()["row"]), places, strict=True))
-    for label in pairs.index[:_MOST_PAIRS]:
+    for label in pairs.index[:MOST_PAIRS]:
         shown = excerpts(texts[place_of[pairs.at[label, "row"]]])
         for name, text in zip(("prompt", "chosen", "rejected"), shown, strict=True):
             pairs.at[label, name] = plain(text)

@@ -14,6 +14,7 @@ import pandas as pd
 from poprisk_integrations.core import Diagnosis
 
 __all__ = [
+    "MOST_PAIRS",
     "NOTHING",
     "Key",
     "Run",
@@ -30,6 +31,7 @@ __all__ = [
     "shown",
 ]
 
+MOST_PAIRS = 20  # that a page lists, the most suspect ones
 NOTHING = "-"  # stands for a number that is not known
 # Controls and lone surrogates fit no page; marks that turn the writing direction make text lie.
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
