@@ -17,6 +17,7 @@ __all__ = [
     "max_over_shards",
     "mean_over_ranks",
     "same_on_all_ranks",
+    "sum_lists_over_shards",
     "sum_over_ranks",
     "sum_over_shards",
     "world_size",
@@ -116,6 +117,33 @@ def sum_over_shards(values: Tensor, tensors: Sequence[Tensor], plain_group: Any 
     return result
 
 
+def sum_lists_over_shards(
+    values: Sequence[Tensor], tensors: Sequence[Tensor], by_row: Sequence[bool]
+) -> list[Tensor]:
+    """Sum numbers of rows or of whole tensors over the shards of each tensor.
+
+    One collective per process group for all tensors; none where rows are whole on each rank.
+
+    Args:
+        values: Per tensor, numbers of its local shard: the same many on all ranks that share it.
+        tensors: The tensors, on all ranks in the same order; plain ones are whole.
+        by_row: Per tensor, whether the numbers are of its rows, which shards of dimension 0 hold
+            whole.
+    """
+    result = list(values)
+    for by_rows in (True, False):
+        chosen = [i for i, flag in enumerate(by_row) if flag == by_rows]
+        groups = _shard_groups([tensors[i] for i in chosen], rows_are_whole=by_rows)
+        for group, places in groups:
+            members = [chosen[place] for place in places]
+            flat = torch.cat([result[i].reshape(-1) for i in members])
+            dist.all_reduce(flat, group=group)
+            pieces = torch.split(flat, [result[i].numel() for i in members])
+            for i, piece in zip(members, pieces, strict=True):
+                result[i] = piece.view(result[i].shape)
+    return result
+
+
 def max_over_shards(value: Tensor, tensors: Iterable[Tensor], plain_group: Any = None) -> Tensor:
     """Largest of each number over all shards of all tensors (e.g. a found-non-finite flag)."""
     groups = _shard_groups(tensors, plain_group)
@@ -128,9 +156,12 @@ def max_over_shards(value: Tensor, tensors: Iterable[Tensor], plain_group: Any =
 
 
 def _shard_groups(
-    tensors: Iterable[Tensor], plain_group: Any = None
+    tensors: Iterable[Tensor], plain_group: Any = None, *, rows_are_whole: bool = False
 ) -> list[tuple[Any, list[int]]]:
-    """(process group, positions of the tensors that it shards), same order on all ranks."""
+    """(process group, positions of the tensors that it shards), same order on all ranks.
+
+    `rows_are_whole` leaves out the groups that share nothing but dimension 0.
+    """
     found: dict[tuple[Any, int], list[int]] = {}
     plain: list[int] = []
     for position, tensor in enumerate(tensors):
@@ -138,7 +169,9 @@ def _shard_groups(
             plain.append(position)
             continue
         for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
-            if placement.is_shard():
+            # `is_shard` does not know strided shards (FSDP2 over tensor parallelism)
+            dim_of = getattr(placement, "dim", None)
+            if dim_of is not None and not (rows_are_whole and dim_of == 0):
                 found.setdefault((tensor.device_mesh, dim), []).append(position)  # type: ignore[attr-defined]
     groups = [(mesh.get_group(dim), columns) for (mesh, dim), columns in found.items()]
     return [*groups, (plain_group, plain)] if plain_group is not None and plain else groups

@@ -19,9 +19,16 @@ from poprisk_integrations.core.noise import (
     deviation_scale,
     ema_mean_variance,
     gradient_scale,
+    moments_noise,
     noise_is_ready,
     sum_variance,
     update_dev_sq_,
+)
+from poprisk_integrations.core.noise_law import (
+    effective_coordinates,
+    moments_alpha,
+    moments_open_rate,
+    pooled_alpha,
 )
 from poprisk_integrations.core.risk_curve import (
     RiskEstimate,
@@ -73,6 +80,7 @@ __all__ = [
     "default_lambda_pop",
     "deviation_scale",
     "diagnose",
+    "effective_coordinates",
     "ema_mean_variance",
     "finite_alpha",
     "first_epochs",
@@ -81,8 +89,12 @@ __all__ = [
     "gradient_scale",
     "late_joiner_estimate",
     "mean_standard_error",
+    "moments_alpha",
+    "moments_noise",
+    "moments_open_rate",
     "noise_is_ready",
     "open_mask",
+    "pooled_alpha",
     "resolve_alpha",
     "risk_trend",
     "sum_variance",

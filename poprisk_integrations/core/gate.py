@@ -5,6 +5,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from poprisk_integrations.core.noise_law import moments_alpha
+
 __all__ = [
     "GATES",
     "calibrated_alpha",
@@ -102,6 +104,7 @@ def resolve_alpha(
     *,
     beta1: float,
     false_open_rate: float,
+    beta2: float | None = None,
     batch_size: int | None = None,
     dataset_size: int | None = None,
 ) -> float:
@@ -111,6 +114,8 @@ def resolve_alpha(
         alpha: A number >= 0, or "calibrated", "fresh" (1.0) or "finite".
         beta1: Decay of the first moment; used by "calibrated".
         false_open_rate: Used by "calibrated".
+        beta2: Decay of the second moment where the noise is v_hat - m_hat^2, else None; used by
+            "calibrated".
         batch_size: Global batch size; used by "finite".
         dataset_size: Number of training examples; used by "finite".
 
@@ -124,6 +129,8 @@ def resolve_alpha(
     """
     if isinstance(alpha, str):
         if alpha == "calibrated":
+            if beta2 is not None:
+                return moments_alpha((beta1, beta2), false_open_rate)
             return calibrated_alpha(beta1, false_open_rate)
         if alpha == "fresh":
             return 1.0

@@ -7,6 +7,7 @@ __all__ = [
     "deviation_scale",
     "ema_mean_variance",
     "gradient_scale",
+    "moments_noise",
     "noise_is_ready",
     "sum_variance",
     "update_dev_sq_",
@@ -43,6 +44,30 @@ def update_dev_sq_(
     """
     deviation = torch.sub(grad, mean, alpha=mean_scale)
     return exp_dev_sq.mul_(rho).addcmul_(deviation, deviation, value=weight)
+
+
+def moments_noise(exp_avg_sq: Tensor, mean_sq: Tensor, noise_scale: float | Tensor) -> Tensor:
+    """Noise variance read off Adam's moments, on the scale of `mean_sq`.
+
+        s_hat = max(v_hat - m_hat^2, 0)
+
+    For i.i.d. gradients of mean mu and variance s_B its expectation before the floor is
+        E[v_hat] - E[m_hat^2] = (mu^2 + s_B) - (mu^2 + c_t s_B) = s_B (1 - c_t)
+    with c_t of `ema_mean_variance(beta1, t)`: 5 % below s_B at beta1 = 0.9, and nothing at t = 1.
+    It is no variance over one window, so it can be negative; while the mean moves it has a bias:
+    v remembers mu^2 for 1/(1-beta2) steps, m for 1/(1-beta1). A mean that shrinks leaves its old
+    square in s_hat and closes the gate; one that grows leaves too little and opens it.
+
+    Args:
+        exp_avg_sq: v.
+        mean_sq: m^2, same shape.
+        noise_scale: bias_correction1^2 / bias_correction2, which puts v on the scale of m^2.
+
+    Example:
+        >>> moments_noise(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 4.0]), 1.0)
+        tensor([3., 0.])
+    """
+    return torch.sub(exp_avg_sq * noise_scale, mean_sq).clamp_(min=0)
 
 
 def noise_is_ready(dev_step: int, gate_warmup: int, *, centered: bool) -> bool:

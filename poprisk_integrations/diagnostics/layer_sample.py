@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from poprisk_integrations.core.gate import gate_factor
-from poprisk_integrations.core.noise import deviation_scale, ema_mean_variance
+from poprisk_integrations.core.noise import deviation_scale, ema_mean_variance, moments_noise
 from poprisk_integrations.diagnostics.window_layout import sample_coordinates
 from poprisk_integrations.distributed import is_dtensor, local_tensor
 from poprisk_integrations.optim import PopRiskAdamW
 from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
-from poprisk_integrations.optim._options import MOMENTS, GroupOptions, resolve_group
+from poprisk_integrations.optim._options import MOMENTS, GroupOptions, kept_moments, resolve_group
 from poprisk_integrations.optim._scalars import step_scalars
 from poprisk_integrations.optim._states import moment_of
 
@@ -171,11 +171,13 @@ class LayerSample:
         for index, group in enumerate(self._optimizer.param_groups):
             for param in group["params"]:
                 state = self._optimizer.state.get(param, {})
-                if "dev_step" not in state or (with_gradient and param.grad is None):
+                has_noise = "dev_step" in state or "exp_dev_sq" not in kept_moments(group)
+                is_due = "step" in state and has_noise
+                if not is_due or (with_gradient and param.grad is None):
                     continue
                 if local_tensor(param).numel():
                     found.append((index, param))
-                    counts += [state["step"], state["dev_step"]]
+                    counts += [state["step"], state.get("dev_step", state["step"])]
         if not found:
             return {}
         flat = torch.stack([c.to(counts[0]) for c in counts]).tolist()
@@ -194,8 +196,9 @@ class LayerSample:
         dev_step: float,
         with_gradient: bool,
     ) -> Tensor:
-        exp_avg, exp_avg_sq, exp_dev_sq = (
-            torch.cat([self._pick(p, self._moment(p, key)) for p in params]) for key in MOMENTS
+        kept = MOMENTS[:2] if options.from_moments else MOMENTS
+        exp_avg, exp_avg_sq, *stored = (
+            torch.cat([self._pick(p, self._moment(p, key)) for p in params]) for key in kept
         )
         has_moved = not options.from_pieces and (step > 1 or not options.centered)
         scalars = step_scalars(options, step, dev_step - has_moved)
@@ -204,8 +207,24 @@ class LayerSample:
         gate = torch.ones_like(exp_avg)
         is_open = torch.ones_like(exp_avg, dtype=torch.bool)
         mean_sq = exp_avg.square()
-        if scalars.gate_is_active:
-            noise = mean_sq if scalars.noise_is_signal else exp_dev_sq
+        pooled = [g for p in params if (g := self._optimizer._pooled_gate(p)) is not None]
+        if options.from_moments:
+            noise, noise_scale = moments_noise(exp_avg_sq, mean_sq, scalars.noise_scale), 1.0
+        else:
+            noise, noise_scale = stored[0], scalars.noise_scale
+        if options.pooled and len(pooled) == len(params):
+            gate, is_open = (
+                torch.cat(
+                    [
+                        self._pick(p, v.expand(_real(p).shape))
+                        for p, v in zip(params, column, strict=True)
+                    ]
+                )
+                for column in ([g.gate for g in pooled], [g.is_open for g in pooled])
+            )
+            gate, is_open = gate.to(exp_avg), is_open > 0
+        elif scalars.gate_is_active:
+            noise = mean_sq if scalars.noise_is_signal else noise
             gate = gate_factor(
                 mean_sq,
                 noise,
@@ -213,10 +232,10 @@ class LayerSample:
                 alpha=options.alpha,
                 lambda_pop=options.lambda_pop,
                 eps=options.gate_eps * scalars.bias_correction1**2,
-                noise_scale=scalars.noise_scale,
+                noise_scale=noise_scale,
             )
             gate = options.gate_blend * gate + (1 - options.gate_blend)
-            is_open = mean_sq > options.alpha * scalars.noise_scale * noise
+            is_open = mean_sq > options.alpha * noise_scale * noise
         ones = torch.ones_like(exp_avg)
         columns: dict[str, Tensor] = {"numel": ones}
         if with_gradient:
@@ -238,10 +257,14 @@ class LayerSample:
             }
             if options.gated and dev_step > 0 and not scalars.noise_is_signal:
                 # of m as stored, hence the bias correction
-                share = ema_mean_variance(options.beta1, int(step)) / deviation_scale(options.beta1)
-                scale = share * scalars.bias_correction1**2 / (1 - options.rho**dev_step)
+                share = ema_mean_variance(options.beta1, int(step))
+                if options.from_moments:  # s_hat is short of what m_hat takes of it
+                    scale = share / (1 - share) if step > 1 else 0.0
+                else:
+                    scale = share / deviation_scale(options.beta1)
+                    scale *= scalars.bias_correction1**2 / (1 - options.rho**dev_step)
                 columns["signal_sq"] = direction.square()
-                columns["noise_sq"] = exp_dev_sq * scale / denom.square()
+                columns["noise_sq"] = noise * scale / denom.square()
         return self._summed(params, columns)
 
     def _summed(self, params: list[Tensor], columns: dict[str, Tensor]) -> Tensor:
@@ -373,7 +396,8 @@ def _shards(param: Tensor) -> int:
     if is_dtensor(param):
         mesh, shards = param.device_mesh, 1  # type: ignore[attr-defined]
         for dim, placement in enumerate(param.placements):  # type: ignore[attr-defined]
-            shards *= mesh.size(dim) if placement.is_shard() else 1
+            # a strided shard, which has a dimension too, says no to is_shard()
+            shards *= mesh.size(dim) if hasattr(placement, "dim") else 1
         return shards
     if getattr(param, "_fsdp_flattened", False):  # of FSDP1, whose shards are plain tensors
         return dist.get_world_size()

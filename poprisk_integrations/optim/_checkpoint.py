@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from poprisk_integrations.distributed import is_dtensor
-from poprisk_integrations.optim._options import MOMENTS, check_group, needs_device_step
+from poprisk_integrations.optim._options import (
+    MOMENTS,
+    READ_OFF,
+    check_group,
+    kept_moments,
+    needs_device_step,
+)
 from poprisk_integrations.optim._states import (
     COUNTS,
     moment_format,
@@ -79,14 +85,20 @@ def _check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any
             raise ValueError(
                 "Invalid amsgrad in the checkpoint: True. PopRiskAdamW has no amsgrad."
             )
+    saved_groups = state_dict["param_groups"]
+    ours = {i for g in saved_groups if g.get("noise_source") == READ_OFF for i in g["params"]}
     for index, state in state_dict["state"].items():
         if index in owner and state:
-            _check_parameter_state(index, state, owner[index])
+            _check_parameter_state(
+                index, state, owner[index], is_ours="dev_step" in state or index in ours
+            )
     for group, saved in zip(groups, state_dict["param_groups"]):  # noqa: B905 - as above
         check_group({**saved, **_kept(group, saved)})
 
 
-def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> None:
+def _check_parameter_state(
+    index: Any, state: dict[str, Any], param: Tensor, *, is_ours: bool
+) -> None:
     kinds = {key: saved_kind(state, key) for key in MOMENTS}
     missing = [key for key in MOMENTS[:2] if kinds[key] is None]
     if "step" not in state:
@@ -99,7 +111,7 @@ def _check_parameter_state(index: Any, state: dict[str, Any], param: Tensor) -> 
     known = {name for key, kind in kinds.items() if kind for name in state_keys(key, kind)}
     extra = sorted(set(state) - known - set(COUNTS))
     # In our own, wrappers of the optimizer (Lookahead) keep tensors of theirs.
-    if extra and "dev_step" not in state:
+    if extra and not is_ours:
         raise ValueError(
             f"Not a PopRiskAdamW or AdamW checkpoint: parameter {index} has the unknown state "
             f"keys {extra}."
@@ -174,11 +186,12 @@ def _restore_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             others = {key: value for key, value in state.items() if key not in _OURS}
             state.clear()
             device = param.device if needs_device_step(param, group) else torch.device("cpu")
-            for key in COUNTS:
+            moments = kept_moments(group)
+            for key in COUNTS[: len(moments) - 1]:
                 if key in saved:
                     count = torch.as_tensor(saved[key], dtype=torch.float32)
                     state[key] = count.detach().clone().reshape(()).to(device)
-            for key in MOMENTS:
+            for key in moments:
                 kind = moment_format(param, key, group["state_dtype"])
                 state.update(restored_moment(saved, key, kind, param))
             state.update(others)

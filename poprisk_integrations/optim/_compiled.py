@@ -24,7 +24,7 @@ from poprisk_integrations.optim._options import GroupOptions
 from poprisk_integrations.optim._rounding import first_index, rounding_key
 from poprisk_integrations.optim._scalars import COLUMNS, positions_on, scalar_rows
 from poprisk_integrations.optim._states import BLOCK
-from poprisk_integrations.optim._work import GroupWork, memory_order
+from poprisk_integrations.optim._work import GroupWork, PooledGate, memory_order
 
 __all__ = ["compiled_poprisk_adamw", "compiler_is_found", "warn_without_compiler"]
 
@@ -88,12 +88,13 @@ def compiled_poprisk_adamw(
     ):
         row = row.to(flat.math_dtype, copy=True)  # no view, see `_reshaped`
         key = key.clone() if flat.plan.rounds else None
-        update(flat.param, flat.grad, flat.moments, row, key, flat.offset)
+        gate = None if flat.shared is None else flat.shared.gate
+        update(flat.param, flat.grad, flat.moments, row, key, flat.offset, gate)
         # `_reshaped` tensors count their own changes; autograd must see those of the parameter.
         increment_version(param)
         if sums is not None:
             c = dict(zip(COLUMNS, row.unbind(), strict=True))
-            sums.append(sampled_sums(flat.moments, c, flat.plan, options.lr))
+            sums.append(sampled_sums(flat.moments, c, flat.plan, options.lr, shared=flat.shared))
     return left
 
 
@@ -106,6 +107,7 @@ class _Flat:
     grad: Tensor
     moments: Parts
     offset: Tensor | None  # global index of the first element, where anything is rounded
+    shared: PooledGate | None  # in the shape of `FusedPlan.gate_shape`
 
     @property
     def math_dtype(self) -> torch.dtype:
@@ -130,7 +132,13 @@ def _flatten(work: GroupWork, index: int, plan: FusedPlan) -> _Flat | None:
             return None
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-    shape = plan.shape_of(param)
+    shape, shared = plan.shape_of(param), None
+    if plan.pooled:
+        # Sizes of one would be graphs of their own, and rows are those of row-major order.
+        if plan.pooled == "row" and (1 in shape or not param.is_contiguous()):
+            return None
+        gates = plan.gate_shape(shape[0])
+        shared = PooledGate(*(_reshaped(part.clone(), gates) for part in work.pooled[index]))
     return _Flat(
         plan,
         _reshaped(param, shape),
@@ -140,6 +148,7 @@ def _flatten(work: GroupWork, index: int, plan: FusedPlan) -> _Flat | None:
             for parts in tensors
         ),
         None if offset is None else torch.tensor(offset, device=param.device),
+        shared,
     )
 
 
@@ -147,7 +156,7 @@ def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Another shape on the same memory, for dense tensors."""
     # Not a view: Dynamo guards on the sizes of a view's base and would compile each anew.
     place = tensor.untyped_storage(), tensor.storage_offset()
-    return tensor.new_empty(0).set_(*place, shape, (*shape[1:], 1))
+    return tensor.new_empty(0).set_(*place, shape, (*shape[1:], 1) if shape else ())
 
 
 def _update_for(flat: _Flat) -> Update | None:
@@ -169,9 +178,10 @@ def _compiled(
         row: Tensor,
         key: Tensor | None,
         offset: Tensor | None,
+        gate: Tensor | None,
     ) -> None:
         c = dict(zip(COLUMNS, row.unbind(), strict=True))
-        values = fused_update(param, grad, moments, c, plan)
+        values = fused_update(param, grad, moments, c, plan, None, gate)
         index = None
         if offset is not None:
             index = torch.arange(param.numel(), device=param.device) + offset
@@ -235,4 +245,5 @@ def _small_problem(
         torch.ones(len(COLUMNS), dtype=math_dtype),
         torch.zeros((), dtype=torch.int32) if plan.rounds else None,
         torch.tensor(0) if plan.rounds else None,
+        torch.ones(plan.gate_shape(rows), dtype=math_dtype) if plan.pooled else None,
     )

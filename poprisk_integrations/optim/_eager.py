@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from poprisk_integrations.core.gate import gate_factor
-from poprisk_integrations.core.noise import update_dev_sq_
+from poprisk_integrations.core.noise import moments_noise, update_dev_sq_
 from poprisk_integrations.distributed import sum_over_shards
-from poprisk_integrations.optim._gate_stats import parameter_sums, ungated_sums
+from poprisk_integrations.optim._gate_stats import parameter_sums, pooled_sums, ungated_sums
 from poprisk_integrations.optim._options import GroupOptions
 from poprisk_integrations.optim._scalars import StepScalars, step_scalars
 from poprisk_integrations.optim._work import GroupWork
@@ -26,7 +26,7 @@ def single_tensor_poprisk_adamw(
     for i, target in enumerate(work.params):
         # low-precision parameters and states are updated in float32 and rounded once, at the end
         exp_avg, exp_avg_sq = work.exp_avgs[i].read(), work.exp_avg_sqs[i].read()
-        exp_dev_sq = work.exp_dev_sqs[i].read()
+        exp_dev_sq = work.exp_dev_sqs[i].read() if work.exp_dev_sqs else None
         param = target.to(exp_avg.dtype)
         grad = work.grads[i].to(exp_avg.dtype)
         if options.maximize:
@@ -34,10 +34,11 @@ def single_tensor_poprisk_adamw(
 
         # update step
         work.steps[i] += 1
-        scalars = step_scalars(options, work.steps[i].item(), work.dev_steps[i].item())
+        seen = work.dev_steps[i].item() if work.dev_steps else 0.0
+        scalars = step_scalars(options, work.steps[i].item(), seen)
 
         # update noise variance, before the mean moves
-        if options.gated and scalars.mean_scale is not None:
+        if options.gated and scalars.mean_scale is not None and exp_dev_sq is not None:
             work.dev_steps[i] += 1
             rho, scale = options.rho, scalars.mean_scale
             update_dev_sq_(exp_dev_sq, grad, exp_avg, rho, 1 - rho, scale)
@@ -51,26 +52,35 @@ def single_tensor_poprisk_adamw(
         gate = None
         update = exp_avg
         if scalars.gate_is_active:
-            mean_sq = exp_avg.square()
-            noise = mean_sq if scalars.noise_is_signal else exp_dev_sq
-            gate = gate_factor(
-                mean_sq,
-                noise,
-                gate=options.gate,
-                alpha=options.alpha,
-                lambda_pop=options.lambda_pop,
-                eps=options.gate_eps * scalars.bias_correction1**2,
-                noise_scale=scalars.noise_scale,
-            )
-            if options.gate_blend != 1.0:
-                gate.mul_(options.gate_blend).add_(1 - options.gate_blend)
+            if work.pooled:
+                gate = work.pooled[i].gate.to(exp_avg.dtype)
+            else:
+                mean_sq = exp_avg.square()
+                noise, noise_scale = exp_dev_sq, scalars.noise_scale
+                if noise is None:
+                    noise, noise_scale = moments_noise(exp_avg_sq, mean_sq, noise_scale), 1.0
+                elif scalars.noise_is_signal:
+                    noise = mean_sq
+                gate = gate_factor(
+                    mean_sq,
+                    noise,
+                    gate=options.gate,
+                    alpha=options.alpha,
+                    lambda_pop=options.lambda_pop,
+                    eps=options.gate_eps * scalars.bias_correction1**2,
+                    noise_scale=noise_scale,
+                )
+                if options.gate_blend != 1.0:
+                    gate.mul_(options.gate_blend).add_(1 - options.gate_blend)
             update = exp_avg * gate
             if options.preserve_norm:
                 _restore_norms([exp_avg], [update], [denom], [work.owners[i]])
         if sums is not None and gate is None:
             sums.append(ungated_sums(exp_avg / denom, lr))
+        elif sums is not None and work.pooled:
+            sums.append(pooled_sums(work.pooled[i], exp_avg / denom, lr))
         elif sums is not None and gate is not None:
-            boundary = options.alpha * scalars.noise_scale
+            boundary = options.alpha * noise_scale
             sums.append(parameter_sums(mean_sq, noise, gate, exp_avg / denom, boundary, lr))
 
         # decoupled weight decay, ungated unless the group asks for it
@@ -82,7 +92,8 @@ def single_tensor_poprisk_adamw(
 
         # apply
         param.addcdiv_(update, denom, value=-(lr / scalars.bias_correction1))
-        work.write_back(i, param, (exp_avg, exp_avg_sq, exp_dev_sq), options)
+        moved = exp_avg, exp_avg_sq, exp_dev_sq
+        work.write_back(i, param, [m for m in moved if m is not None], options)
 
 
 def norm_restoring_scale(ungated_sq: Tensor, gated_sq: Tensor) -> Tensor:
@@ -118,12 +129,13 @@ def _step_one_dtype(
 
     # update step
     scalars = []
-    for step, dev_step in zip(work.steps, work.dev_steps, strict=True):
+    for i, step in enumerate(work.steps):
         step += 1
-        scalars.append(step_scalars(options, step.item(), dev_step.item()))
+        seen = work.dev_steps[i].item() if work.dev_steps else 0.0
+        scalars.append(step_scalars(options, step.item(), seen))
 
     # update noise variance, before the mean moves
-    if options.gated:
+    if options.gated and exp_dev_sqs:
         _update_noise(work, grads, exp_avgs, exp_dev_sqs, scalars, options.rho)
 
     # decay the first and second moment running average coefficient
@@ -140,8 +152,13 @@ def _step_one_dtype(
     gates: dict[int, Tensor] = {}
     if active:
         means = [exp_avgs[i] for i in active]
-        noises = [exp_dev_sqs[i] for i in active]
-        gated, mean_sqs, noises = _gates(means, noises, [scalars[i] for i in active], options)
+        if work.pooled:
+            gated = [work.pooled[i].gate.to(dtype) for i in active]
+        else:
+            noises = [(exp_dev_sqs or exp_avg_sqs)[i] for i in active]
+            gated, mean_sqs, noises, scales = _gates(
+                means, noises, [scalars[i] for i in active], options
+            )
         gates = dict(zip(active, gated, strict=True))
         moved = list(torch._foreach_mul(means, gated))
         if options.preserve_norm:
@@ -152,9 +169,11 @@ def _step_one_dtype(
     if sums is not None:
         directions = torch._foreach_div(exp_avgs, denoms)
         for i, direction in enumerate(directions):
-            if i in gates:
+            if i in gates and work.pooled:
+                row = pooled_sums(work.pooled[i], direction, lr)
+            elif i in gates:
                 k = active.index(i)
-                boundary = options.alpha * scalars[i].noise_scale
+                boundary = options.alpha * scales[k]
                 row = parameter_sums(mean_sqs[k], noises[k], gates[i], direction, boundary, lr)
             else:
                 row = ungated_sums(direction, lr)
@@ -171,8 +190,9 @@ def _step_one_dtype(
     # apply
     step_sizes = [-(lr / s.bias_correction1) for s in scalars]
     torch._foreach_addcdiv_(params, updates, denoms, step_sizes)
+    moved_moments = [m for m in (exp_avgs, exp_avg_sqs, exp_dev_sqs) if m]
     for i, param in enumerate(params):
-        work.write_back(i, param, (exp_avgs[i], exp_avg_sqs[i], exp_dev_sqs[i]), options)
+        work.write_back(i, param, [values[i] for values in moved_moments], options)
 
 
 def _update_noise(
@@ -200,14 +220,22 @@ def _update_noise(
 
 def _gates(
     means: list[Tensor], noises: list[Tensor], scalars: list[StepScalars], options: GroupOptions
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """q, m^2 and s of the parameters whose gate is active; see `core.gate.gate_factor`."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
+    """q, m^2, s and what stands before s, of the parameters whose gate is active.
+
+    `noises` are s, or v where there is no s; see `core.gate.gate_factor`.
+    """
     mean_sqs = list(torch._foreach_mul(means, means))
+    scales = [s.noise_scale for s in scalars]
+    if options.from_moments:
+        noises = list(torch._foreach_mul(noises, scales))
+        torch._foreach_sub_(noises, mean_sqs)
+        torch._foreach_clamp_min_(noises, 0)
+        scales = [1.0] * len(scales)
     noises = [
         mean_sq if s.noise_is_signal else noise
         for mean_sq, noise, s in zip(mean_sqs, noises, scalars, strict=True)
     ]
-    scales = [s.noise_scale for s in scalars]
     bounds = list(torch._foreach_mul(noises, [options.alpha * scale for scale in scales]))
     if options.gate == "hard":
         gates = [
@@ -232,7 +260,7 @@ def _gates(
     if options.gate_blend != 1.0:
         torch._foreach_mul_(gates, options.gate_blend)
         torch._foreach_add_(gates, 1 - options.gate_blend)
-    return gates, mean_sqs, noises
+    return gates, mean_sqs, noises, scales
 
 
 def _restore_norms(

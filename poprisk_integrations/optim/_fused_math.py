@@ -12,18 +12,25 @@ from torch import Tensor
 
 from poprisk_integrations.distributed import is_dtensor, sum_over_shards
 from poprisk_integrations.optim._eager import norm_restoring_scale
-from poprisk_integrations.optim._gate_stats import parameter_sums, ungated_sums
+from poprisk_integrations.optim._gate_stats import parameter_sums, pooled_sums, ungated_sums
 from poprisk_integrations.optim._options import MOMENTS, GroupOptions
 from poprisk_integrations.optim._rounding import global_index, rounding_key, to_bfloat16, uniform16
 from poprisk_integrations.optim._scalars import COLUMNS, positions_on, scalar_rows
 from poprisk_integrations.optim._states import decode_blocks, encode_blocks
-from poprisk_integrations.optim._work import GroupWork
+from poprisk_integrations.optim._work import GroupWork, PooledGate
 
-__all__ = ["FusedPlan", "capturable_poprisk_adamw", "fused_update", "sampled_sums", "stored"]
+__all__ = [
+    "FusedPlan",
+    "capturable_poprisk_adamw",
+    "fused_update",
+    "gate_of",
+    "sampled_sums",
+    "stored",
+]
 
 Scalars = dict[str, Tensor]
 Parts = tuple[tuple[Tensor, ...], ...]  # tensors of exp_avg, exp_avg_sq, exp_dev_sq as stored
-Values = tuple[Tensor, Tensor, Tensor, Tensor]  # parameter, exp_avg, exp_avg_sq, exp_dev_sq
+Values = tuple[Tensor, ...]  # parameter, exp_avg, exp_avg_sq and, where there is one, exp_dev_sq
 SAMPLE_NUMEL = 1 << 12
 
 
@@ -34,6 +41,7 @@ class FusedPlan:
     gate: str
     gated: bool
     centered: bool
+    pooled: str  # "row" or "tensor" where their coordinates share a gate, which is data; else ""
     gate_decay: bool
     maximize: bool
     has_gate_eps: bool
@@ -48,8 +56,13 @@ class FusedPlan:
 
     def shape_of(self, param: Tensor) -> tuple[int, ...]:
         """How a tensor is taken: flat, or as a matrix where its rows matter (blocks of codes)."""
-        rows_matter = "8bit" in self.formats
-        return (param.shape[0], param.shape[1:].numel()) if rows_matter else (param.numel(),)
+        if "8bit" not in self.formats and self.pooled != "row":
+            return (param.numel(),)
+        return (param.shape[0], param.shape[1:].numel()) if param.dim() else (1, 1)
+
+    def gate_shape(self, rows: int) -> tuple[int, ...]:
+        """The shape of a shared gate of a tensor, so that it broadcasts to `shape_of`."""
+        return (rows, 1) if self.pooled == "row" else ()
 
     @classmethod
     def of(cls, options: GroupOptions, work: GroupWork, index: int, on_device: bool) -> "FusedPlan":
@@ -59,6 +72,7 @@ class FusedPlan:
             gate=options.gate,
             gated=options.gated,
             centered=options.centered,
+            pooled=options.granularity if options.pooled else "",
             gate_decay=options.gate_decay and options.gated,
             maximize=options.maximize,
             has_gate_eps=options.gate_eps > 0,
@@ -75,16 +89,18 @@ def fused_update(
     c: Scalars,
     plan: FusedPlan,
     restore: Callable[[Tensor, Tensor], Tensor] | None = None,
+    shared_gate: Tensor | None = None,
 ) -> Values:
     """The step of `single_tensor_poprisk_adamw`, in its order, as new values.
 
     Any shape; a matrix (or several) where a moment is in codes. The scalars are those of
     `_scalars.COLUMNS` in the dtype of the arithmetic, 0-dim or one per row. `restore` gives the
     factor of the gated update from the ungated and the gated one (`preserve_norm`).
+    `shared_gate` is that of `_work.PooledGate`, which broadcasts to the parameter.
     """
     # low-precision parameters and states are updated in float32 and rounded once, at the end
     dtype = c["keep"].dtype
-    exp_avg, exp_avg_sq, exp_dev_sq = _loaded(moments, plan, dtype)
+    exp_avg, exp_avg_sq, *noise = _loaded(moments, plan, dtype)
     p, g = param.to(dtype), grad.to(dtype)
     if plan.on_device:
         # zeros instead of a non-finite gradient, so that 0 * g is 0
@@ -93,9 +109,9 @@ def fused_update(
         g = -g
 
     # update noise variance, before the mean moves
-    if plan.gated:
+    if plan.gated and noise:
         deviation = g - c["mean_scale"] * exp_avg
-        exp_dev_sq = exp_dev_sq * c["dev_decay"] + c["dev_weight"] * deviation * deviation
+        noise = [noise[0] * c["dev_decay"] + c["dev_weight"] * deviation * deviation]
 
     # decay the first and second moment running average coefficient
     exp_avg = torch.lerp(exp_avg, g, c["mean_weight"])
@@ -106,7 +122,10 @@ def fused_update(
     gate = None
     update = exp_avg
     if plan.gated:
-        gate, _, _ = _gate(exp_avg, exp_dev_sq, c, plan)
+        if shared_gate is None:
+            gate, _, _ = _gate(exp_avg, exp_avg_sq, noise, c, plan)
+        else:
+            gate = shared_gate.to(dtype)
         update = exp_avg * gate
         if restore is not None:
             update = update * restore(exp_avg / denom, update / denom)
@@ -118,17 +137,22 @@ def fused_update(
         p = p * c["param_scale"]
 
     # apply
-    return p - c["step_size"] * update / denom, exp_avg, exp_avg_sq, exp_dev_sq
+    return p - c["step_size"] * update / denom, exp_avg, exp_avg_sq, *noise
 
 
 def _gate(
-    exp_avg: Tensor, exp_dev_sq: Tensor, c: Scalars, plan: FusedPlan
+    exp_avg: Tensor, exp_avg_sq: Tensor, noise: list[Tensor], c: Scalars, plan: FusedPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns w q + 1 - w, m^2 and s; see `core.gate.gate_factor`."""
+    """Returns w q + 1 - w, m^2 and s; `noise` holds s, if there is one."""
     mean_sq = exp_avg * exp_avg
-    noise = exp_dev_sq
+    spread = noise[0] if noise else (exp_avg_sq * c["noise_scale"] - mean_sq).clamp(min=0)
     if not plan.centered:
-        noise = torch.where(c["noise_is_signal"] > 0, mean_sq, noise)
+        spread = torch.where(c["noise_is_signal"] > 0, mean_sq, spread)
+    return gate_of(mean_sq, spread, c, plan), mean_sq, spread
+
+
+def gate_of(mean_sq: Tensor, noise: Tensor, c: Scalars, plan: FusedPlan) -> Tensor:
+    """W q + 1 - w from m^2 and s; see `core.gate.gate_factor`."""
     if plan.gate == "hard":
         q = (mean_sq > c["boundary"] * noise).to(mean_sq.dtype)
     else:
@@ -139,13 +163,13 @@ def _gate(
         if plan.has_gate_eps:
             total = total + c["gate_eps"]
         q = signal / total.clamp(min=torch.finfo(mean_sq.dtype).tiny)
-    return c["blend"] * q + (1 - c["blend"]), mean_sq, noise
+    return c["blend"] * q + (1 - c["blend"])
 
 
 def _loaded(moments: Parts, plan: FusedPlan, dtype: torch.dtype) -> list[Tensor]:
     return [
         decode_blocks(tensors[0], tensors[1], name) if kind == "8bit" else tensors[0].to(dtype)
-        for tensors, name, kind in zip(moments, MOMENTS, plan.formats, strict=True)
+        for tensors, name, kind in zip(moments, MOMENTS, plan.formats, strict=False)
     ]
 
 
@@ -169,7 +193,7 @@ def stored(
 
     param = to_bfloat16(values[0], draw("param")) if plan.rounds_param else values[0]
     result: list[tuple[Tensor, ...]] = []
-    for before, name, kind, value in zip(moments, MOMENTS, plan.formats, values[1:], strict=True):
+    for before, name, kind, value in zip(moments, MOMENTS, plan.formats, values[1:], strict=False):
         if name == "exp_dev_sq" and not plan.gated:
             result.append(before)
         elif kind == "8bit":
@@ -184,7 +208,12 @@ def stored(
 
 
 def sampled_sums(
-    moments: Parts, c: Scalars, plan: FusedPlan, lr: float | Tensor, sample: int = SAMPLE_NUMEL
+    moments: Parts,
+    c: Scalars,
+    plan: FusedPlan,
+    lr: float | Tensor,
+    sample: int = SAMPLE_NUMEL,
+    shared: PooledGate | None = None,
 ) -> Tensor:
     """Columns of the gate statistics, from the states after a step.
 
@@ -194,20 +223,21 @@ def sampled_sums(
     numel = moments[0][0].numel()
     # odd: not one column of a matrix
     distance = max(1, numel // sample) | 1 if sample else 1
-    exp_avg, exp_avg_sq, exp_dev_sq = _loaded(moments, plan, c["keep"].dtype)
-    if distance > 1:
-        exp_avg, exp_avg_sq, exp_dev_sq = (
-            t.reshape(-1)[::distance] for t in (exp_avg, exp_avg_sq, exp_dev_sq)
-        )
+    values = _loaded(moments, plan, c["keep"].dtype)
+    if distance > 1 and shared is None:
+        values = [t.reshape(-1)[::distance] for t in values]
+    exp_avg, exp_avg_sq, *noise = values
     direction = exp_avg / (exp_avg_sq.sqrt() / c["bias_correction2_sqrt"] + c["eps"])
     share = numel / exp_avg.numel()
     if not plan.gated:
         return ungated_sums(direction, lr) * share
-    gate, mean_sq, noise = _gate(exp_avg, exp_dev_sq, c, plan)
+    if shared is not None:
+        return pooled_sums(shared, direction, lr)
+    gate, mean_sq, spread = _gate(exp_avg, exp_avg_sq, noise, c, plan)
     # a step that is ungated yet counts as open, for alpha = 0 too
-    noise = torch.where(c["blend"] > 0, noise, -1.0)
+    spread = torch.where(c["blend"] > 0, spread, -1.0)
     mean_sq = torch.where(c["blend"] > 0, mean_sq, 1.0)
-    return parameter_sums(mean_sq, noise, gate, direction, c["boundary"], lr) * share
+    return parameter_sums(mean_sq, spread, gate, direction, c["boundary"], lr) * share
 
 
 def capturable_poprisk_adamw(
@@ -235,7 +265,7 @@ def _likeness(work: GroupWork, index: int) -> Hashable:
     param, owner = work.params[index], work.owners[index]
     formats = tuple(moment.kind for moment in work.moments(index))
     dtypes = param.dtype, work.grads[index].dtype, work.exp_avgs[index].tensors[0].dtype
-    size = tuple(param.shape) if "8bit" in formats else param.numel()
+    size = tuple(param.shape) if "8bit" in formats or work.pooled else param.numel()
     layout = None
     if is_dtensor(owner):
         layout = owner.shape, owner.device_mesh, owner.placements  # type: ignore[attr-defined]
@@ -264,6 +294,7 @@ def _step_alike(
     lists = [
         [[m.tensors[k] for m in moments] for k in range(len(moments[0].tensors))]
         for moments in (work.exp_avgs, work.exp_avg_sqs, work.exp_dev_sqs)
+        if moments
     ]
     moments = tuple(
         (together(values), *(together(scale, tuple(scale[0].shape)) for scale in scales))
@@ -278,6 +309,13 @@ def _step_alike(
         total = sum_over_shards(torch.stack(squares), work.owners)
         return norm_restoring_scale(total[0], total[1]).view(-1, *ones)
 
+    shared = None
+    if work.pooled:
+        gates = plan.gate_shape(shape[0])
+        columns = zip(*work.pooled, strict=True)
+        shared = PooledGate(*(together(list(column), gates) for column in columns))
+        if not gates:  # of a whole tensor
+            shared = PooledGate(*(column.view(-1, *ones) for column in shared))
     values = fused_update(
         together(work.params),
         together(work.grads),
@@ -285,6 +323,7 @@ def _step_alike(
         c,
         plan,
         restore if options.preserve_norm else None,
+        shared.gate if shared is not None else None,
     )
     index = None
     if plan.rounds:
@@ -296,7 +335,7 @@ def _step_alike(
         for target, value in zip(targets, part, strict=True):
             _copy(target, value)
     if sums is not None:
-        sums.append(sampled_sums(parts, c, plan, options.lr, sample=0))
+        sums.append(sampled_sums(parts, c, plan, options.lr, sample=0, shared=shared))
 
 
 def _copy(targets: list[Tensor], rows: Tensor) -> None:

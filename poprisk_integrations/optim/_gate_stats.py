@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poprisk_integrations.optim._work import PooledGate
+
 __all__ = [
     "COLUMNS",
     "StepRecord",
@@ -12,6 +14,7 @@ __all__ = [
     "gated_optimizer",
     "named_ratios",
     "parameter_sums",
+    "pooled_sums",
     "row_of_sums",
     "ungated_sums",
 ]
@@ -68,6 +71,22 @@ def parameter_sums(
     )
 
 
+def pooled_sums(pooled: PooledGate, direction: Tensor, lr: float | Tensor) -> Tensor:
+    """The columns of a parameter whose coordinates share gates; each coordinate counts."""
+    gate = pooled.gate.to(direction.dtype)
+    numel = direction.new_full((), float(direction.numel()))
+    share = numel / max(1, gate.numel())  # coordinates to a gate
+    return row_of_sums(
+        numel,
+        pooled.is_open.sum() * share,
+        gate.sum() * share,
+        direction.square().sum(),
+        (direction * gate).square().sum(),
+        pooled.is_dead.sum() * share,
+        lr,
+    )
+
+
 def ungated_sums(direction: Tensor, lr: float | Tensor) -> Tensor:
     """The columns of a parameter whose update is not gated at this step: all open."""
     numel = direction.new_full((), float(direction.numel()))
@@ -84,6 +103,7 @@ class StepRecord:
     def __init__(self) -> None:
         self.skipped: Tensor | None = None  # steps skipped for a non-finite gradient
         self.idle = 0  # steps that found no gradient at all
+        self.pooled: dict[int, PooledGate] = {}  # of the last step, by the parameter's id
         self.samples: dict[int, Tensor] = {}  # by group: sums of the last sampled step
         self._offered: dict[int, int] = {}  # by group: steps that could have been sampled
 

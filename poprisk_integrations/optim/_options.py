@@ -14,21 +14,27 @@ from poprisk_integrations.core.gate import GATES, default_lambda_pop, resolve_al
 __all__ = [
     "DEFAULTS",
     "MOMENTS",
+    "READ_OFF",
     "STATE_FORMATS",
     "GroupOptions",
     "check_gradients",
     "check_group",
     "check_params",
+    "kept_moments",
     "needs_device_step",
     "resolve_group",
     "uses_pieces",
+    "uses_pooling",
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_dev_sq")
 STATE_FORMATS = ("float32", "bfloat16", "8bit")
 NOISE_MEANS = ("bias_corrected", "raw")
 PIECES = ("microbatch", "ranks")  # sources that are measured within a step, `_noise_source.py`
-NOISE_SOURCES = ("temporal", *PIECES)
+READ_OFF = "moments"  # the source without a state of its own: v_hat - m_hat^2
+NOISE_SOURCES = ("temporal", *PIECES, READ_OFF)
+COORDINATES = ("coordinate", "element")  # two words for the same grain
+GRAINS = (*COORDINATES, "row", "tensor")
 
 
 def _is_number(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
@@ -116,6 +122,7 @@ class GroupOptions:
     gate_eps: float = field(default=0.0, metadata=_NUMBER)
     noise_mean: str = field(default="bias_corrected", metadata=_one_of(NOISE_MEANS))
     noise_source: str = field(default="temporal", metadata=_one_of(NOISE_SOURCES))
+    granularity: str = field(default="coordinate", metadata=_one_of(GRAINS))
     stochastic_rounding: bool = field(default=True, metadata=_FLAG)
     rounding_seed: int = field(default=0, metadata=_SEED)
     skip_nonfinite: bool = field(default=True, metadata=_FLAG)
@@ -146,6 +153,16 @@ class GroupOptions:
         """Whether s is up to date before the step, see `_noise_source.py`."""
         return self.noise_source in PIECES
 
+    @property
+    def from_moments(self) -> bool:
+        """Whether there is no s, because the noise is v_hat - m_hat^2."""
+        return self.noise_source == READ_OFF
+
+    @property
+    def pooled(self) -> bool:
+        """Whether one gate stands for a row or a tensor, see `_pooled.py`."""
+        return self.gated and self.granularity not in COORDINATES
+
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GroupOptions)}
 
@@ -153,6 +170,17 @@ DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(Gro
 def needs_device_step(param: Tensor, group: dict[str, Any]) -> bool:
     """Whether the parameter's step counts live on its device."""
     return group["capturable"] or param.device.type != "cpu"
+
+
+def kept_moments(group: dict[str, Any]) -> tuple[str, ...]:
+    """The moments that a group's parameters have states for."""
+    return MOMENTS[:2] if group["noise_source"] == READ_OFF else MOMENTS
+
+
+def uses_pooling(group: dict[str, Any]) -> bool:
+    """Whether the gates of a group are those of rows or tensors, and act at all."""
+    gated = group["gate"] != "none" and group["gate_blend"] > 0.0
+    return bool(gated and group["granularity"] not in COORDINATES)
 
 
 def uses_pieces(group: dict[str, Any]) -> bool:
@@ -168,6 +196,8 @@ def resolve_group(group: dict[str, Any]) -> GroupOptions:
         group["alpha"],
         beta1=group["betas"][0],
         false_open_rate=group["false_open_rate"],
+        # without a gate no rate is out of reach
+        beta2=group["betas"][1] if _is_read_off(group) else None,
         batch_size=group["batch_size"],
         dataset_size=group["dataset_size"],
     )
@@ -178,6 +208,10 @@ def resolve_group(group: dict[str, Any]) -> GroupOptions:
         lr = group["lr"].reshape(())
         chosen["lr"] = float(lr) if lr.device.type == "cpu" else lr  # no device is waited for
     return GroupOptions(**chosen)
+
+
+def _is_read_off(group: dict[str, Any]) -> bool:
+    return bool(group["noise_source"] == READ_OFF and group["gate"] != "none")
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -199,10 +233,15 @@ def check_group(group: dict[str, Any]) -> None:
     if group["foreach"] and group["fused"]:
         raise ValueError("Invalid foreach and fused: both True. At most one of them may be.")
     source, stored = group["noise_source"], group["state_dtype"]
-    if source in PIECES and group["noise_mean"] == "raw":
+    if source != "temporal" and group["noise_mean"] == "raw":
         raise ValueError(
             f"Invalid noise_source: {source!r}. Must be 'temporal' with noise_mean='raw', the "
             "published rule."
+        )
+    if source == READ_OFF and isinstance(stored, dict) and "exp_dev_sq" in stored:
+        raise ValueError(
+            f"Invalid state_dtype: {stored!r}. Must be without 'exp_dev_sq' with "
+            f"noise_source={source!r}, which keeps no such state."
         )
     stored = stored.get("exp_dev_sq") if isinstance(stored, dict) else stored
     if source in PIECES and stored not in (None, "float32"):

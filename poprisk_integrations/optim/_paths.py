@@ -15,7 +15,7 @@ from poprisk_integrations.optim._eager import (
     single_tensor_poprisk_adamw,
 )
 from poprisk_integrations.optim._fused_math import capturable_poprisk_adamw
-from poprisk_integrations.optim._options import GroupOptions, needs_device_step
+from poprisk_integrations.optim._options import GroupOptions, needs_device_step, uses_pooling
 from poprisk_integrations.optim._triton import triton_is_usable, triton_poprisk_adamw
 from poprisk_integrations.optim._work import GroupWork
 
@@ -38,6 +38,8 @@ def path_of(group: dict[str, Any]) -> str:
     # Norms of whole tensors, which one elementwise pass cannot know.
     if group["preserve_norm"] or group["fused"] is False or not params:
         return eager
+    if params[0].device.type != "cpu" and uses_pooling(group):
+        return eager  # the kernel has a gate for each coordinate
     if params[0].device.type != "cpu":
         # One launch for all tensors is what `foreach=True` asks for, too.
         return "fused_triton" if triton_is_usable(params[0].device) else eager

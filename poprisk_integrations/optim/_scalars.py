@@ -23,7 +23,8 @@ class StepScalars:
     bias_correction1: float  # 1 - beta1^t
     bias_correction2_sqrt: float  # sqrt(1 - beta2^t)
     # bias_correction1^2 / (1 - rho^k), k = deviations seen, this step's included: the gate of m^2
-    # and noise_scale * s is the gate of m_hat^2 and s_hat
+    # and noise_scale * s is the gate of m_hat^2 and s_hat. Without s it is bias_correction1^2 /
+    # bias_correction2, and the noise beside m^2 is max(noise_scale * v - m^2, 0).
     noise_scale: float
     gate_is_active: bool  # False while the update is ungated (first step, warm-up)
     # the published rule's first step, where s_hat = m_hat^2 by algebra (and noise_scale is 1)
@@ -34,18 +35,20 @@ def step_scalars(options: GroupOptions, step: float, dev_step: float) -> StepSca
     """Scalars of a step from its number and from the deviations seen before it."""
     previous = 1.0 - options.beta1 ** (step - 1)
     mean_scale: float | None = 1.0
-    if options.from_pieces:
-        mean_scale = None  # s and its count are up to date: see `_noise_source.py`
+    if options.from_pieces or options.from_moments:
+        mean_scale = None  # s and its count are up to date (`_noise_source.py`), or not there
     elif options.centered:
         mean_scale = 1.0 / previous if previous > 0.0 else None
-    seen = dev_step + (mean_scale is not None)
+    seen = step - 1 if options.from_moments else dev_step + (mean_scale is not None)
     bias_correction1 = 1.0 - options.beta1**step
     noise_is_signal = not options.centered and step == 1
     # Pieces measure the noise from the first step on; the gate starts at the same step as without.
     measured = int(seen) - options.from_pieces
     is_ready = noise_is_ready(measured, options.gate_warmup, centered=options.centered)
     noise_scale = 1.0
-    if is_ready and not noise_is_signal:
+    if options.from_moments:
+        noise_scale = bias_correction1**2 / (1.0 - options.beta2**step)
+    elif is_ready and not noise_is_signal:
         noise_scale = bias_correction1**2 / (1.0 - options.rho**seen)
     return StepScalars(
         mean_scale=mean_scale,
@@ -69,6 +72,7 @@ COLUMNS = (
     "sq_decay",  # v <- sq_decay * v + sq_weight * g^2
     "sq_weight",
     "bias_correction2_sqrt",
+    "noise_scale",  # without s: m^2 and max(noise_scale * v - m^2, 0) are signal and noise
     "eps",
     "boundary",  # alpha * noise_scale: open where m^2 > boundary * s
     "penalty",  # lambda_pop * noise_scale (soft), lambda_pop * alpha * noise_scale (snr)
@@ -87,18 +91,21 @@ def scalar_rows(
     dev_steps: Sequence[Tensor],
     keep: Tensor | None = None,
     grad_scale: Tensor | None = None,
+    *,
+    advance: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`step_scalars` of all parameters without a look at their counts, which are advanced.
 
-    Arguments as in `step_group`, with a `keep` of None for 1. Returns a tensor (parameters,
+    Arguments as in `step_group`, with a `keep` of None for 1, and no `dev_steps` where there is no
+    s. `advance=False` leaves the counts to a later call. Returns a tensor (parameters,
     columns), float64 where the device has it, and the new step counts.
     """
     # 1 - beta^t loses three digits in float32
     device = steps[0].device
     precise = torch.float32 if device.type == "mps" else torch.float64
     before = torch.stack(list(steps)).to(precise)
-    seen = torch.stack(list(dev_steps)).to(precise)
     zero, one = torch.zeros_like(before), torch.ones_like(before)
+    seen = torch.stack(list(dev_steps)).to(precise) if dev_steps else zero
     kept = one if keep is None else keep.to(device, precise) * one
 
     has_mean, mean_scale = one > 0, one
@@ -106,10 +113,10 @@ def scalar_rows(
         previous = 1 - options.beta1**before
         has_mean = previous > 0
         mean_scale = torch.where(has_mean, 1 / torch.where(has_mean, previous, one), zero)
-    measures = options.gated and not options.from_pieces
+    measures = options.gated and not options.from_pieces and not options.from_moments
     moves = (kept * has_mean) if measures else zero
     count = (before + kept).clamp(min=1)
-    seen = seen + moves
+    seen = count - 1 if options.from_moments else seen + moves
     bias_correction1 = 1 - options.beta1**count
     first = max(options.gate_warmup, 1) if options.centered else options.gate_warmup + 1
     first += options.from_pieces
@@ -117,6 +124,9 @@ def scalar_rows(
     signal = (count == 1) if not options.centered else one < 0
     noise_scale = bias_correction1.square() / (1 - options.rho ** seen.clamp(min=1))
     noise_scale = torch.where(active & ~signal, noise_scale, one)
+    if options.from_moments:
+        noise_scale = one  # before alpha
+    bias_correction2 = 1 - options.beta2**count
     shrink = options.alpha if options.gate == "snr" else 1.0
     decay = kept * options.lr * options.weight_decay
     columns = {
@@ -128,7 +138,8 @@ def scalar_rows(
         "mean_weight": kept * (1 - options.beta1),
         "sq_decay": 1 - kept * (1 - options.beta2),
         "sq_weight": kept * (1 - options.beta2),
-        "bias_correction2_sqrt": (1 - options.beta2**count).sqrt(),
+        "bias_correction2_sqrt": bias_correction2.sqrt(),
+        "noise_scale": bias_correction1.square() / bias_correction2,
         "eps": options.eps * one,
         "boundary": options.alpha * noise_scale,
         "penalty": options.lambda_pop * shrink * noise_scale,
@@ -139,8 +150,9 @@ def scalar_rows(
         "weight_decay": decay,
         "param_scale": 1 - decay,
     }
-    for counts, increments in ((steps, kept), (dev_steps, moves)):
-        torch._foreach_add_(list(counts), list(increments.to(counts[0].dtype).unbind()))
+    for counts, increments in ((steps, kept), (dev_steps, moves)) if advance else ():
+        if counts:
+            torch._foreach_add_(list(counts), list(increments.to(counts[0].dtype).unbind()))
     return torch.stack([columns[name] for name in COLUMNS], dim=1), count
 
 

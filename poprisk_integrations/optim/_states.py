@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from poprisk_integrations.distributed import is_dtensor, local_tensor
-from poprisk_integrations.optim._options import MOMENTS, needs_device_step
+from poprisk_integrations.optim._options import kept_moments, needs_device_step
 from poprisk_integrations.optim._rounding import to_bfloat16
 from poprisk_integrations.optim._scalars import is_capturing
 
@@ -126,7 +126,12 @@ def fit_state(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> di
     state_dtype = group["state_dtype"]
     on_device = needs_device_step(param, group)
     count_device = local_tensor(param).device if on_device else torch.device("cpu")
-    if not state.keys() >= _COUNTS:
+    moments = kept_moments(group)
+    counts = COUNTS[: len(moments) - 1]  # `dev_step` counts for `exp_dev_sq`
+    if len(counts) == 1 and "dev_step" in state:  # of another noise source, until now
+        for name in ("dev_step", "exp_dev_sq", *state_keys("exp_dev_sq", "8bit")):
+            state.pop(name, None)
+    if not all(key in state for key in counts):
         if is_capturing(device):
             raise RuntimeError(
                 "PopRiskAdamW has no state for a parameter while a CUDA graph is captured: each "
@@ -137,10 +142,10 @@ def fit_state(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> di
             # tensor, wherever it lies, to all parameters, and each of them would count on it.
             step = torch.as_tensor(state["step"], dtype=torch.float32, device=count_device)
             state["step"] = step.detach().clone().reshape(())
-        for key in COUNTS:
+        for key in counts:
             if key not in state:
                 state[key] = torch.zeros((), dtype=torch.float32, device=count_device)
-    for key in MOMENTS:
+    for key in moments:
         held = state.get(key)
         if held is None:
             held = state.get(state_keys(key, "8bit")[0])
@@ -158,12 +163,9 @@ def fit_state(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> di
         elif held.device != device or (held.dtype != dtype and dtype in WIDE_DTYPES):
             kind = moment_format(param, key, state_dtype)
             _put(state, key, restored_moment(state, key, kind, param))
-            for name in COUNTS:
+            for name in counts:
                 state[name] = state[name].to(count_device)
     return state
-
-
-_COUNTS = set(COUNTS)
 
 
 def _put(state: dict[str, Any], key: str, entries: dict[str, Tensor]) -> None:

@@ -72,12 +72,13 @@ def triton_poprisk_adamw(
 def supports(work: GroupWork, index: int, options: GroupOptions) -> bool:
     """Whether the kernel can update this parameter.
 
-    Not in the kernel: 8-bit states, float64 and complex parameters, `preserve_norm`, tensors
+    Not in the kernel: 8-bit states, float64 and complex parameters, `preserve_norm`, gates of rows
+    and tensors, tensors
     whose parameter, gradient and states are not laid out alike without gaps, and stochastic
     rounding of layouts where the n-th element in memory is not the n-th of the parameter.
     """
     owner = work.owners[index]
-    if owner.is_complex() or (options.preserve_norm and options.gated):
+    if owner.is_complex() or (options.preserve_norm and options.gated) or options.pooled:
         return False
     tensors = _tensors_of(work, index)
     if not all(tensor.dtype in _DTYPES for tensor in tensors):
@@ -90,9 +91,12 @@ def supports(work: GroupWork, index: int, options: GroupOptions) -> bool:
 
 
 def _tensors_of(work: GroupWork, index: int) -> tuple[Tensor, ...]:
-    """Parameter, gradient, m, v, s as stored (or the codes, of a dtype that is not supported)."""
-    moments = (moment.tensors[0] for moment in work.moments(index))
-    return work.params[index], work.grads[index], *moments
+    """Parameter, gradient, m, v, s as stored (or the codes, of a dtype that is not supported).
+
+    Where there is no s, v stands in its place: the kernel does not look there.
+    """
+    moments = [moment.tensors[0] for moment in work.moments(index)]
+    return work.params[index], work.grads[index], *moments, *moments[1:][: 3 - len(moments)]
 
 
 def _is_rounded(tensors: tuple[Tensor, ...], options: GroupOptions) -> bool:
@@ -219,6 +223,7 @@ def kernel_constants(kind: Kind, options: GroupOptions, *, collect: bool) -> dic
     return {
         **dict(zip("PGMVS", (names[dtype] for dtype in kind.dtypes), strict=True)),
         "GATE": options.gate if options.gated else "none",
+        "HAS_S": options.gated and not options.from_moments,
         "GATE_DECAY": options.gate_decay and options.gated,
         "HAS_GATE_EPS": options.gate_eps > 0,
         "MAXIMIZE": options.maximize,

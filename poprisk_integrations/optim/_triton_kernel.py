@@ -28,6 +28,7 @@ _MEAN_WEIGHT = tl.constexpr(COLUMNS.index("mean_weight"))
 _SQ_DECAY = tl.constexpr(COLUMNS.index("sq_decay"))
 _SQ_WEIGHT = tl.constexpr(COLUMNS.index("sq_weight"))
 _CORRECTION2 = tl.constexpr(COLUMNS.index("bias_correction2_sqrt"))
+_NOISE_SCALE = tl.constexpr(COLUMNS.index("noise_scale"))
 _EPS = tl.constexpr(COLUMNS.index("eps"))
 _BOUNDARY = tl.constexpr(COLUMNS.index("boundary"))
 _PENALTY = tl.constexpr(COLUMNS.index("penalty"))
@@ -91,7 +92,8 @@ def poprisk_adamw_kernel(
     M: tl.constexpr,  # of the first moments
     V: tl.constexpr,  # of the second moments
     S: tl.constexpr,  # of the noise variances
-    GATE: tl.constexpr,  # "soft", "hard", "snr", or "none", which neither reads nor writes s
+    GATE: tl.constexpr,  # "soft", "hard", "snr" or "none"
+    HAS_S: tl.constexpr,  # else s is neither read nor written, and the noise read off m and v
     GATE_DECAY: tl.constexpr,
     HAS_GATE_EPS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -126,7 +128,7 @@ def poprisk_adamw_kernel(
     g = tl.load(g_places, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_places, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(v_places, mask=inside, other=0.0).to(tl.float32)
-    if GATE != "none":
+    if HAS_S:
         s = tl.load(s_places, mask=inside, other=0.0).to(tl.float32)
 
     # zeros instead of a non-finite gradient, so that 0 * grad is 0
@@ -136,7 +138,7 @@ def poprisk_adamw_kernel(
         g = -g
 
     # update noise variance, before the mean moves
-    if GATE != "none":
+    if HAS_S:
         deviation = g - m * tl.load(row + _MEAN_SCALE)
         s = s * tl.load(row + _DEV_DECAY) + tl.load(row + _DEV_WEIGHT) * deviation * deviation
 
@@ -151,7 +153,10 @@ def poprisk_adamw_kernel(
     update = m
     if GATE != "none":
         mean_sq = m * m
-        noise = tl.where(tl.load(row + _NOISE_IS_SIGNAL) > 0, mean_sq, s)
+        if HAS_S:
+            noise = tl.where(tl.load(row + _NOISE_IS_SIGNAL) > 0, mean_sq, s)
+        else:
+            noise = tl.maximum(v * tl.load(row + _NOISE_SCALE) - mean_sq, 0.0)
         bound = tl.load(row + _BOUNDARY) * noise
         if GATE == "hard":
             gate = tl.where(mean_sq > bound, 1.0, 0.0)
@@ -194,7 +199,7 @@ def poprisk_adamw_kernel(
     tl.store(p_places, _stored(p, word & 0xFFFF, P, ROUND_PARAM), mask=mask)
     tl.store(m_places, _stored(m, other_word & 0xFFFF, M, ROUND_M), mask=mask)
     tl.store(v_places, _stored(v, other_word >> 16, V, ROUND_V), mask=mask)
-    if GATE != "none":
+    if HAS_S:
         tl.store(s_places, _stored(s, word >> 16, S, ROUND_S), mask=mask)
 
     if COLLECT:

@@ -6,6 +6,7 @@ the states hold?
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +16,21 @@ from poprisk_integrations.optim._options import MOMENTS, GroupOptions
 from poprisk_integrations.optim._rounding import global_index, rounding_key, to_bfloat16, uniform16
 from poprisk_integrations.optim._states import Moment, moment_of
 
-__all__ = ["GroupWork", "memory_order", "real_view", "verdict"]
+__all__ = ["GroupWork", "PooledGate", "memory_order", "real_view", "verdict"]
 
 # Temporaries of horizontally fused kernels stay below this many elements (a larger tensor aside).
 CHUNK_NUMEL = 1 << 24
+
+
+class PooledGate(NamedTuple):
+    """The gate that all coordinates of a row or a tensor share, see `_pooled.py`.
+
+    Shapes broadcast to the parameter: (rows, 1, ...) or ().
+    """
+
+    gate: Tensor  # q as applied, after `gate_blend`; 1 while the update is ungated
+    is_open: Tensor
+    is_dead: Tensor  # closed for want of any gradient
 
 
 @dataclass(slots=True)
@@ -35,9 +47,12 @@ class GroupWork:
     grads: list[Tensor] = field(default_factory=list)  # never written
     exp_avgs: list[Moment] = field(default_factory=list)  # m
     exp_avg_sqs: list[Moment] = field(default_factory=list)  # v
-    exp_dev_sqs: list[Moment] = field(default_factory=list)  # s
+    exp_dev_sqs: list[Moment] = field(default_factory=list)  # s; empty where it is read off m and v
     steps: list[Tensor] = field(default_factory=list)  # 0-dim
-    dev_steps: list[Tensor] = field(default_factory=list)  # 0-dim: deviations in s
+    dev_steps: list[Tensor] = field(default_factory=list)  # 0-dim: deviations in s; or empty
+    pooled: list[PooledGate] = field(
+        default_factory=list
+    )  # empty where each coordinate has its own
 
     def append(self, param: Tensor, grad: Tensor, position: int, state: dict[str, Tensor]) -> None:
         """Add one parameter with its gradient and states."""
@@ -47,18 +62,21 @@ class GroupWork:
         self.grads.append(real_view(grad))
         self.exp_avgs.append(moment_of(state, "exp_avg"))
         self.exp_avg_sqs.append(moment_of(state, "exp_avg_sq"))
-        self.exp_dev_sqs.append(moment_of(state, "exp_dev_sq"))
         self.steps.append(state["step"])
-        self.dev_steps.append(state["dev_step"])
+        if "dev_step" in state:
+            self.exp_dev_sqs.append(moment_of(state, "exp_dev_sq"))
+            self.dev_steps.append(state["dev_step"])
 
-    def moments(self, index: int) -> tuple[Moment, Moment, Moment]:
-        """M, v and s of one parameter."""
-        return self.exp_avgs[index], self.exp_avg_sqs[index], self.exp_dev_sqs[index]
+    def moments(self, index: int) -> tuple[Moment, ...]:
+        """M, v and s of one parameter; without s where there is none."""
+        moments = self.exp_avgs[index], self.exp_avg_sqs[index]
+        return (*moments, self.exp_dev_sqs[index]) if self.exp_dev_sqs else moments
 
     def only(self, indices: Iterable[int]) -> "GroupWork":
         """The work on some of the parameters."""
         chosen = list(indices)
-        return GroupWork(*([getattr(self, name)[i] for i in chosen] for name in self.__slots__))
+        lists = (getattr(self, name) for name in self.__slots__)
+        return GroupWork(*([values[i] for i in chosen] if values else [] for values in lists))
 
     def parts(self, likeness: Callable[[int], Hashable]) -> list[list[int]]:
         """Indices of parameters that kernels can take together, because they are alike.
@@ -82,7 +100,7 @@ class GroupWork:
         self,
         index: int,
         param: Tensor,
-        moments: tuple[Tensor, Tensor, Tensor],
+        moments: Sequence[Tensor],
         options: GroupOptions,
     ) -> None:
         """Round updated working copies into a low-precision parameter and its states."""
@@ -95,7 +113,7 @@ class GroupWork:
             if target.dtype == torch.bfloat16 and options.stochastic_rounding:
                 param = to_bfloat16(param, uniform16(place, key, "param"))
             target.copy_(param)
-        for name, moment, values in zip(MOMENTS, stored, moments, strict=True):
+        for name, moment, values in zip(MOMENTS, stored, moments, strict=False):
             if moment.kind != "float32":
                 moment.write(values, uniform16(place, key, name))
 

@@ -24,8 +24,9 @@ from poprisk_integrations.optim._options import (
     resolve_group,
 )
 from poprisk_integrations.optim._paths import path_of, step_group
+from poprisk_integrations.optim._pooled import check_grain, pool_gates
 from poprisk_integrations.optim._states import fit_state
-from poprisk_integrations.optim._work import GroupWork, verdict
+from poprisk_integrations.optim._work import GroupWork, PooledGate, verdict
 
 __all__ = ["PopRiskAdamW"]
 
@@ -107,6 +108,9 @@ class PopRiskAdamW(Optimizer):
         noise_source: What s is measured from. "temporal": deviations from the mean over steps.
             "microbatch": the spread of the backward passes of each step (2 or more). "ranks": the
             spread of the gradients of 2 or more DDP ranks. Same scale; see optim/README.md.
+            "moments": v_hat - m_hat^2, floored at 0: no third state, so states are AdamW's.
+        granularity: What one gate decides about: "coordinate" (or "element"), "row" (of dimension
+            0) or "tensor". Of a row or tensor m_hat^2 and s_hat are averaged before the gate.
         stochastic_rounding: Round bfloat16 parameters stochastically (unbiased, reproducible).
             Low-precision states always are.
         rounding_seed: Seed of all stochastic rounding.
@@ -156,6 +160,7 @@ class PopRiskAdamW(Optimizer):
         gate_eps: float = GroupOptions.gate_eps,
         noise_mean: str = GroupOptions.noise_mean,
         noise_source: str = GroupOptions.noise_source,
+        granularity: str = GroupOptions.granularity,
         stochastic_rounding: bool = GroupOptions.stochastic_rounding,
         rounding_seed: int = GroupOptions.rounding_seed,
         skip_nonfinite: bool = GroupOptions.skip_nonfinite,
@@ -206,6 +211,7 @@ class PopRiskAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             check_params(self.param_groups[-1]["params"])
+            check_grain(self.param_groups[-1])
             self._noise_source.watch(self.param_groups)
         except ValueError:
             self.param_groups.pop()
@@ -299,6 +305,7 @@ class PopRiskAdamW(Optimizer):
                 logger.warning(_IDLE, record.idle)
             return
         # In place, so that a captured graph counts at each replay.
+        record.pooled = pool_gates(works, self.param_groups, keep, grad_scale)
         skipped = record.skipped_on(keep.device)
         skipped += (1.0 - keep).to(skipped.device)
         for index, (work, group) in enumerate(zip(works, self.param_groups, strict=True)):
@@ -342,6 +349,10 @@ class PopRiskAdamW(Optimizer):
         if not self._record.samples:
             return {}
         return named_ratios(self.gate_sums() if sums is None else sums)
+
+    def _pooled_gate(self, param: Tensor) -> PooledGate | None:
+        """The gates of a parameter's rows or tensor at the last step, where it has such."""
+        return self._record.pooled.get(id(param))
 
     @property
     def skipped_nonfinite(self) -> int:

@@ -202,7 +202,7 @@ TABLE = (
         _dtensor_has_local,
     ),
     Private(
-        "_fsdp_flattened", "torch", ("diagnostics/layer_sample.py",),
+        "_fsdp_flattened", "torch", ("diagnostics/layer_sample.py", "optim/_pooled.py"),
         "tells FSDP1's shards, plain tensors, from whole parameters", _fsdp_marks,
     ),
     Private(

@@ -24,6 +24,8 @@ class Twin:
         warmup=0,
         raw_mean=False,
         gate_eps=0.0,
+        moments=False,
+        grain=None,
     ):
         self.p = np.array(p, dtype=np.float64)
         self.m = np.zeros_like(self.p)
@@ -34,6 +36,7 @@ class Twin:
         self.lr, (self.b1, self.b2), self.eps, self.wd = lr, betas, eps, weight_decay
         self.gate, self.rho, self.blend, self.warmup = gate, rho, blend, warmup
         self.raw_mean, self.gate_eps = raw_mean, gate_eps
+        self.moments, self.grain = moments, grain  # s = v - m^2; one gate per row or tensor
         self.alpha = (1 - self.b1) / 2 * chi2.isf(false_open_rate, 1) if alpha is None else alpha
         default = self.alpha if gate == "soft" else 1.0
         self.lam = default if lambda_pop is None else lambda_pop
@@ -55,7 +58,9 @@ class Twin:
     def step(self, g):
         g = np.array(g, dtype=np.float64)
         self.t += 1
-        if self.raw_mean:
+        if self.moments:
+            pass
+        elif self.raw_mean:
             self.s = self.rho * self.s + (1 - self.rho) * (g - self.m) ** 2
             self.k += 1
         elif self.t > 1:
@@ -69,8 +74,17 @@ class Twin:
         if self.t <= self.warmup or (not self.raw_mean and self.t == 1):
             q = np.ones_like(mh)
         else:
-            sh = mh**2 if self.raw_mean and self.t == 1 else self.s / (1 - self.rho**self.k)
-            q = self.blend * self.q(mh, sh) + (1 - self.blend)
+            if self.moments:
+                sh = vh - mh**2
+            else:
+                sh = mh**2 if self.raw_mean and self.t == 1 else self.s / (1 - self.rho**self.k)
+            signal = np.abs(mh)
+            if self.grain is not None and mh.size:
+                axes = tuple(range(1 if self.grain == "row" else 0, mh.ndim))
+                signal = np.sqrt((mh**2).mean(axis=axes, keepdims=True))
+                sh = sh.mean(axis=axes, keepdims=True)
+            sh = np.maximum(sh, 0)
+            q = self.blend * self.q(signal, sh) + (1 - self.blend)
         update = q * mh / (np.sqrt(vh) + self.eps)
         self.p = self.p - self.lr * self.wd * self.p - self.lr * update
         return q

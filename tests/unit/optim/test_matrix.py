@@ -35,6 +35,17 @@ def draw(shape, dtype, generator):
     return values.to(dtype)
 
 
+# Noise without a state and gates of rows and tensors, where the paths differ in how they get there.
+SOURCES = {
+    "moments": {"noise_source": "moments"},
+    "rows": {"granularity": "row"},
+    "tensors": {"granularity": "tensor", "gate": "snr", "gate_decay": True},
+    "rows of moments": {"granularity": "row", "noise_source": "moments", "gate_blend": 0.5},
+    "tensors, norm": {"granularity": "tensor", "preserve_norm": True, "state_dtype": "bfloat16"},
+    "moments, bfloat16": {"noise_source": "moments", "state_dtype": "bfloat16"},
+}
+
+
 def run(dtype, device, steps=8, **kwargs):
     """(parameters, optimizer) after some steps; now and then a parameter has no gradient."""
     generator = torch.Generator().manual_seed(0)
@@ -57,11 +68,11 @@ def assert_same(actual, expected, dtype):
         for key, value in expected[1].state[e].items():
             given = actual[1].state[a][key].cpu()
             assert given.dtype == value.dtype
-            tolerance = TOLERANCES[F32 if dtype == BF16 else dtype]
+            tolerance = TOLERANCES[F32 if dtype == BF16 != value.dtype else dtype]
             torch.testing.assert_close(given, value, **tolerance, msg=key)
     ours, theirs = (optimizer.gate_stats() for _, optimizer in (actual, expected))
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-2 if dtype == BF16 else 1e-5, atol=0)
+        torch.testing.assert_close(ours[name], value, rtol=3e-2 if dtype == BF16 else 1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("impl", "dtype", "device"), CELLS, ids=str)
@@ -72,6 +83,25 @@ def test_matches_the_single_tensor_path(impl, dtype, device):
     assert actual[1].path == impl
     assert bool(launches) == (impl == "fused_triton" and device == "cpu")
     assert_same(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("case", SOURCES)
+@pytest.mark.parametrize("dtype", [F32, BF16, C64], ids=str)
+@pytest.mark.parametrize("impl", EVERY[1:])
+def test_every_source_and_grain_matches_too(impl, dtype, case):
+    """The kernel takes moments; gates of rows and tensors it leaves to `capturable`."""
+    if impl == "fused_triton" and dtype not in KERNEL:
+        pytest.skip("the kernel takes float32 and bfloat16")
+    options = SOURCES[case]
+    actual = run(dtype, "cpu", **options, **FLAGS[impl])
+    expected = run(dtype, "cpu", **options, **FLAGS["single_tensor"])
+    is_kernel = impl == "fused_triton" and "granularity" not in options
+    assert bool(launches) == is_kernel
+    assert_same(actual, expected, BF16 if "bfloat16" in str(options) else dtype)
+    keys = {"step", "exp_avg", "exp_avg_sq"}
+    if "noise_source" not in options:
+        keys |= {"exp_dev_sq", "dev_step"}
+    assert all(state.keys() == keys for state in actual[1].state.values())
 
 
 @pytest.mark.parametrize("impl", TORCH)
