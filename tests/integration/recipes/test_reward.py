@@ -1,6 +1,7 @@
 """The recipe reward-noisy."""
 
 import json
+import re
 
 import pytest
 
@@ -51,6 +52,19 @@ def test_smoke(script, offline, capsys):
     assert main(["flips", "out-smoke"]) == 0
     assert "29 labels were swapped on purpose" in capsys.readouterr().out
     assert main(["report", str(out), "--out", str(offline / "page.html")]) == 0
+
+
+def test_against_truth(monkeypatch, capsys):
+    script = load_script("reward-noisy", "against_truth.py")
+    for name, value in {"PAIRS": 300, "OTHERS": 60, "EPOCHS": 1}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "disable_progress_bars", lambda: None)  # of all other tests, too
+    monkeypatch.setattr("sys.argv", ["x", "--seeds", "1"])
+    script.main()
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("seed 0: noise")]
+    found = re.search(r"AUC of the flip report (\S+), held-out accuracy (\S+), estimated", line)
+    assert 0.5 < float(found[1]) <= 1
+    assert 0.3 < float(found[2]) < 1
 
 
 def test_pairs_that_express_no_preference_are_left_out(script):
