@@ -79,9 +79,9 @@ def snapshot(model, optimizer):
     states = {name: optimizer.state[p] for name, p in named}
     return {
         "weights": {name: whole(p) for name, p in named},
-        **{key: {name: whole(states[name][key]) for name in states} for key in STATES},
+        **{key: {name: whole(s[key]) for name, s in states.items() if key in s} for key in STATES},
         "step": [float(s["step"]) for s in states.values()],
-        "dev_step": [float(s["dev_step"]) for s in states.values()],
+        "dev_step": [float(s["dev_step"]) for s in states.values() if "dev_step" in s],
     }
 
 
