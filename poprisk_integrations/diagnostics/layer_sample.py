@@ -16,7 +16,7 @@ from poprisk_integrations.core.noise import deviation_scale, ema_mean_variance, 
 from poprisk_integrations.diagnostics.window_layout import sample_coordinates
 from poprisk_integrations.distributed import is_dtensor, local_tensor
 from poprisk_integrations.optim import PopRiskAdamW
-from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios
+from poprisk_integrations.optim._gate_stats import COLUMNS, gate_ratios, pooled_gate
 from poprisk_integrations.optim._options import MOMENTS, GroupOptions, kept_moments, resolve_group
 from poprisk_integrations.optim._scalars import step_scalars
 from poprisk_integrations.optim._states import moment_of
@@ -207,22 +207,19 @@ class LayerSample:
         gate = torch.ones_like(exp_avg)
         is_open = torch.ones_like(exp_avg, dtype=torch.bool)
         mean_sq = exp_avg.square()
-        pooled = [g for p in params if (g := self._optimizer._pooled_gate(p)) is not None]
+        pooled = [g for p in params if (g := pooled_gate(self._optimizer, p)) is not None]
         if options.from_moments:
             noise, noise_scale = moments_noise(exp_avg_sq, mean_sq, scalars.noise_scale), 1.0
         else:
             noise, noise_scale = stored[0], scalars.noise_scale
-        if options.pooled and len(pooled) == len(params):
-            gate, is_open = (
-                torch.cat(
-                    [
-                        self._pick(p, v.expand(_real(p).shape))
-                        for p, v in zip(params, column, strict=True)
-                    ]
-                )
-                for column in ([g.gate for g in pooled], [g.is_open for g in pooled])
+        is_dead: Tensor | None = None
+        if options.pooled:
+            if len(pooled) < len(params):
+                return self._empty(exp_avg.device)  # resumed: no step here has made a gate yet
+            gate, is_open, is_dead = (
+                self._spread(params, column) for column in zip(*pooled, strict=True)
             )
-            gate, is_open = gate.to(exp_avg), is_open > 0
+            gate, is_open, is_dead = gate.to(exp_avg), is_open > 0, is_dead > 0
         elif scalars.gate_is_active:
             noise = mean_sq if scalars.noise_is_signal else noise
             gate = gate_factor(
@@ -245,7 +242,7 @@ class LayerSample:
             columns["decrease"] = gate * direction * grad * size
             columns["has_gradient"] = ones
         else:
-            is_dead = ~is_open & (mean_sq == 0)
+            is_dead = ~is_open & (mean_sq == 0) if is_dead is None else is_dead
             columns |= {
                 "open": is_open.to(exp_avg.dtype),
                 "gate": gate,
@@ -288,6 +285,11 @@ class LayerSample:
         flat, chosen = values.reshape(-1), self._part(param).chosen
         picked = flat if chosen is None else flat.index_select(0, chosen)
         return picked if picked.dtype == torch.float64 else picked.float()
+
+    def _spread(self, params: list[Tensor], shared: Iterable[Tensor]) -> Tensor:
+        """Something of rows or tensors, at the sampled coordinates of the parameters."""
+        pairs = zip(params, shared, strict=True)
+        return torch.cat([self._pick(p, x.expand(_real(p).shape)) for p, x in pairs])
 
     def _moment(self, param: Tensor, key: str) -> Tensor:
         moment = moment_of(self._optimizer.state[param], key)

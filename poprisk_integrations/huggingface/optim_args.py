@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from poprisk_integrations.optim import PopRiskAdamW
+from poprisk_integrations.optim._options import PUBLISHED
 
 __all__ = ["parse_optim_args", "plain_types", "read_as", "valid_keys"]
 
@@ -58,7 +59,8 @@ def parse_optim_args(
         if key in given:
             raise _error(f"{key!r} is given twice")
         given[key] = value
-    hints = get_type_hints(PopRiskAdamW.__init__)
+    # no keys any more, but optim="poprisk_adamw_paper" takes them
+    hints = {**get_type_hints(PopRiskAdamW.__init__), "gate_eps": float, "noise_mean": str}
     return {k: _typed(k, v, hints) for k, v in {**given, **overrides}.items()}
 
 
@@ -66,7 +68,7 @@ def _typed(key: str, value: Any, hints: Mapping[str, Any]) -> Any:
     keys = valid_keys()
     if key in _ELSEWHERE:
         raise _error(f"{key!r} is set by TrainingArguments({_ELSEWHERE[key]}=...)")
-    if key not in keys:
+    if key not in keys and key not in PUBLISHED:
         close = difflib.get_close_matches(key, keys, n=1)
         raise _error(f"unknown key {key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
     if key == "no_gate":

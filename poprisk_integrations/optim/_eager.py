@@ -56,11 +56,12 @@ def single_tensor_poprisk_adamw(
                 gate = work.pooled[i].gate.to(exp_avg.dtype)
             else:
                 mean_sq = exp_avg.square()
-                noise, noise_scale = exp_dev_sq, scalars.noise_scale
-                if noise is None:
-                    noise, noise_scale = moments_noise(exp_avg_sq, mean_sq, noise_scale), 1.0
-                elif scalars.noise_is_signal:
-                    noise = mean_sq
+                if exp_dev_sq is None:
+                    noise = moments_noise(exp_avg_sq, mean_sq, scalars.noise_scale)
+                    noise_scale = 1.0
+                else:
+                    noise = mean_sq if scalars.noise_is_signal else exp_dev_sq
+                    noise_scale = scalars.noise_scale
                 gate = gate_factor(
                     mean_sq,
                     noise,
@@ -228,8 +229,7 @@ def _gates(
     mean_sqs = list(torch._foreach_mul(means, means))
     scales = [s.noise_scale for s in scalars]
     if options.from_moments:
-        noises = list(torch._foreach_mul(noises, scales))
-        torch._foreach_sub_(noises, mean_sqs)
+        noises = list(torch._foreach_sub(torch._foreach_mul(noises, scales), mean_sqs))
         torch._foreach_clamp_min_(noises, 0)
         scales = [1.0] * len(scales)
     noises = [

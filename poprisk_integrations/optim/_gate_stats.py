@@ -14,6 +14,7 @@ __all__ = [
     "gated_optimizer",
     "named_ratios",
     "parameter_sums",
+    "pooled_gate",
     "pooled_sums",
     "row_of_sums",
     "ungated_sums",
@@ -160,6 +161,12 @@ def named_ratios(rows: Tensor) -> dict[str, Tensor]:
         if row[0] > 0:
             stats.update(gate_ratios(row, f"group{index}/"))
     return stats
+
+
+def pooled_gate(optimizer: Any, param: Tensor) -> PooledGate | None:
+    """The gates of a parameter's rows or tensor at the last step; None where it has none."""
+    record = vars(optimizer).get("_poprisk_record")
+    return None if record is None else record.pooled.get(id(param))
 
 
 def gated_optimizer(optimizer: Any) -> Any:

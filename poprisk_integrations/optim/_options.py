@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,12 +15,14 @@ from poprisk_integrations.core.gate import GATES, default_lambda_pop, resolve_al
 __all__ = [
     "DEFAULTS",
     "MOMENTS",
+    "PUBLISHED",
     "READ_OFF",
     "STATE_FORMATS",
     "GroupOptions",
     "check_gradients",
     "check_group",
     "check_params",
+    "check_published",
     "kept_moments",
     "needs_device_step",
     "resolve_group",
@@ -30,6 +33,7 @@ __all__ = [
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_dev_sq")
 STATE_FORMATS = ("float32", "bfloat16", "8bit")
 NOISE_MEANS = ("bias_corrected", "raw")
+PUBLISHED = ("gate_eps", "noise_mean")  # options of `PopRiskAdamW.paper`, and of nothing else
 PIECES = ("microbatch", "ranks")  # sources that are measured within a step, `_noise_source.py`
 READ_OFF = "moments"  # the source without a state of its own: v_hat - m_hat^2
 NOISE_SOURCES = ("temporal", *PIECES, READ_OFF)
@@ -165,6 +169,25 @@ class GroupOptions:
 
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GroupOptions)}
+
+
+def check_published(given: dict[str, Any]) -> None:
+    """Warn of options of the published rule outside it, and refuse any other name.
+
+    Both with the raw mean are that rule, whoever spells it out.
+    """
+    for name in given:
+        if name not in PUBLISHED:
+            raise TypeError(f"PopRiskAdamW() got an unexpected keyword argument {name!r}")
+    changed = [f"{name}={value!r}" for name, value in given.items() if value != DEFAULTS[name]]
+    is_rule = given.keys() >= set(PUBLISHED) and given["noise_mean"] == "raw"
+    if changed and not is_rule:
+        warnings.warn(
+            f"PopRiskAdamW({', '.join(changed)}) is deprecated and will be refused by the next "
+            "release: gate_eps and noise_mean belong to PopRiskAdamW.paper(...).",
+            DeprecationWarning,
+            stacklevel=3,
+        )
 
 
 def needs_device_step(param: Tensor, group: dict[str, Any]) -> bool:

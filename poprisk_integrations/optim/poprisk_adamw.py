@@ -20,13 +20,14 @@ from poprisk_integrations.optim._options import (
     check_gradients,
     check_group,
     check_params,
+    check_published,
     needs_device_step,
     resolve_group,
 )
 from poprisk_integrations.optim._paths import path_of, step_group
 from poprisk_integrations.optim._pooled import check_grain, pool_gates
 from poprisk_integrations.optim._states import fit_state
-from poprisk_integrations.optim._work import GroupWork, PooledGate, verdict
+from poprisk_integrations.optim._work import GroupWork, verdict
 
 __all__ = ["PopRiskAdamW"]
 
@@ -102,9 +103,6 @@ class PopRiskAdamW(Optimizer):
         gate_decay: Gate the weight decay too. Off: level or worse in each study it was chosen on,
             and slower to generalise in `recipes/benchmarks/grokking`; at large rates times decay it
             keeps a model whose coordinates are mostly closed from shrinking to nothing.
-        gate_eps: Constant in the gate's denominator, on the scale of squared gradients.
-        noise_mean: "bias_corrected" or "raw": the mean that deviations are taken from. "raw" is
-            the published rule.
         noise_source: What s is measured from. "temporal": deviations from the mean over steps.
             "microbatch": the spread of the backward passes of each step (2 or more). "ranks": the
             spread of the gradients of 2 or more DDP ranks. Same scale; see optim/README.md.
@@ -117,6 +115,7 @@ class PopRiskAdamW(Optimizer):
         skip_nonfinite: Skip steps with a non-finite gradient, for one more read of the gradients.
             False leaves that to others, as AdamW does: NaN spreads.
         collect_stats_every: Sample `gate_stats()` on every k-th step; 0 for never.
+        published: `gate_eps` and `noise_mean` of `paper()`; here they warn, and will go.
 
     Raises:
         ValueError: If an option has a value that it cannot have.
@@ -157,18 +156,18 @@ class PopRiskAdamW(Optimizer):
         state_dtype: str | dict[str, str] | None = GroupOptions.state_dtype,
         differentiable: bool = False,
         gate_decay: bool = GroupOptions.gate_decay,
-        gate_eps: float = GroupOptions.gate_eps,
-        noise_mean: str = GroupOptions.noise_mean,
         noise_source: str = GroupOptions.noise_source,
         granularity: str = GroupOptions.granularity,
         stochastic_rounding: bool = GroupOptions.stochastic_rounding,
         rounding_seed: int = GroupOptions.rounding_seed,
         skip_nonfinite: bool = GroupOptions.skip_nonfinite,
         collect_stats_every: int = GroupOptions.collect_stats_every,
+        **published: Any,
     ) -> None:
-        given = locals()
-        defaults = {name: given[name] for name in DEFAULTS}
+        given = {**locals(), **published}
+        defaults = {name: given.get(name, default) for name, default in DEFAULTS.items()}
         check_group({**defaults, "differentiable": differentiable})
+        check_published(published)
         super().__init__(params, defaults)
 
     @classmethod
@@ -184,6 +183,9 @@ class PopRiskAdamW(Optimizer):
             params: As in the constructor.
             lr: Learning rate.
             options: Any other constructor option; one given here wins over the published value.
+                Also `gate_eps`, the constant in the gate's denominator on the scale of squared
+                gradients, and `noise_mean`, "raw" or "bias_corrected": the mean that deviations
+                are taken from.
 
         Example:
             >>> p = torch.nn.Parameter(torch.ones(2))
@@ -349,10 +351,6 @@ class PopRiskAdamW(Optimizer):
         if not self._record.samples:
             return {}
         return named_ratios(self.gate_sums() if sums is None else sums)
-
-    def _pooled_gate(self, param: Tensor) -> PooledGate | None:
-        """The gates of a parameter's rows or tensor at the last step, where it has such."""
-        return self._record.pooled.get(id(param))
 
     @property
     def skipped_nonfinite(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from poprisk_integrations.core import calibrated_alpha
+from poprisk_integrations.core import calibrated_alpha, moments_alpha
 
 __all__ = ["ARMS", "BETAS", "CONTROLS", "GATES", "Arm", "control"]
 
@@ -26,6 +26,11 @@ class Arm:
     gate_decay: bool = False
     gate_eps: float = 0.0
     noise_mean: str = "bias_corrected"
+    noise_source: str = "temporal"
+    granularity: str = "coordinate"
+    # Of rows and tensors, whose boundary follows how many coordinates they are worth; `alpha` is
+    # then the boundary of one.
+    false_open_rate: float | None = None
     control: str | None = None  # one of `CONTROLS`, which change AdamW's update, or None
     needs: str | None = None  # the arm whose recorded steps the control imitates
     # Places of the tensors that step as under AdamW, in the order of the model's.
@@ -33,8 +38,11 @@ class Arm:
 
     def options(self) -> dict[str, Any]:
         """Keywords for `PopRiskAdamW`, for arms that are no control."""
-        harness = ("name", "control", "needs", "exempt")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in harness}
+        harness = ("name", "control", "needs", "exempt", "false_open_rate")
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in harness}
+        if self.false_open_rate is not None:
+            chosen |= {"alpha": "calibrated", "false_open_rate": self.false_open_rate}
+        return chosen
 
 
 def calibrated(false_open_rate: float) -> float:
@@ -50,6 +58,8 @@ def control(kind: str, of: str) -> Arm:
 
 
 _5, _32 = calibrated(0.05), calibrated(0.3173)
+_MOMENTS: dict[str, Any] = {"gate": "soft", "noise_source": "moments"}
+_MOMENTS_32 = {**_MOMENTS, "alpha": moments_alpha(BETAS, 0.3173)}
 _PUBLISHED: dict[str, Any] = {
     "gate": "soft",
     "alpha": 1.0,
@@ -87,6 +97,14 @@ GATES = {
         Arm(name="soft-32-rho999", gate="soft", alpha=_32, rho=0.999),
         Arm(name="soft-32-warmup", gate="soft", alpha=_32, gate_warmup=100),
         Arm(name="soft-32-blend", gate="soft", alpha=_32, gate_blend=0.5),
+        # Without a third tensor, and with one gate per row or tensor.
+        Arm(name="moments-32", **_MOMENTS_32),
+        Arm(name="moments-5", **_MOMENTS, alpha=moments_alpha(BETAS, 0.05)),
+        *(
+            Arm(name=f"{prefix}{grain}-32", granularity=grain, false_open_rate=0.3173, **base)
+            for prefix, base in (("", {"gate": "soft", "alpha": _32}), ("moments-", _MOMENTS_32))
+            for grain in ("row", "tensor")
+        ),
     )
 }
 

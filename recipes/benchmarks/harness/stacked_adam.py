@@ -13,8 +13,10 @@ from torch import Tensor
 
 from poprisk_integrations.core import (
     default_lambda_pop,
+    effective_coordinates,
     gate_factor,
     noise_is_ready,
+    pooled_alpha,
     update_dev_sq_,
 )
 
@@ -46,6 +48,7 @@ class StackedAdam:
         recorded: dict[str, np.ndarray] | None = None,
     ) -> None:
         self.arm, self.sizes, self.seeds = arm, sizes, seeds
+        self.rows_of = sizes  # rows of each tensor; vectors until `train` says otherwise
         self.lr, self.decay = lr[:, None], decay[:, None]
         self.at = self.dev_at = 0
         self.moments: list[Tensor] = []
@@ -65,7 +68,7 @@ class StackedAdam:
         """
         arm = self.arm
         if not self.moments:
-            self.moments = [torch.zeros_like(theta) for _ in range(2 if arm.gate == "none" else 3)]
+            self.moments = [torch.zeros_like(theta) for _ in range(3 if self.has_s else 2)]
         self.at += 1
         if arm.gate != "none" and (arm.noise_mean == "raw" or self.at > 1):
             self.dev_at += 1
@@ -93,7 +96,7 @@ class StackedAdam:
         arm, t, (beta1, beta2) = self.arm, self.at, BETAS
         m, v = states[:2]
         published = arm.noise_mean == "raw"
-        if arm.gate != "none" and (published or t > 1):
+        if self.has_s and (published or t > 1):
             scale = 1.0 if published else 1 / (1 - beta1 ** (t - 1))
             update_dev_sq_(states[2], grad, m, arm.rho, 1 - arm.rho, scale)
         m.lerp_(grad, 1 - beta1)
@@ -105,17 +108,25 @@ class StackedAdam:
         if arm.gate == "none" or not ready:
             return move, None
         mean_sq = m.square()
-        first = published and t == 1  # s_hat = m_hat^2 by algebra
+        noise, noise_scale = mean_sq, 1.0
+        if not self.has_s:
+            noise = v * (correction**2 / (1 - beta2**t))
+        elif not (published and t == 1):  # where s_hat = m_hat^2 by algebra
+            noise, noise_scale = states[2], correction**2 / (1 - arm.rho**self.dev_at)
+        if arm.granularity != "coordinate":
+            mean_sq, noise = self._pooled(mean_sq, noise)
+        elif not self.has_s:
+            noise = (noise - mean_sq).clamp_min(0)
         gate = gate_factor(
             mean_sq,
-            mean_sq if first else states[2],
+            noise,
             gate=arm.gate,
             alpha=arm.alpha,
             lambda_pop=default_lambda_pop(arm.gate, arm.alpha)
             if arm.lambda_pop is None
             else arm.lambda_pop,
             eps=arm.gate_eps * correction**2,
-            noise_scale=1.0 if first else correction**2 / (1 - arm.rho**self.dev_at),
+            noise_scale=noise_scale,
         )
         if arm.gate_blend != 1.0:
             gate.mul_(arm.gate_blend).add_(1 - arm.gate_blend)
@@ -132,6 +143,33 @@ class StackedAdam:
             gated[:, span] = mean / ((v[:, span] / (1 - beta2**t)).sqrt() + EPS)
             gate[:, span] = 1.0
         return gated, gate
+
+    @property
+    def has_s(self) -> bool:
+        """Whether there is a noise variance of its own."""
+        return self.arm.gate != "none" and self.arm.noise_source != "moments"
+
+    def _pooled(self, mean_sq: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as means over rows or tensors, the noise beside the boundary of one coordinate."""
+        arm, beta2 = self.arm, None if self.has_s else BETAS[1]
+        found = []
+        parts = (x.split(self.sizes, 1) for x in (mean_sq, noise))
+        for signal, spread, rows in zip(*parts, self.rows_of, strict=True):
+            count = rows if arm.granularity == "row" else 1
+            shape = (len(signal), count, -1)
+            s, y = signal.reshape(shape), spread.reshape(shape).double()
+            n = y.shape[2]
+            sums = [(y**power).sum(2, keepdim=True) for power in (1, 2, 3)]
+            pooled, mean = s.mean(2, keepdim=True), sums[0] / n
+            if beta2 is not None:
+                mean = (mean - pooled).clamp_min(0)
+            if n > 1 and arm.false_open_rate is not None:
+                worth = effective_coordinates(*sums, n, arm.rho if beta2 is None else beta2)
+                alpha = pooled_alpha(arm.false_open_rate, *worth, beta1=BETAS[0], beta2=beta2)
+                mean = mean * (alpha / arm.alpha)
+            found.append([x.to(s).expand_as(s).reshape_as(signal) for x in (pooled, mean)])
+        wide = [torch.cat(column, 1) for column in zip(*found, strict=True)]
+        return wide[0], wide[1]
 
     def _controlled(self, move: Tensor, states: list[Tensor], part: slice) -> Tensor:
         kind, step = self.arm.control, self.at - 1

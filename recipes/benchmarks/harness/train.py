@@ -203,6 +203,7 @@ def train(
     rates = (torch.tensor(found[name]).to(theta) for name in ("lr", "weight_decay"))
     seeds = [m.seed for m in task.members]
     optimizer = optimizer_class(arm, sizes, *rates, seeds, recorded)
+    optimizer.rows_of = [shape[0] if shape else 1 for shape in shapes.values()]
 
     def unflatten(flat: Tensor) -> Params:
         pairs = zip(shapes.items(), flat.split(sizes, 1), strict=True)

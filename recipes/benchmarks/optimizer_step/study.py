@@ -93,6 +93,14 @@ ARMS = {
     "ours, fused": Arm(_fused(), 40),
     "ours, fused, check off": Arm(_fused(skip_nonfinite=False), 36),
     "ours, fused, gate=none": Arm(_fused(gate="none"), 32),
+    "ours, fused, moments": Arm(_fused(noise_source="moments"), 28),
+    "ours, fused, moments, unchecked": Arm(
+        _fused(noise_source="moments", skip_nonfinite=False), 28
+    ),
+    "ours, fused, rows": Arm(_fused(granularity="row"), slow=True),
+    "ours, fused, tensors of moments": Arm(
+        _fused(granularity="tensor", noise_source="moments"), slow=True
+    ),
     "ours, fused, bf16 noise": Arm(_fused(state_dtype={"exp_dev_sq": "bfloat16"}), 36),
     "ours, fused, bf16 states": Arm(_fused(state_dtype="bfloat16"), 28),
     "ours, fused, 8-bit states": Arm(_fused(state_dtype="8bit"), 16 + 6 * 1.0625),

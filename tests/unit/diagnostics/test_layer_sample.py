@@ -115,11 +115,14 @@ def test_agrees_with_the_twin(path):
     [
         {},
         {"gate": "hard", "gate_blend": 0.5},
-        {"gate": "snr", "gate_eps": 1e-3},
+        {"gate": "snr", "gate_eps": 1e-3, "noise_mean": "raw"},
         {"maximize": True, "gate_warmup": 4},
         {"gate_warmup": 6},
         {"gate": "none"},
-        {"noise_mean": "raw", "alpha": 1.0, "lambda_pop": 0.0},  # the paper's
+        {"noise_mean": "raw", "gate_eps": 0.0, "alpha": 1.0, "lambda_pop": 0.0},  # the paper's
+        {"noise_source": "moments"},
+        {"granularity": "row"},
+        {"granularity": "tensor", "noise_source": "moments", "gate": "snr"},
     ],
     ids=str,
 )

@@ -22,6 +22,11 @@ from poprisk_integrations.optim import PopRiskAdamW
             },
         ),
         ("alpha=1", {"alpha": 1.0}),
+        (
+            "noise_source=moments,granularity=row",
+            {"noise_source": "moments", "granularity": "row"},
+        ),
+        ("gate_eps=1e-10", {"gate_eps": 1e-10}),  # for optim="poprisk_adamw_paper"
         ("alpha = 2e-1 , rho=0.9", {"alpha": 0.2, "rho": 0.9}),
         ("lambda_pop=none,foreach=None", {"lambda_pop": None, "foreach": None}),
         ("foreach=False,preserve_norm=true", {"foreach": False, "preserve_norm": True}),

@@ -36,7 +36,7 @@ PLANS = [
     ({"state_dtype": "8bit"}, torch.float32),
     ({"state_dtype": "8bit"}, torch.bfloat16),
     ({"capturable": True}, torch.float32),
-    ({"gate_eps": 1e-12, "alpha": 0.5}, torch.float32),
+    ({"gate_eps": 1e-12, "noise_mean": "raw", "alpha": 0.5}, torch.float32),
 ]
 
 

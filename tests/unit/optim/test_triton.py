@@ -104,8 +104,8 @@ OPTIONS = [
     {"maximize": True, "gate_decay": True},
     {"gate_warmup": 2},
     {"gate_blend": 0.0},
-    {"gate_eps": 1e-3, "gate_decay": True, "gate_blend": 0.5},
-    {"noise_mean": "raw"},
+    {"gate_eps": 1e-3, "noise_mean": "raw", "gate_decay": True, "gate_blend": 0.5},
+    {"noise_mean": "raw", "gate_eps": 0.0},
     {"betas": (0.3, 0.9), "rho": 0.5},
     {"betas": (0.0, 0.9), "weight_decay": 0.0, "eps": 1e-3},
 ]

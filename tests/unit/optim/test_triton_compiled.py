@@ -93,7 +93,7 @@ def test_compiles(target, dtypes, tmp_path, monkeypatch):
         {"gate": "snr", "collect": True},
         {"gate": "none", "collect": True},
         {"collect": True},
-        {"gate_eps": 1e-12, "gate_decay": True, "maximize": True},
+        {"gate_eps": 1e-12, "noise_mean": "raw", "gate_decay": True, "maximize": True},
         {"stochastic_rounding": False},
     ],
     ids=str,

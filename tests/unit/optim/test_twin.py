@@ -23,7 +23,7 @@ CASES = {
     "finite": ({"alpha": "finite", "batch_size": 32, "dataset_size": 160}, {"alpha": 0.25}),
     "blended": ({"gate_blend": 0.7, "gate_warmup": 5}, {"blend": 0.7, "warmup": 5}),
     "raw": (
-        {"gate_blend": 0.7, "gate_warmup": 5, "noise_mean": "raw"},
+        {"gate_blend": 0.7, "gate_warmup": 5, "noise_mean": "raw", "gate_eps": 0.0},
         {"blend": 0.7, "warmup": 5, "raw_mean": True},
     ),
     "published": (PUBLISHED, {"raw_mean": True, **PUBLISHED}),
