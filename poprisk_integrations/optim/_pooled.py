@@ -55,6 +55,7 @@ class _Grains:
     c: Scalars
     shape: tuple[int, ...]  # that broadcasts to the parameter
     coordinates: int  # of a grain, over all ranks
+    is_calibrated: bool = False  # by how many coordinates a grain is worth
 
 
 def pool_gates(
@@ -84,7 +85,10 @@ def pool_gates(
         is_calibrated = group["alpha"] == "calibrated"
         rows, _ = scalar_rows(options, work.steps, work.dev_steps, keep, grad_scale, advance=False)
         for i, row in enumerate(rows):
-            grains, total = _grains(work, i, row, options, is_calibrated=is_calibrated)
+            grains, total = _grains(
+                work, i, row, options, is_calibrated=is_calibrated, has_scale=grad_scale is not None
+            )
+            grains.is_calibrated = is_calibrated and grains.coordinates > 1
             found.append(grains)
             sums.append(total)
     if not found:
@@ -99,7 +103,13 @@ def pool_gates(
 
 
 def _grains(
-    work: GroupWork, index: int, row: Tensor, options: GroupOptions, *, is_calibrated: bool
+    work: GroupWork,
+    index: int,
+    row: Tensor,
+    options: GroupOptions,
+    *,
+    is_calibrated: bool,
+    has_scale: bool,
 ) -> tuple[_Grains, Tensor]:
     """What is summed of a parameter: m^2, the noise and, for a calibrated alpha, its powers."""
     moments = [moment.read() for moment in work.moments(index)]
@@ -107,43 +117,47 @@ def _grains(
     row = row.to(device=param.device, dtype=dtype)
     c = dict(zip(COLUMNS, row.unbind(), strict=True))
     exp_avg, exp_avg_sq = moments[:2]
-    # zeros instead of a non-finite gradient, so that 0 * grad is 0
-    grad = torch.where(c["keep"] > 0, work.grads[index].to(dtype) * c["grad_factor"], 0.0)
+    grad = work.grads[index].to(dtype)
+    if options.capturable or param.device.type != "cpu":
+        # zeros instead of a non-finite gradient, so that 0 * grad is 0
+        grad = torch.where(c["keep"] > 0, grad * c["grad_factor"], 0.0)
+    elif has_scale:
+        grad = grad * c["grad_factor"]
     if options.maximize:
         grad = -grad
     plan = FusedPlan.of(options, work, index, on_device=True)
-    mean_sq = torch.lerp(exp_avg, grad, c["mean_weight"]).square_()
+    mean = torch.lerp(exp_avg, grad, c["mean_weight"])
     if options.from_moments:
-        noise = (exp_avg_sq * c["sq_decay"]).addcmul_(grad, c["sq_weight"] * grad)
-        noise *= c["noise_scale"]
+        noise = exp_avg_sq * (c["sq_decay"] * c["noise_scale"])
+        noise.addcmul_(grad, grad * (c["sq_weight"] * c["noise_scale"]))
     else:
-        deviation = grad - c["mean_scale"] * exp_avg
-        noise = moments[2] * c["dev_decay"] + c["dev_weight"] * deviation.square_()
+        deviation = torch.addcmul(grad, exp_avg, c["mean_scale"], value=-1)
+        noise = (moments[2] * c["dev_decay"]).addcmul_(deviation, deviation * c["dev_weight"])
         if not options.centered:
-            noise = torch.where(c["noise_is_signal"] > 0, mean_sq, noise)
-    # sixth powers of gradients leave the range of float32
-    precise = torch.float32 if param.device.type == "mps" else torch.float64
-    columns = [mean_sq, noise]
-    if is_calibrated:
-        wide = noise.to(precise)
-        columns += [wide.square(), wide**3]
+            noise = torch.where(c["noise_is_signal"] > 0, mean.square(), noise)
     owner = work.owners[index]
     real = 2 if owner.is_complex() else 1
     if plan.pooled == "row" and param.dim():
         shape = (param.shape[0], *(1 for _ in param.shape[1:]))
         coordinates = owner.shape[1:].numel() * real
-        flat = [column.reshape(shape[0], -1) if param.numel() else None for column in columns]
     else:
         shape, coordinates = (), owner.numel() * real
-        flat = [column.reshape(1, -1) for column in columns]
-    total = torch.stack(
-        [
-            x.sum(1, dtype=precise)
-            if x is not None
-            else torch.zeros(shape[0], dtype=precise, device=param.device)
-            for x in flat
-        ]
-    )
+    rows = shape[0] if shape else 1
+    precise = torch.float32 if param.device.type == "mps" else torch.float64
+    if not param.numel():
+        nothing = torch.zeros(4, rows, dtype=precise, device=param.device)
+        return _Grains(owner, options, plan, c, shape, coordinates), nothing
+    mean, noise = mean.reshape(rows, -1), noise.reshape(rows, -1)
+    sums = [torch.linalg.vector_norm(mean, dim=1).to(precise).square(), noise.sum(1).to(precise)]
+    if is_calibrated and coordinates > 1:
+        # sixth powers of gradients leave the range of float32, those of shares do not
+        unit = noise.amax().clamp(min=torch.finfo(dtype).tiny)
+        share, unit = noise.div_(unit), unit.to(precise)
+        sums.append(torch.linalg.vector_norm(share, dim=1).to(precise).square() * unit.square())
+        sums.append((share * share).mul_(share).sum(1).to(precise) * unit**3)
+    else:
+        sums += [torch.zeros_like(sums[0])] * 2
+    total = torch.stack(sums)
     return _Grains(owner, options, plan, c, shape, coordinates), total
 
 
@@ -152,7 +166,7 @@ def _gate(grains: _Grains, total: Tensor) -> PooledGate:
     options, c = grains.options, grains.c
     n = max(1, grains.coordinates)
     mean_sq, noise = total[0] / n, total[1] / n
-    if len(total) > 2 and n > 1:
+    if grains.is_calibrated:
         beta2 = options.beta2 if options.from_moments else None
         decay = options.rho if beta2 is None else beta2
         worth = effective_coordinates(total[1], total[2], total[3], n, decay)
