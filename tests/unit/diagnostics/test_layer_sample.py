@@ -149,12 +149,13 @@ def test_large_tensors_are_sampled_and_weighted_up():
     assert metrics["w/open_fraction"] != float(exact["open_fraction"])  # a sample it is
 
 
-def test_noise_has_no_signal_and_signal_has_its_own():
+@pytest.mark.parametrize("source", ["temporal", "moments"])
+def test_noise_has_no_signal_and_signal_has_its_own(source):
     """The sums are unbiased: 0 for noise; for a mean of mu sigmas, mu^2 over the EMA's variance."""
     for mean, low, high in ((0.0, -0.05, 0.05), (0.5, 4.4, 5.1)):  # 0.25 * 19 = 4.75
         found = []
         param = torch.nn.Parameter(torch.zeros(2000))
-        optimizer = PopRiskAdamW([param])
+        optimizer = PopRiskAdamW([param], noise_source=source)
         sample = LayerSample(optimizer)
         generator = torch.Generator().manual_seed(1)
         for step in range(300):
