@@ -115,7 +115,7 @@ def test_committed_scores_are_those_of_the_committed_rows(study, stage):
             assert float(score["range"]) == pytest.approx(np.mean(wanted), rel=1e-4)
 
 
-# Of noise without a state and of coarser gates: the selection seeds have not been run with them yet.
+# Noise without a state, and coarser gates: the selection seeds have not been run with them yet.
 NOT_RUN_YET = {
     name
     for name, arm in GATES.items()
