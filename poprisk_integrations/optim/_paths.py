@@ -1,5 +1,7 @@
 """Which implementation steps a group, and the step."""
 
+import warnings
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +41,9 @@ def path_of(group: dict[str, Any]) -> str:
     if group["preserve_norm"] or group["fused"] is False or not params:
         return eager
     if params[0].device.type != "cpu" and uses_pooling(group):
-        return eager  # the kernel has a gate for each coordinate
+        if group["fused"]:
+            _warn_of_grain(group["granularity"], params[0].device.type)
+        return eager
     if params[0].device.type != "cpu":
         # One launch for all tensors is what `foreach=True` asks for, too.
         return "fused_triton" if triton_is_usable(params[0].device) else eager
@@ -52,6 +56,16 @@ def path_of(group: dict[str, Any]) -> str:
     if is_asked_for:
         warn_without_compiler()
     return eager
+
+
+@cache
+def _warn_of_grain(granularity: str, device: str) -> None:
+    """Say once in a process why `fused=True` has no effect."""
+    warnings.warn(
+        f"PopRiskAdamW(fused=True, granularity={granularity!r}) steps without the fused kernel on "
+        f"{device}, which has a gate for each coordinate: one operation at a time.",
+        stacklevel=2,
+    )
 
 
 def step_group(

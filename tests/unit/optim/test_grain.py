@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
+from poprisk_integrations.optim import _paths
 from tests.helpers.optim_problem import feed, gradients, make_params, snapshot, unchanged
 from tests.unit.optim.paths import FLAGS, TORCH
 
@@ -107,6 +108,15 @@ def test_device_paths_read_nothing_back(grain):
         for _ in range(2):
             param.grad = torch.empty_like(param)
             optimizer.step()  # .item(), bool() or float() of a meta tensor would raise
+
+
+def test_a_fused_kernel_that_was_asked_for_is_missed_aloud():
+    param = torch.nn.Parameter(torch.empty(4, 3, device="meta"))
+    optimizer = PopRiskAdamW([param], granularity="row", fused=True)
+    _paths._warn_of_grain.cache_clear()
+    with pytest.warns(UserWarning, match=r"granularity='row'\) steps without the fused kernel"):
+        assert optimizer.path == "capturable"
+    assert optimizer.path == "capturable"  # said once
 
 
 WIDTHS = {"pairs": (800, 2), "rows": (400, 12), "long rows": (200, 80)}
