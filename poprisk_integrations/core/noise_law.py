@@ -36,7 +36,7 @@ def moments_alpha(betas: tuple[float, float], false_open_rate: float) -> float:
 
     Example:
         >>> round(moments_alpha((0.9, 0.999), 0.05), 3), round(moments_alpha((0.9, 0.99), 0.05), 3)
-        (0.253, 0.248)
+        (0.253, 0.249)
     """
     if not 0.0 < false_open_rate < 1.0:
         raise ValueError(f"Invalid false_open_rate: {false_open_rate}. Must be in (0, 1).")
