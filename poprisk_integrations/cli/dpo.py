@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,19 @@ if TYPE_CHECKING:
     from poprisk_integrations.cli.dpo_config import DPOArguments
     from poprisk_integrations.trl import PopRiskDPOTrainer
 
-__all__ = ["add_parser", "build_trainer", "run"]
+__all__ = [
+    "LABEL_FLIPS",
+    "Pairs",
+    "add_parser",
+    "build_trainer",
+    "load_pairs",
+    "record",
+    "run",
+    "train_and_save",
+    "trainer_of",
+]
+
+LABEL_FLIPS = "label_flips.json"  # which labels were swapped on purpose
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,31 +66,48 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("eval_dataset_name needs eval_strategy: steps, or epoch")
     trainer = build_trainer(config)
     checkpoint = _checkpoint(config.training)
-    return _train_and_save(trainer, config, checkpoint, debug=args.debug)
+    return train_and_save(trainer, config, checkpoint, debug=args.debug)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a config trains and evaluates on, and what was changed on the way (None for nothing)."""
+
+    train: Any
+    evaluation: Any
+    dropped: dict[str, Any] | None
+    flips: dict[str, Any] | None
+
+    def note(self, directory: Path) -> None:
+        """Write down what was changed, and say how many labels were swapped."""
+        record(directory / "dropped_pairs.json", self.dropped)
+        record(directory / LABEL_FLIPS, self.flips)
+        if self.flips is not None:
+            print(
+                f"{self.flips['num_flipped']} of {self.flips['num_pairs']} training labels swapped"
+            )
 
 
 def build_trainer(config: "DPOArguments") -> "PopRiskDPOTrainer":
     """Load model and data, change the pairs as asked, and note that in the output directory."""
-    import torch
-    from datasets import Dataset
-    from trl import get_peft_config, get_quantization_config
-
-    from poprisk_integrations.cli.builtin import local_model
-    from poprisk_integrations.cli.preference_data import load_preferences
-    from poprisk_integrations.trl import PopRiskDPOTrainer
     from poprisk_integrations.trl.validation import check_output_dir
 
-    training, model, options = config.training, config.model, config.pairs
-    output_dir = Path(str(training.output_dir))
+    output_dir = Path(str(config.training.output_dir))
     check_output_dir(output_dir)
-    init_kwargs: Any = training.model_init_kwargs or {}
-    training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **init_kwargs,
-    }
+    pairs = load_pairs(config)
+    trainer = trainer_of(config, pairs.train, pairs.evaluation)
+    if trainer.is_world_process_zero():
+        pairs.note(output_dir)
+    return trainer
+
+
+def load_pairs(config: "DPOArguments") -> Pairs:
+    """The data of a config, without unusable pairs and with labels swapped, as it asks."""
+    from datasets import Dataset
+
+    from poprisk_integrations.cli.preference_data import load_preferences
+
+    training, options = config.training, config.pairs
     weights = training.pair_weight_column
     train, evaluation = load_preferences(
         config.script,
@@ -94,9 +124,29 @@ def build_trainer(config: "DPOArguments") -> "PopRiskDPOTrainer":
         if evaluation is not None:
             evaluation, _ = _drop_unusable(evaluation, "eval_dataset")
     train, flips = _flip(config, train)
+    return Pairs(train, evaluation, dropped, flips)
+
+
+def trainer_of(config: "DPOArguments", train: Any, evaluation: Any) -> "PopRiskDPOTrainer":
+    """A trainer of the config's model, on a fresh copy of it."""
+    import torch
+    from trl import get_peft_config, get_quantization_config
+
+    from poprisk_integrations.cli.builtin import local_model
+    from poprisk_integrations.trl import PopRiskDPOTrainer
+
+    training, model = config.training, config.model
+    init_kwargs: Any = training.model_init_kwargs or {}
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **init_kwargs,
+    }
     try:
         trainer = PopRiskDPOTrainer(
-            model=local_model(str(model.model_name_or_path), output_dir),
+            model=local_model(str(model.model_name_or_path), Path(str(training.output_dir))),
             args=training,
             train_dataset=train,
             eval_dataset=evaluation,
@@ -111,11 +161,6 @@ def build_trainer(config: "DPOArguments") -> "PopRiskDPOTrainer":
         network._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in network.named_buffers() if buffer.dtype == torch.bool
         ]
-    if trainer.is_world_process_zero():
-        _record(output_dir / "dropped_pairs.json", dropped)
-        _record(output_dir / "label_flips.json", flips)
-        if flips is not None:
-            print(f"{flips['num_flipped']} of {flips['num_pairs']} training labels swapped")
     return trainer
 
 
@@ -158,7 +203,8 @@ def _flip(config: "DPOArguments", train: Any) -> tuple[Any, dict[str, Any] | Non
     }
 
 
-def _record(path: Path, content: dict[str, Any] | None) -> None:
+def record(path: Path, content: dict[str, Any] | None) -> None:
+    """Write a file of JSON, or see to it that there is none."""
     if content is None:
         path.unlink(missing_ok=True)  # of an earlier run: it would be taken for this one's
         return
@@ -182,7 +228,7 @@ def _checkpoint(training: Any) -> Any:
     return found
 
 
-def _train_and_save(
+def train_and_save(
     trainer: "PopRiskDPOTrainer", config: "DPOArguments", checkpoint: Any, *, debug: bool
 ) -> int:
     """Once the steps are done, what fails keeps nothing that follows from being saved."""

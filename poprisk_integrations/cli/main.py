@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from poprisk_integrations import __version__
-from poprisk_integrations.cli import check, dpo, env, recipes, run
+from poprisk_integrations.cli import check, clean, dpo, env, recipes, run
 from poprisk_integrations.cli.demo import command as demo
 from poprisk_integrations.cli.errors import UsageError, one_line
 from poprisk_integrations.cli.flips import command as flips
@@ -84,7 +84,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--debug", action="store_true", help="show the traceback of an error (before the command)"
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (demo, probe, check, dpo, flips, run, report, recipes, env):
+    for command in (demo, probe, check, dpo, clean, flips, run, report, recipes, env):
         command.add_parser(subparsers)
     parser.set_defaults(own_errors=True)  # False where they may be those of the user's own code
     return parser

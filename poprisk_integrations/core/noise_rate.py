@@ -11,6 +11,7 @@ from poprisk_integrations.core.calibration import wilson_interval
 
 __all__ = [
     "FEWEST_PAIRS",
+    "LARGEST_RATE",
     "WIDEST",
     "NoiseRateEstimate",
     "UntrainedMargins",
@@ -18,6 +19,7 @@ __all__ = [
     "estimate_noise_rate",
     "fitted_slope",
     "flip_probability",
+    "label_log_likelihood",
 ]
 
 LARGEST_RATE = 0.49
@@ -271,7 +273,7 @@ def fitted_slope(margins: UntrainedMargins, rate: float) -> float:
     rms = float(h.square().mean().sqrt())
     rates = torch.tensor([rate], dtype=torch.float64)
     slopes = torch.logspace(-2, 2, 201, dtype=torch.float64)
-    return float(slopes[_log_likelihood(rates, slopes, h / rms)[0].argmax()]) / rms
+    return float(slopes[label_log_likelihood(rates, slopes, h / rms)[0].argmax()]) / rms
 
 
 def flip_probability(margins: Tensor, noise_rate: float, slope: float) -> Tensor:
@@ -350,7 +352,7 @@ def _ends(h: Tensor, wrong: Tensor) -> tuple[float, float, float, bool]:
     slopes = torch.logspace(-1.5, 1.5, _SLOPES, dtype=torch.float64)
     profile = torch.zeros_like(rates)
     for stretch in h.tensor_split(_between(1, len(h) // 250, 4)):
-        profile += _log_likelihood(rates, slopes, stretch).amax(1)
+        profile += label_log_likelihood(rates, slopes, stretch).amax(1)
     low = float(rates[profile >= profile.max() - LIKELIHOOD_DROP][0])
     low = max(low - MODEL_ERROR, 0.0) / (1 - 2 * MODEL_ERROR)
     kurtosis = float(h.pow(4).mean())  # the mean square is 1
@@ -368,8 +370,13 @@ def _upper_limit(wrong: Tensor) -> float:
     return wilson_interval(float(wrong.mean()), len(wrong), SURE_ERRORS)[1]
 
 
-def _log_likelihood(rates: Tensor, slopes: Tensor, h: Tensor) -> Tensor:
-    """Shape (rates, slopes). Neighbours in |h| share a bin: the cost is that of the bins."""
+def label_log_likelihood(rates: Tensor, slopes: Tensor, h: Tensor) -> Tensor:
+    """Of the labels, shape (rates, slopes), summed over the margins h, each of shape (N,).
+
+        sum of log[(1 - e) s(k h) + e s(-k h)]
+
+    Neighbours in |h| share a bin, so the cost is that of the bins.
+    """
     size = h.abs()
     parts = size.argsort().tensor_split(min(_BINS, len(h)))
     centre = torch.stack([size[part].mean() for part in parts])

@@ -17,6 +17,7 @@ from poprisk_integrations.trl.label_noise import LabelNoise
 __all__ = [
     "PAIR_COLUMNS",
     "ROW_COLUMN",
+    "SOURCE_COLUMN",
     "LabelledPairs",
     "PairCollator",
     "drop_rows",
