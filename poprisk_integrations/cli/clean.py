@@ -1,4 +1,4 @@
-"""`poprisk clean`: finds wrong labels out of fold, leaves them out, and trains on the rest."""
+"""`poprisk clean`: finds wrong labels out of fold, and makes a model that has not fitted them."""
 
 import argparse
 import copy
@@ -39,14 +39,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add `clean` to the command line."""
     parser = subparsers.add_parser(
         "clean",
-        help="find wrong labels, leave them out, and train on the rest",
-        usage="poprisk clean --config CONFIG.yaml [--folds N] [--mode MODE] [--KEY VALUE ...]",
-        description="Trains the config's model once per fold on the other folds, judges the pairs "
-        "of the fold with it, leaves out those whose label is probably wrong, and trains the model "
-        "anew on the rest. Keys are those of `poprisk dpo`. What it finds is kept in "
-        f"output_dir/{CLEANING}: the flip report, the cleaned data and what was done. A second "
-        "call goes on where the first was cut. With flip_rate, which swaps labels on purpose, it "
-        "says how many of these were found.",
+        help="find wrong labels with models that never saw them, and make a better model",
+        usage="poprisk clean --config CONFIG.yaml [--folds N] [--final WHAT] [--mode MODE] "
+        "[--KEY VALUE ...]",
+        description="Trains the config's model once per fold on the other folds, and judges the "
+        "pairs of the fold with it. The mean of these models, each of which has fitted other wrong "
+        "labels, becomes the model; or, with --final retrain, one that is trained anew without the "
+        "pairs whose label is probably wrong. Keys are those of `poprisk dpo`. What it finds is "
+        f"kept in output_dir/{CLEANING}: the flip report, the cleaned data and what was done. A "
+        "second call goes on where the first was cut. With flip_rate, which swaps labels on "
+        "purpose, it says how many of these were found.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -71,7 +73,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="from which P(wrong) on a pair is suspect (default: 0.5; nothing where the margins "
         "do not tell how many labels are wrong)",
     )
-    add("--only-data", action="store_true", help="write the cleaned data, and train nothing on it")
+    add(
+        "--final",
+        choices=("mean", "retrain", "none"),
+        default="mean",
+        help="what becomes the model (default: %(default)s): the mean of the fold models, which "
+        "needs no further training; one trained anew on the cleaned data; or none",
+    )
     # All that this parser does not know goes to TRL's own, as it is.
     parser.set_defaults(run=run, rest=[])
 
@@ -104,11 +112,14 @@ def run(args: argparse.Namespace) -> int:
     if is_first:
         pairs.note(output_dir)
         print(_price(config, args, len(pairs.train)))
-    report, estimate = _judge(config, pairs, args, folder, settings)
+    fitted = _judge(config, pairs, args, folder, settings)
+    report, estimate = fitted.report, fitted.estimate
     cleaned = clean_pairs(pairs.train, report, mode=args.mode, min_probability=args.min_probability)
     found = {
         "settings": settings,
         "folds": args.folds,
+        "epochs": fitted.epochs,
+        "final": args.final,
         "mode": args.mode,
         "min_probability": args.min_probability,
         "noise": estimate.to_json(),
@@ -127,18 +138,24 @@ def run(args: argparse.Namespace) -> int:
         record(folder / CLEAN_REPORT, found)
         for line in _lines(found, estimate, folder):
             print(line)
-    if args.only_data:
+    if args.final == "none":
         return 0
     trainer = trainer_of(config, cleaned.dataset, pairs.evaluation)
-    checkpoint = _checkpoint(training, is_going_on)
-    return train_and_save(trainer, config, checkpoint, debug=args.debug)
+    if args.final == "retrain":
+        return train_and_save(trainer, config, _checkpoint(training, is_going_on), debug=args.debug)
+    fitted.load_weights(trainer)
+    trainer.save_model(training.output_dir)
+    if is_first:
+        epochs = ", ".join(map(str, fitted.epochs))
+        print(f"mean of {args.folds} models after {epochs} epochs; model in {output_dir}")
+    return 0
 
 
 def _judge(
     config: "DPOArguments", pairs: "Pairs", args: argparse.Namespace, folder: Path, settings: str
 ) -> Any:
     from poprisk_integrations.cli.dpo import trainer_of
-    from poprisk_integrations.trl.cross_fit import cross_fit_flip_report
+    from poprisk_integrations.trl.cross_fit import cross_fit
 
     training = config.training
 
@@ -149,7 +166,7 @@ def _judge(
         own.training.output_dir = str(folder / "fold")
         return trainer_of(own, train, judged)
 
-    found = cross_fit_flip_report(
+    found = cross_fit(
         make_trainer,
         pairs.train,
         pair_id_column=training.pair_id_column,
@@ -157,6 +174,7 @@ def _judge(
         seed=training.seed,
         directory=folder,
         key=settings,
+        average_weights=args.final == "mean",
     )
     if training.process_index == 0:
         shutil.rmtree(folder / "fold", ignore_errors=True)
@@ -180,7 +198,7 @@ def _price(config: "DPOArguments", args: argparse.Namespace, pairs: int) -> str:
     if training.max_steps > 0:
         length = f"{training.max_steps} steps"
     judged = folds - 1 if training.max_steps <= 0 else folds
-    rest = "" if args.only_data else ", then the run itself"
+    rest = ", then the run itself" if args.final == "retrain" else ""
     return (
         f"{pairs} pairs in {folds} folds: up to {judged} times the training of the config "
         f"({length}) to judge them{rest}"
@@ -206,11 +224,10 @@ def _lines(found: dict[str, Any], estimate: Any, folder: Path) -> list[str]:
         lines.append(f"of {found['num_pairs']} pairs {done}{rest}; {folder / _DATA}")
     elif estimate.rate is None and found["min_probability"] is None:
         lines.append(
-            "no pair is left out: there is no place to cut the ranking (--min-probability P cuts "
-            "it). What is trained next is the config as it is."
+            "no pair is left out: the ranking has no place to cut (--min-probability P cuts it)"
         )
     else:
-        lines.append("no pair is suspect; what is trained next is the config as it is")
+        lines.append("no pair is suspect")
     if found["study"] is not None:
         lines.append(study_line(found["study"]))
     return lines

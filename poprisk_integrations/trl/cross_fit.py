@@ -1,9 +1,11 @@
 """Flip report from models that never saw the pairs they judge."""
 
 import hashlib
+import json
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import TrainerCallback
 
 from poprisk_integrations._files import write_whole
@@ -23,12 +26,46 @@ from poprisk_integrations.trl.pairs import ROW_COLUMN, LabelledPairs
 if TYPE_CHECKING:
     from poprisk_integrations.trl.pair_trainer import PairTrainerPart
 
-__all__ = ["cross_fit_flip_report", "fold_file"]
+__all__ = ["CrossFit", "cross_fit", "cross_fit_flip_report"]
 
 logger = logging.getLogger(__name__)
 
 
-def cross_fit_flip_report(
+@dataclass(frozen=True, kw_only=True)
+class CrossFit:
+    """What models that never saw the pairs they judge have found.
+
+    Attributes:
+        report: The pairs, those first whose label is most probably wrong.
+        estimate: The noise rate that the report was made with.
+        epochs: Of each fold, epochs that its margins are averaged over.
+        weights: File with the mean of the fold models' trained parameters; None if not kept.
+    """
+
+    report: FlipReport
+    estimate: NoiseRateEstimate
+    epochs: list[int]
+    weights: Path | None = None
+
+    def load_weights(self, trainer: Any) -> None:
+        """Put the mean of the fold models into the model of a trainer that has not trained yet.
+
+        Raises:
+            ValueError: If they were not kept, or the model has no such parameters.
+        """
+        if self.weights is None:
+            raise ValueError("The fold models were not kept: pass average_weights=True.")
+        parameters = dict(trainer.model.named_parameters())
+        with safe_open(self.weights, framework="pt") as saved, torch.no_grad():
+            names = list(saved.keys())
+            unknown = [name for name in names if name not in parameters]
+            if unknown:
+                raise ValueError(f"The model has no parameter {unknown[0]!r} of {self.weights}.")
+            for name in names:
+                parameters[name].copy_(saved.get_tensor(name))
+
+
+def cross_fit(
     make_trainer: Callable[[Dataset, Dataset], "PairTrainerPart"],
     dataset: Dataset,
     *,
@@ -37,15 +74,22 @@ def cross_fit_flip_report(
     seed: int = 0,
     directory: str | Path | None = None,
     key: str = "",
-) -> tuple[FlipReport, NoiseRateEstimate]:
-    """Train once per fold on the other folds, and judge the pairs of the fold.
+    average_weights: bool = False,
+) -> CrossFit:
+    """Train once per fold on the other folds, judge the pairs of the fold, average the models.
 
     The report of a single run comes from margins of a model that has seen, on average, half an
     epoch. Here all come from trained models: after each epoch the pairs of the fold are judged, and
     their margins are averaged over the epochs up to the one whose average explains their labels
     best (`core.out_of_fold.MarginAverage`). A fold ends two epochs after that one, or with its
     trainer's own end. It costs up to `folds - 1` times the training of one model, and a forward
-    pass over all pairs for each epoch. What it gains: `recipes/benchmarks/cleaned_pairs`.
+    pass over all pairs for each epoch.
+
+    The mean of the fold models, over the same epochs, is a better model than one that was trained
+    on all pairs: each wrong label was fitted by some of the models only, and each of them has
+    stopped where its own held-out labels, noisy as they are, said so. What both gain is measured in
+    `recipes/benchmarks/cleaned_pairs`. Factors of adapters (LoRA) are averaged one by one, which is
+    not the mean of their products.
 
     Args:
         make_trainer: Gets the pairs to train on and the pairs to judge, and returns a trainer with
@@ -61,66 +105,149 @@ def cross_fit_flip_report(
             same pairs, folds, seed and key, what is there is not trained again. None to keep
             nothing.
         key: What else the folds depend on, such as the trainer's settings as text.
-
-    Returns:
-        The report over all pairs, and the noise rate it was made with.
+        average_weights: Whether to keep the mean of the fold models, in `directory`.
 
     Raises:
-        ValueError: If `folds` is not in [2, number of pairs], an id is none, or fewer than 50 pairs
-            were judged.
+        ValueError: If `folds` is not in [2, number of pairs], an id is none, fewer than 50 pairs
+            were judged, or weights are to be kept without a directory.
 
     Example:
         >>> def make_trainer(train, judged):  # doctest: +SKIP
         ...     args = PopRiskDPOConfig("folds", stop=False, num_train_epochs=3)
         ...     return PopRiskDPOTrainer(load_model(), args=args, train_dataset=train,
         ...                              eval_dataset=judged, processing_class=tokenizer)
-        >>> report, estimate = cross_fit_flip_report(make_trainer, pairs)  # doctest: +SKIP
-        >>> cleaned = clean_pairs(pairs, report)  # doctest: +SKIP
+        >>> found = cross_fit(make_trainer, pairs, directory="folds", average_weights=True)
+        ... # doctest: +SKIP
+        >>> cleaned = clean_pairs(pairs, found.report)  # doctest: +SKIP
+        >>> found.load_weights(trainer)  # doctest: +SKIP
     """
     if not 2 <= folds <= len(dataset):
         raise ValueError(f"Invalid folds: {folds}. Must be in [2, {len(dataset)}].")
+    if average_weights and directory is None:
+        raise ValueError("Invalid average_weights: True. It needs a directory to keep them in.")
     pairs = LabelledPairs(dataset, pair_id_column)
     places = list(range(len(dataset)))
     random.Random(seed).shuffle(places)
     noise = LabelNoise(len(dataset), loss=PairLoss())
-    made_of = "" if directory is None else _digest(dataset, f"{folds} {seed} {key}")
+    kept = None
+    if directory is not None:
+        kept = _Kept(Path(directory), _digest(dataset, f"{folds} {seed} {key} {average_weights}"))
+    epochs = []
     for fold in range(folds):
-        file = None if directory is None else fold_file(directory, fold)
-        found = None if file is None else _kept(file, made_of)
+        found = None if kept is None else kept.load(fold)
         if found is None:
             logger.info("Fold %d of %d.", fold + 1, folds)
             held_out = sorted(places[fold::folds])
             others = sorted(set(places) - set(held_out))
             trainer = make_trainer(dataset.select(others), pairs.dataset.select(held_out))
-            judge = _EpochJudge(trainer)
+            judge = _EpochJudge(trainer, average_weights)
             trainer.add_callback(judge)
             trainer.train()
-            found = judge.rows, judge.average.margins()
-            if file is not None and trainer.is_world_process_zero():
-                with write_whole(file) as path:
-                    tensors = {"rows": found[0], "margins": found[1]}
-                    save_file(tensors, path, metadata={"made_of": made_of})
+            found = judge.found
+            if kept is not None and trainer.is_world_process_zero():
+                kept.save(fold, found, judge.weights)
             del trainer, judge  # model and optimizer, before the next one is made
-        noise.margins.record(*found, step=1)  # of a model that has moved: all alike
+        noise.margins.record(found["rows"], found["margins"], step=1)  # of a model that has moved
+        epochs.append(int(found["epochs"]))
     estimate = noise.update_estimate(step=0)
     pairs.dropped = set(places) - set(torch.nonzero(noise.margins.seen).squeeze(1).tolist())
-    return pairs.flip_report(noise), estimate
+    weights = kept.mean if kept is not None and average_weights else None
+    return CrossFit(
+        report=pairs.flip_report(noise), estimate=estimate, epochs=epochs, weights=weights
+    )
 
 
-def fold_file(directory: str | Path, fold: int) -> Path:
-    """Where the margins of a fold are kept."""
-    return Path(directory) / f"fold-{fold}.safetensors"
+def cross_fit_flip_report(
+    make_trainer: Callable[[Dataset, Dataset], "PairTrainerPart"],
+    dataset: Dataset,
+    *,
+    pair_id_column: str | None = None,
+    folds: int = 4,
+    seed: int = 0,
+) -> tuple[FlipReport, NoiseRateEstimate]:
+    """Report and noise rate of `cross_fit`, where the models are not wanted.
+
+    Args:
+        make_trainer: As there, like the others.
+        dataset: Preference pairs.
+        pair_id_column: Column with a unique id per pair; None for row numbers.
+        folds: Parts of the data, >= 2.
+        seed: Of the partition.
+
+    Returns:
+        The report over all pairs, and the noise rate it was made with.
+
+    Raises:
+        ValueError: As `cross_fit`.
+    """
+    found = cross_fit(make_trainer, dataset, pair_id_column=pair_id_column, folds=folds, seed=seed)
+    return found.report, found.estimate
+
+
+class _Kept:
+    """What folds have found, in files; a fold of other pairs or settings is not taken for theirs.
+
+    The mean of the models grows with each fold, and is written before the fold's margins are: a
+    fold that was cut in between is trained again, and counted once.
+    """
+
+    def __init__(self, directory: Path, made_of: str) -> None:
+        self.mean = directory / "mean.safetensors"
+        self._directory, self._made_of = directory, made_of
+
+    def load(self, fold: int) -> dict[str, Tensor] | None:
+        """Rows, margins and epochs of a fold that is done; None if it is not."""
+        found = self._read(self._file(fold))
+        return None if found is None else found[0]
+
+    def save(self, fold: int, found: dict[str, Tensor], weights: dict[str, Tensor] | None) -> None:
+        """Keep what a fold has found, and its model as a part of the mean."""
+        if weights is not None:
+            before = self._read(self.mean)
+            folds = [] if before is None else json.loads(before[1]["folds"])
+            if before is not None and fold not in folds:
+                share = 1 / (len(folds) + 1)
+                weights = {k: before[0][k].lerp(w, share) for k, w in weights.items()}
+            if fold not in folds:
+                self._write(self.mean, weights, folds=json.dumps([*folds, fold]))
+        self._write(self._file(fold), found)
+
+    def _file(self, fold: int) -> Path:
+        return self._directory / f"fold-{fold}.safetensors"
+
+    def _read(self, file: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        try:
+            with safe_open(file, framework="pt") as saved:
+                text = saved.metadata() or {}
+                if text.get("made_of") == self._made_of:
+                    return {name: saved.get_tensor(name) for name in saved.keys()}, text  # noqa: SIM118
+        except (OSError, SafetensorError):
+            pass
+        return None
+
+    def _write(self, file: Path, tensors: dict[str, Tensor], **text: str) -> None:
+        with write_whole(file) as path:
+            save_file(tensors, path, metadata={"made_of": self._made_of, **text})
 
 
 class _EpochJudge(TrainerCallback):
     """Judges the evaluation pairs after each epoch, and ends training when they have been told."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, keeps_weights: bool) -> None:
         if ROW_COLUMN not in trainer.eval_dataset.column_names:
             raise ValueError("make_trainer must pass its second argument on as eval_dataset.")
-        self.average = MarginAverage()
-        self.rows = torch.empty(0, dtype=torch.int64)
+        self.weights: dict[str, Tensor] | None = None  # their mean over the epochs that count
+        self._average = MarginAverage()
+        self._rows = torch.empty(0, dtype=torch.int64)
+        self._sum: dict[str, Tensor] = {}
         self._trainer = trainer
+        self._keeps_weights = keeps_weights
+
+    @property
+    def found(self) -> dict[str, Tensor]:
+        """Rows, their margins, and the number of epochs that these are of."""
+        epochs = torch.tensor(self._average.best + 1)
+        return {"rows": self._rows, "margins": self._average.margins(), "epochs": epochs}
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The same numbers on all ranks, so all of them end together."""
@@ -129,13 +256,33 @@ class _EpochJudge(TrainerCallback):
         # A sampler pads the last batch of some ranks with pairs that they have had.
         is_first = torch.ones(len(rows), dtype=torch.bool)
         is_first[1:] = rows[order][1:] != rows[order][:-1]
-        self.rows = rows[order][is_first].cpu()
-        self.average.add(margins[order][is_first])
-        if self.average.has_told:
+        self._rows = rows[order][is_first].cpu()
+        self._average.add(margins[order][is_first])
+        if self._keeps_weights:
+            self._add_weights()
+        if self._average.has_told:
             control.should_training_stop = True
 
+    def _add_weights(self) -> None:
+        now = _trained_weights(self._trainer)
+        self._sum = {k: self._sum[k].add_(w) for k, w in now.items()} if self._sum else now
+        epochs = len(self._average.fits)
+        if self._average.best == epochs - 1:
+            self.weights = {name: value / epochs for name, value in self._sum.items()}
 
-def _judge(trainer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+
+def _trained_weights(trainer: Any) -> dict[str, Tensor]:
+    """Whole trained parameters on the CPU, fp32; under FSDP and DeepSpeed on rank 0."""
+    network = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    names = [name for name, p in network.named_parameters() if p.requires_grad]
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    else:
+        state = dict(network.named_parameters())
+    return {n: state[n].detach().to("cpu", torch.float32, copy=True) for n in names if n in state}
+
+
+def _judge(trainer: Any) -> tuple[Tensor, Tensor]:
     """Rows and margins of the trainer's evaluation pairs, under the model as it is."""
     model = trainer.model
     was_training = model.training
@@ -154,14 +301,3 @@ def _digest(dataset: Dataset, settings: str) -> str:
     for batch in dataset.with_format(None).select_columns(names).iter(batch_size=1000):
         content.update(repr(batch).encode())
     return content.hexdigest()
-
-
-def _kept(file: Path, made_of: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Rows and margins of a fold that was done before; None if it was not, or is of other pairs."""
-    try:
-        with safe_open(file, framework="pt") as saved:
-            if saved.metadata() == {"made_of": made_of}:
-                return saved.get_tensor("rows"), saved.get_tensor("margins")
-    except (OSError, SafetensorError):
-        pass
-    return None

@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> list[str]:
         if waits:
             sizes = Sizes(train=setting.pairs)
             if args.quick:
-                sizes = replace(sizes, held=40)
+                sizes = replace(sizes, held=40, candidates=1.6)
             _record(
                 setting,
                 build(list(setting.conditions), list(seeds), models, sizes),
