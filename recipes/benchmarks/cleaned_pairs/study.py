@@ -56,10 +56,6 @@ SETTINGS = (
     *(Setting(name="flips", conditions=FLIPS, run=_linear(lr)) for lr in (1e-4, 3e-4, 1e-3, 3e-3)),
     Setting(name="flips", conditions=FLIPS, run=Run(lr=1e-3, schedule="constant", epochs=8)),
     *(Setting(name="few", conditions=FLIPS, run=_linear(lr), pairs=320) for lr in (3e-4, 1e-3)),
-    *(
-        Setting(name="structured", conditions=("length", "annotators"), run=_linear(lr))
-        for lr in (3e-4, 1e-3)
-    ),
 )
 CHOSEN_ON = (
     *(Setting(name="flips", conditions=("flips 30",), run=_linear(lr)) for lr in (3e-4, 1e-3)),
@@ -240,8 +236,6 @@ GROUPS = {  # of the summary: condition, setting and schedule that are averaged 
     "none wrong, constant rate": ("flips 0", "flips", "constant"),
     "320 pairs, 30 % wrong": ("flips 30", "few", "linear"),
     "320 pairs, none wrong": ("flips 0", "few", "linear"),
-    "longer wins": ("length", "structured", "linear"),
-    "annotators": ("annotators", "structured", "linear"),
 }
 
 
