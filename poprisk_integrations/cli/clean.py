@@ -183,9 +183,10 @@ def _judge(
 
 def _settings(config: "DPOArguments", args: argparse.Namespace) -> str:
     """Of what decides what the folds find, a digest."""
+    options: Any = config.training  # transformers leaves `to_dict` untyped
     training = {
         name: value
-        for name, value in config.training.to_dict().items()
+        for name, value in options.to_dict().items()
         if name not in _FOLD and not name.endswith("dir") and "logging" not in name
     }
     found = [training, vars(config.model), args.folds]
