@@ -87,6 +87,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Judge, clean, train, and say what came of it."""
     require("transformers", "datasets", "trl", "peft", extra="trl")
+    from accelerate import PartialState
     from datasets import Dataset
 
     from poprisk_integrations.cli.dpo import load_pairs, record, train_and_save, trainer_of
@@ -130,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
         "study": _study(report, pairs),
     }
     is_going_on = _is_going_on(folder / CLEAN_REPORT, found)
+    PartialState().wait_for_everyone()  # each rank has read it before the first one writes
     if is_first:
         report.save(folder)
         record(folder / "label_flips.json", pairs.flips)  # so that `poprisk flips` knows them
@@ -222,7 +224,7 @@ def _lines(found: dict[str, Any], estimate: Any, folder: Path) -> list[str]:
     if done:
         kept = found["expected_wrong"]
         rest = "" if kept is None else f"; of the rest {100 * kept:.0f} % are expected to be wrong"
-        lines.append(f"of {found['num_pairs']} pairs {done}{rest}; {folder / _DATA}")
+        lines.append(f"{folder / _DATA}: of {found['num_pairs']} pairs {done}{rest}")
     elif estimate.rate is None and found["min_probability"] is None:
         lines.append(
             "no pair is left out: the ranking has no place to cut (--min-probability P cuts it)"

@@ -7,7 +7,7 @@ __all__ = ["LabelAdvice", "label_advice"]
 
 Kind = Literal["not_judged", "not_told", "none_suspect", "suspect"]
 
-_CLEAN = "poprisk clean --config recipe.yaml"  # out-of-fold margins, cleaning, training again
+_CLEAN = "poprisk clean --config recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +61,9 @@ def label_advice(
             kind="not_told",
             text="look at the top of the ranking by hand: the margins do not tell how many labels "
             "are wrong, so P(wrong) is an order and no probability. Margins of a longer training "
-            f"tell more, and those out of fold: `{_CLEAN}` takes them, cleans and trains again. "
-            "Some hundred pairs labelled twice tell the rate (double_annotation_rate). "
+            f"tell more, and those out of fold: `{_CLEAN}` takes them, and makes the mean of these "
+            "models the model. Some hundred pairs labelled twice tell the rate "
+            "(double_annotation_rate). "
             f"`{command} --write cleaned.jsonl --min-probability P` leaves out its top even so",
         )
     if not num_suspect:
@@ -74,5 +75,5 @@ def label_advice(
         kind="suspect",
         text=f"look at the most suspect pairs; to leave out the {labels} more probably wrong than "
         f"right: `{command} --write cleaned.jsonl`. For a better model: `{_CLEAN}` judges each "
-        "pair by a model that never saw it, cleans and trains again",
+        "pair by models that never saw it, and makes the mean of these models the model",
     )

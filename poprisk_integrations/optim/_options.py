@@ -37,8 +37,7 @@ PUBLISHED = ("gate_eps", "noise_mean")  # options of `PopRiskAdamW.paper`, and o
 PIECES = ("microbatch", "ranks")  # sources that are measured within a step, `_noise_source.py`
 READ_OFF = "moments"  # the source without a state of its own: v_hat - m_hat^2
 NOISE_SOURCES = ("temporal", *PIECES, READ_OFF)
-COORDINATES = ("coordinate", "element")  # two words for the same grain
-GRAINS = (*COORDINATES, "row", "tensor")
+GRAINS = ("coordinate", "row", "tensor")
 
 
 def _is_number(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
@@ -165,7 +164,7 @@ class GroupOptions:
     @property
     def pooled(self) -> bool:
         """Whether one gate stands for a row or a tensor, see `_pooled.py`."""
-        return self.gated and self.granularity not in COORDINATES
+        return self.gated and self.granularity != "coordinate"
 
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(GroupOptions)}
@@ -203,7 +202,7 @@ def kept_moments(group: dict[str, Any]) -> tuple[str, ...]:
 def uses_pooling(group: dict[str, Any]) -> bool:
     """Whether the gates of a group are those of rows or tensors, and act at all."""
     gated = group["gate"] != "none" and group["gate_blend"] > 0.0
-    return bool(gated and group["granularity"] not in COORDINATES)
+    return bool(gated and group["granularity"] != "coordinate")
 
 
 def uses_pieces(group: dict[str, Any]) -> bool:

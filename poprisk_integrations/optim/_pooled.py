@@ -16,7 +16,6 @@ from poprisk_integrations.core.noise_law import effective_coordinates, pooled_al
 from poprisk_integrations.distributed import sum_lists_over_shards
 from poprisk_integrations.optim._fused_math import FusedPlan, Scalars, gate_of
 from poprisk_integrations.optim._options import (
-    COORDINATES,
     GroupOptions,
     resolve_group,
     uses_pooling,
@@ -33,7 +32,7 @@ def check_grain(group: dict[str, Any]) -> None:
     DeepSpeed's partitions are plain tensors, its ZeRO-3 parameters have `ds_id`; FSDP1 marks what
     it flattens.
     """
-    if group["granularity"] in COORDINATES:
+    if group["granularity"] == "coordinate":
         return
     for param in group["params"]:
         is_plain = not isinstance(param, nn.Parameter)

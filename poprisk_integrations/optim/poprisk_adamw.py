@@ -107,8 +107,8 @@ class PopRiskAdamW(Optimizer):
             "microbatch": the spread of the backward passes of each step (2 or more). "ranks": the
             spread of the gradients of 2 or more DDP ranks. Same scale; see optim/README.md.
             "moments": v_hat - m_hat^2, floored at 0: no third state, so states are AdamW's.
-        granularity: What one gate decides about: "coordinate" (or "element"), "row" (of dimension
-            0) or "tensor". Of a row or tensor m_hat^2 and s_hat are averaged before the gate.
+        granularity: What one gate decides about: "coordinate", "row" (of dimension 0) or
+            "tensor". Of a row or tensor m_hat^2 and s_hat are averaged before the gate.
         stochastic_rounding: Round bfloat16 parameters stochastically (unbiased, reproducible).
             Low-precision states always are.
         rounding_seed: Seed of all stochastic rounding.

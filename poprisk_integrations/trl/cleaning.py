@@ -1,6 +1,7 @@
 """Data without the pairs whose label is probably wrong."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 
@@ -8,7 +9,7 @@ from poprisk_integrations.trl.flip_report import DROP_AT, FlipReport
 from poprisk_integrations.trl.label_flips import swap_labels
 from poprisk_integrations.trl.pairs import drop_rows, source_rows
 
-__all__ = ["CLEANING_MODES", "CleanedPairs", "clean_pairs"]
+__all__ = ["CLEANING_MODES", "CleanedPairs", "clean_pairs", "suspects"]
 
 CLEANING_MODES = ("drop", "swap", "suggested")
 
@@ -29,6 +30,20 @@ class CleanedPairs:
     dropped: list[int] = field(default_factory=list)
     swapped: list[int] = field(default_factory=list)
     expected_wrong: float | None = None
+
+
+def suspects(report: FlipReport, mode: str, min_probability: float | None) -> tuple[Any, Any]:
+    """Which pairs of the report's table are to be left out, and which to be exchanged.
+
+    Of a report that is no more than a ranking there are none without a probability to cut at.
+    """
+    table = report.to_pandas()
+    if mode == "suggested":
+        return table["action"].eq("drop"), table["action"].eq("swap")
+    found = table["probability_wrong"].ge(DROP_AT if min_probability is None else min_probability)
+    if not report.calibrated and min_probability is None:
+        found &= False
+    return found & (mode == "drop"), found & (mode == "swap")  # False for NaN
 
 
 def clean_pairs(
@@ -74,14 +89,7 @@ def clean_pairs(
             f"Invalid report: it is of {len(table)} pairs, some of which are not among the "
             f"{len(dataset)} of the data set."
         )
-    if mode == "suggested":
-        drop, swap = table["action"].eq("drop"), table["action"].eq("swap")
-    else:
-        cut = DROP_AT if min_probability is None else min_probability
-        suspect = table["probability_wrong"].ge(cut)  # False for NaN
-        if not report.calibrated and min_probability is None:
-            suspect &= False
-        drop, swap = suspect & (mode == "drop"), suspect & (mode == "swap")
+    drop, swap = suspects(report, mode, min_probability)
     dropped, swapped = sorted(table["row"][drop]), sorted(table["row"][swap])
     if len(dropped) == len(dataset):
         raise ValueError("No pair would be left: raise min_probability.")

@@ -146,6 +146,7 @@ def cross_fit(
             found = judge.found
             if kept is not None and trainer.is_world_process_zero():
                 kept.save(fold, found, judge.weights)
+            trainer.accelerator.wait_for_everyone()  # before another rank looks for the file
             del trainer, judge  # model and optimizer, before the next one is made
         noise.margins.record(found["rows"], found["margins"], step=1)  # of a model that has moved
         epochs.append(int(found["epochs"]))

@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
         report = FlipReport.load(args.run_dir)
     except FileNotFoundError as error:
         raise UsageError(
-            f"Invalid run_dir: {error}. PopRiskDPOTrainer writes it at the end of a run."
+            f"Invalid run_dir: {error}. PopRiskDPOTrainer and PopRiskRewardTrainer write one at "
+            "the end of a run."
         ) from None
     directory = args.run_dir if args.run_dir.is_dir() else args.run_dir.parent
     swapped_rows = study.load_swapped_rows(directory, report)

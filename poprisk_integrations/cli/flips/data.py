@@ -12,6 +12,7 @@ from datasets import Dataset, Value, disable_progress_bars
 from poprisk_integrations._files import write_whole
 from poprisk_integrations.cli.errors import UsageError, one_line
 from poprisk_integrations.cli.preference_data import load_split
+from poprisk_integrations.trl.cleaning import suspects
 from poprisk_integrations.trl.flip_report import DROP_AT, FlipReport
 from poprisk_integrations.trl.label_flips import EXCHANGED, swap_labels
 from poprisk_integrations.trl.pairs import excerpts
@@ -117,17 +118,14 @@ def clean_data(
     """Leave pairs out, or exchange their labels, and write the data; what was done."""
     mode, threshold = args.mode or "drop", args.min_probability
     table = report.to_pandas().assign(place=rows)
-    if mode == "suggested":
-        drop, swap = table["action"].eq("drop"), table["action"].eq("swap")
-    else:
-        if not report.calibrated and threshold is None:
+    if mode != "suggested" and threshold is None:
+        if not report.calibrated:
             raise UsageError(
                 "The report ranks the pairs; how many labels are wrong is not known, so there is "
                 "no place to cut: say where with --min-probability."
             )
-        threshold = DROP_AT if threshold is None else threshold
-        suspect = table["probability_wrong"].ge(threshold)  # False for NaN
-        drop, swap = suspect & (mode == "drop"), suspect & (mode == "swap")
+        threshold = DROP_AT
+    drop, swap = suspects(report, mode, threshold)
     dropped, swapped = set(table["place"][drop].tolist()), set(table["place"][swap].tolist())
     cleaned = swap_labels(dataset, swapped)
     if dropped:

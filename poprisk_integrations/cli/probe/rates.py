@@ -12,9 +12,9 @@ from poprisk_integrations.cli.probe.watch import RateWatch, StepWatch
 from poprisk_integrations.diagnostics.learning_rate_finder import (
     FinderOptions,
     LearningRateSuggestion,
-    RateProbe,
     find_learning_rate,
 )
+from poprisk_integrations.diagnostics.rate_probe import RateProbe
 
 __all__ = ["search_rate"]
 

@@ -16,8 +16,8 @@ from torch.optim.optimizer import (
 from typing_extensions import Self
 
 from poprisk_integrations.cli.errors import UsageError
-from poprisk_integrations.diagnostics.learning_rate_finder import RateProbe
 from poprisk_integrations.diagnostics.probe import GradientHistory
+from poprisk_integrations.diagnostics.rate_probe import RateProbe
 
 __all__ = ["RateWatch", "StepWatch", "WatchedOptimizer"]
 

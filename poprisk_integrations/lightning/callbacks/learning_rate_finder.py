@@ -9,12 +9,11 @@ from tqdm.auto import tqdm
 from poprisk_integrations.diagnostics.learning_rate_finder import (
     FinderOptions,
     LearningRateSuggestion,
-    RateProbe,
     find_learning_rate,
-    peak_rate,
 )
 from poprisk_integrations.diagnostics.learning_rate_scaling import scale_learning_rates
 from poprisk_integrations.diagnostics.left_as_found import LeftAsFound
+from poprisk_integrations.diagnostics.rate_probe import RateProbe, peak_rate
 from poprisk_integrations.diagnostics.run_length import total_steps
 from poprisk_integrations.diagnostics.without_traces import randomness_kept
 from poprisk_integrations.lightning._upstream import (

@@ -180,8 +180,8 @@ def test_annotators_the_worst_first(poprisk: Any) -> None:
     ]
     assert "drawn: Dots with intervals. Mean P(wrong) of all pairs 0.3" in page()
     lines = poprisk("flips", "--annotator-column", "who").splitlines()
-    assert all(len(line.rstrip()) <= 80 for line in lines if "P(wrong)" in line and "│" in line)
     (line,) = [line for line in lines if line.split()[:1] == ["bob"]]
+    assert len(line.rstrip()) <= 80
     assert line.split() == ["bob", "20", "20", *rows[0][3:4], *rows[0][4].split()]
 
 

@@ -34,14 +34,11 @@ def test_a_row_is_a_tensor_of_its_own(impl, source):
 
 @pytest.mark.parametrize("impl", TORCH)
 def test_coordinates_of_a_vector_are_its_rows(impl):
-    """And "element" is another word for "coordinate"."""
     generator = torch.Generator().manual_seed(0)
     history = [[torch.randn(50, generator=generator) + 0.3] for _ in range(10)]
     (by_row,), _ = trained([(50,)], history, granularity="row", **FLAGS[impl])
     (each,), _ = trained([(50,)], history, granularity="coordinate", **FLAGS[impl])
-    (element,), _ = trained([(50,)], history, granularity="element", **FLAGS[impl])
     torch.testing.assert_close(by_row, each)
-    assert torch.equal(each, element)
 
 
 @pytest.mark.parametrize("grain", ["row", "tensor"])
