@@ -46,8 +46,10 @@ def main(args: argparse.Namespace) -> list[str]:
     write_csv(stem.with_suffix(".csv"), runs)
     summary = summary_rows(scores(runs))
     write_csv(stem.with_name(f"summary_{stem.name}.csv"), summary)
+    tasks = task_rows(runs)
+    write_csv(stem.with_name(f"tasks_{stem.name}.csv"), tasks)
     draw(runs, stem.with_suffix(".png"))
-    return verdict(summary)
+    return [*verdict(summary), *coming_from_adamw(tasks)]
 
 
 def run_rows(traces: dict[tuple[str, int], dict[str, Any]], grids: dict) -> list[dict]:
@@ -136,6 +138,33 @@ def scores(runs: list[dict]) -> list[dict]:
     return rows + _one_rate(runs, tuned, loss_at)
 
 
+def task_rows(runs: list[dict]) -> list[dict]:
+    """By task and optimizer: its tuned rate, and each rule's mean excess and median rate over it."""
+    found = []
+    rows = scores(runs)
+    tuned = {key: between for key, (_, between) in tuned_rates(runs).items()}
+    for (task, optimizer), rate in tuned.items():
+        own = [row for row in rows if (row["task"], row["optimizer"]) == (task, optimizer)]
+        gate = tuned.get((task, "PopRiskAdamW")) if optimizer == "AdamW" else None
+        line = {"task": task, "optimizer": optimizer, "tuned": f"{rate:.3g}"}
+        line["gate_over_adamw"] = f"{gate / rate:.3f}" if gate else ""
+        for rule in ("finder", "default", "lr_find", "minimum/10", "valley"):
+            those = [row for row in own if row["rule"] == rule]
+            line[rule] = f"{np.mean([r['excess'] for r in those]):.4f}" if those else ""
+            line[f"{rule} ratio"] = f"{np.median([r['ratio'] for r in those]):.3g}" if those else ""
+        found.append(line)
+    return found
+
+
+def coming_from_adamw(tasks: list[dict]) -> list[str]:
+    """Rule 3: what to multiply AdamW's rate with."""
+    ratios = [float(row["gate_over_adamw"]) for row in tasks if row["gate_over_adamw"]]
+    if not ratios:
+        return []
+    span = f"median {np.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
+    return [f"gate's tuned rate over AdamW's: {span} ({len(ratios)} tasks)"]
+
+
 def _one_rate(runs: list[dict], tuned: dict, loss_at: dict) -> list[dict]:
     """The rate of the grid that is best for all tasks of AdamW together, seen in hindsight."""
     tasks = [task for task, optimizer in tuned if optimizer == "AdamW"]
@@ -194,6 +223,8 @@ def summary_rows(rows: list[dict]) -> list[dict]:
                 "excess": f"{mean:.4f}",
                 "excess_low": f"{low:.4f}",
                 "excess_high": f"{high:.4f}",
+                "median_task": f"{np.median([*means.values()]):.4f}",
+                "without_pinn": _mean_without(means, "pinn"),
                 "worst": f"{means[worst]:.4f}",
                 "worst_task": worst,
                 "within_2": f"{_within(ratios, 2):.3f}" if len(ratios) else "",
@@ -226,6 +257,11 @@ def _means(rows: list[dict]) -> list[dict]:
         for task, rule, optimizer in keys
         if optimizer != "PopRiskAdamW"
     ]
+
+
+def _mean_without(means: dict[str, float], task: str) -> str:
+    rest = [value for name, value in means.items() if name != task]
+    return f"{np.mean(rest):.4f}" if rest else ""
 
 
 def _within(ratios: np.ndarray, factor: float) -> float:
