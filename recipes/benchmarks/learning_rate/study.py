@@ -139,7 +139,7 @@ def scores(runs: list[dict]) -> list[dict]:
 
 
 def task_rows(runs: list[dict]) -> list[dict]:
-    """By task and optimizer: its tuned rate, and each rule's mean excess and median rate over it."""
+    """By task and optimizer: the tuned rate, and how far each rule is from it."""
     found = []
     rows = scores(runs)
     tuned = {key: between for key, (_, between) in tuned_rates(runs).items()}
