@@ -24,6 +24,7 @@ from poprisk_integrations.diagnostics.loss_calls import (
 
 __all__ = ["ExampleLosses"]
 
+_NEARLY_ALL = 0.02  # of a loss; in half precision sums differ by less
 _ASK = "Pass example_losses=f(module, batch) -> Tensor (B,)."
 
 
@@ -60,6 +61,9 @@ class ExampleLosses:
     def __init__(self) -> None:
         self.reason = ""  # why the last pass gave nothing, in one sentence; "" if it did
         self.rows = 0  # examples of the present batch
+        # Of the first batch, where they differ: what torch's loss functions make of the trained
+        # loss, and that loss. What else there is in it is not among the losses per example.
+        self.part: tuple[float, float] | None = None
         self._calls: list[LossCall] = []
         self._listeners = [(place, self._listener(place)) for place in PLACES]
         self._replaced: dict[LossPlace, Callable[..., Any]] = {}  # while it records
@@ -155,6 +159,7 @@ class ExampleLosses:
             torch.set_grad_enabled(True)
             result = result.detach().requires_grad_().clone()  # a leaf must not change in place
         call.edges.append(get_gradient_edge(result) if result.requires_grad else None)
+        call.results.append(result.detach())
         self._calls.append(call)
         return result
 
@@ -170,6 +175,8 @@ class ExampleLosses:
         is_first, self._is_first = self._is_first, False
         if len(calls) > 1 or calls[0].is_open or (is_first and total is not None):
             calls = _weighed(calls, total)  # at first also of one: it may be only a metric's
+        if is_first and total is not None:
+            self.part = _part(calls, total.detach())
         losses: list[Tensor] = []
         for call in calls:
             own = _row_means(call, self.rows)
@@ -221,6 +228,7 @@ def _join(call: LossCall, piece: LossCall) -> None:
     call.is_open |= piece.is_open
     call.elements += piece.elements
     call.edges += piece.edges
+    call.results += piece.results
 
 
 def _weighed(calls: list[LossCall], total: Tensor | None) -> list[LossCall]:
@@ -243,6 +251,17 @@ def _weighed(calls: list[LossCall], total: Tensor | None) -> list[LossCall]:
     if not used:
         raise NotPerExample("the trained loss does not depend on a loss function of torch")
     return used
+
+
+def _part(calls: list[LossCall], total: Tensor) -> tuple[float, float] | None:
+    """What the calls make of the trained loss, and that loss; None where they make all of it."""
+    makes = sum(
+        float((weight * result).sum())
+        for call in calls
+        for weight, result in zip(call.weights, call.results, strict=True)
+    )
+    whole = float(total)
+    return None if abs(whole - makes) <= _NEARLY_ALL * abs(whole) else (makes, whole)
 
 
 def _share(call: LossCall) -> Tensor:

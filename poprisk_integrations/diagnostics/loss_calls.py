@@ -74,6 +74,7 @@ class LossCall:
     is_open: bool  # the user's code reduces it, and may leave elements out
     elements: list[Tensor]  # then, per call: (n, ...)
     edges: list[Any]  # per call: of the user's loss in the graph
+    results: list[Tensor]  # per call: the user's loss
     weights: list[Tensor]  # per call: derivatives of the trained loss, once they are needed
     targets: tuple[int, int]  # where they lie: storage, offset
 
@@ -128,6 +129,7 @@ def look(
         is_open=is_open,
         elements=[losses] if is_open else [],
         edges=[],
+        results=[],
         weights=[],
         targets=(
             (target.untyped_storage().data_ptr(), target.storage_offset())

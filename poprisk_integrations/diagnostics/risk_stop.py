@@ -162,18 +162,24 @@ class RiskStop:
         assert self.run is not None
         experiment = self.run.experiment
         epochs, per_epoch = experiment.epochs, experiment.windows_per_epoch
+        part = ""
+        if self.run.tap.part is not None:
+            part = (
+                "; only of a part of the loss, the one that torch's loss functions make "
+                "({:.3g} of {:.3g} in a first batch)".format(*self.run.tap.part)
+            )
         if epochs is not None and epochs <= 1:
             return (
                 "estimates the test loss without validation data: in a single pass over the data "
                 "no example is seen twice, so the training loss before each step is one; there is "
-                "nothing to stop"
+                f"nothing to stop{part}"
             )
         count = "" if epochs is None else f", {max(1, round(epochs * per_epoch))} in all"
         return (
             f"estimates the test loss without validation data: a random "
             f"{100 * experiment.first_share:.3g} % of the {experiment.examples:,} examples join "
             "late, until then they are only measured; an estimate every "
-            f"{max(1, round(epoch_steps / per_epoch))} steps{count}; {_THEN[self.action]}"
+            f"{max(1, round(epoch_steps / per_epoch))} steps{count}; {_THEN[self.action]}{part}"
         )
 
     def end_line(self) -> str:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from poprisk_integrations._files import write_whole
 from poprisk_integrations.core.noise_rate import NoiseRateEstimate
@@ -89,7 +89,8 @@ def cross_fit(
     on all pairs: each wrong label was fitted by some of the models only, and each of them has
     stopped where its own held-out labels, noisy as they are, said so. What both gain is measured in
     `recipes/benchmarks/cleaned_pairs`. Factors of adapters (LoRA) are averaged one by one, which is
-    not the mean of their products.
+    near the mean of their products only where the folds start from the same factors: give all
+    trainers the same `seed`.
 
     Args:
         make_trainer: Gets the pairs to train on and the pairs to judge, and returns a trainer with
@@ -100,7 +101,7 @@ def cross_fit(
         pair_id_column: Column with a unique id per pair; None for row numbers.
         folds: Parts of the data, >= 2. With two each model sees half of the pairs, with four three
             quarters.
-        seed: Of the partition.
+        seed: Of the partition, and of what `make_trainer` draws.
         directory: Where the margins of each fold are kept when it is done. Called again with the
             same pairs, folds, seed and key, what is there is not trained again. None to keep
             nothing.
@@ -139,6 +140,7 @@ def cross_fit(
             logger.info("Fold %d of %d.", fold + 1, folds)
             held_out = sorted(places[fold::folds])
             others = sorted(set(places) - set(held_out))
+            set_seed(seed)  # heads and adapters that start at random do so alike in all folds
             trainer = make_trainer(dataset.select(others), pairs.dataset.select(held_out))
             judge = _EpochJudge(trainer, average_weights)
             trainer.add_callback(judge)

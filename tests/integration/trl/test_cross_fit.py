@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -39,18 +40,20 @@ class Watch(TrainerCallback):
 class Folds:
     """Makes trainers, and knows what they did."""
 
-    def __init__(self, root: Path, fails_at: int | None = None) -> None:
-        self.root, self.fails_at = root, fails_at
+    def __init__(self, root: Path, fails_at: int | None = None, **options: Any) -> None:
+        self.root, self.fails_at, self.options = root, fails_at, options
         self.watched: list[Watch] = []
+        self.drawn: list[float] = []
 
     def __call__(self, train: Any, judged: Any) -> Any:
         if len(self.watched) == self.fails_at:
             raise RuntimeError("cut")
+        self.drawn.append(torch.rand(1).item())
         watch = Watch()
         watch.trainer = dpo_trainer(
             self.root / "fold", train, judged, callbacks=[watch], stop=False, noise="off",
             num_train_epochs=3, max_steps=-1, learning_rate=1e-2, per_device_train_batch_size=8,
-            optim="adamw_torch",
+            optim="adamw_torch", **self.options,
         )  # fmt: skip
         self.watched.append(watch)
         return watch.trainer
@@ -107,6 +110,31 @@ def test_a_fold_that_is_kept_is_not_trained_again(tmp_path: Path) -> None:
         anew = Folds(tmp_path)
         fit(tmp_path / "cut", data, anew, **options)
         assert len(anew.watched) == FOLDS
+
+
+def test_of_adapters_the_factors_are_averaged_one_by_one(tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="gaussian")
+    data = easy_pairs(56)
+    make = Folds(tmp_path, peft_config=lora, ref_model=None)
+    found = fit(tmp_path / "kept", data, make)
+    assert len(set(make.drawn)) == 1  # where a model starts at random, all folds start alike
+    trainer = make(data, data)
+    found.load_weights(trainer)
+    merged = trainer.model.merge_and_unload()
+    base = tiny_model()
+    name = "model.layers.0.self_attn.q_proj"
+    change = merged.get_parameter(f"{name}.weight") - base.get_parameter(f"{name}.weight")
+    factors, products = [], []
+    for watch, epochs in zip(make.watched, found.epochs, strict=False):
+        for weights in watch.weights[:epochs]:
+            a, b = (weights[f"base_model.model.{name}.lora_{k}.default.weight"] for k in "AB")
+            factors.append((a / epochs / FOLDS, b / epochs / FOLDS))
+            products.append(b @ a / epochs / FOLDS)
+    scale = lora.lora_alpha / lora.r
+    a, b = (torch.stack(own).sum(0) for own in zip(*factors, strict=True))
+    torch.testing.assert_close(change.detach(), scale * (b @ a), rtol=1e-4, atol=1e-6)
+    mean = scale * torch.stack(products).sum(0)  # another change, of more than two directions
+    assert float((mean - change.detach()).norm() / mean.norm()) > 0.01
 
 
 def test_weights_need_a_place(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Trainers of TRL that have no subclass here: the gate and the stop by themselves."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,14 @@ def test_kto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         kto(tmp_path, callbacks=[forced]).train()
 
 
-def test_orpo(tmp_path: Path) -> None:
-    """The term of its loss that is one of torch's is estimated: the chosen completions' NLL."""
+def test_orpo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The term of its loss that is one of torch's is estimated, the chosen completions' NLL; it
+    says so."""
     trainer, stop = trained(orpo, tmp_path)
+    said = capsys.readouterr().err
+    (part,) = re.findall(
+        r"only of a part of the loss, .* \((\S+) of (\S+) in a first batch\)", said
+    )
     assert stop.criterion_in_use == "risk"
     first = stop.history[0]
     assert first["step"] == 8
@@ -78,3 +84,6 @@ def test_orpo(tmp_path: Path) -> None:
     assert first["train_loss"] == pytest.approx(nll, abs=0.05)
     assert first["estimated_test_loss"] == pytest.approx(nll, abs=0.2)
     assert nll < lines[0]["loss"] - 0.01  # the odds ratio is not in it
+    assert [float(number) for number in part] == pytest.approx(
+        [lines[0]["nll_loss"], lines[0]["loss"]], abs=0.2
+    )

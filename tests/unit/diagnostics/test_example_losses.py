@@ -272,6 +272,32 @@ def test_a_total_may_be_scaled_already() -> None:
     torch.testing.assert_close(values[0], values[1])
 
 
+PARTS: dict[str, tuple[Loss, float]] = {  # of the loss of scores and classes, and what is not in it
+    "all": (lambda s, y: F.cross_entropy(s, y), 0.0),
+    "class weights": (lambda s, y: F.cross_entropy(s, y, weight=_probabilities(C, 1)[:, 0]), 0.0),
+    "a mean of one's own": (lambda s, y: F.cross_entropy(s, y, reduction="none")[:4].mean(), 0.0),
+    "a sum, in parts": (
+        lambda s, y: sum(F.cross_entropy(*part, reduction="sum") / 12
+                         for part in zip(s.split(3), y.split(3), strict=True)), 0.0,
+    ),
+    "two": (lambda s, y: F.cross_entropy(s, y) + 0.3 * F.mse_loss(s, torch.zeros_like(s)), 0.0),
+    "a penalty": (lambda s, y: F.cross_entropy(s, y) + 0.1 * s.square().mean(), 0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_loss_of_which_torch_makes_only_a_part_is_noticed(name: str, grad: bool) -> None:
+    loss, penalty = PARTS[name]
+    scores, tap = _draw(B, C).requires_grad_(), ExampleLosses()
+    with torch.set_grad_enabled(grad):
+        total = _tapped(lambda: loss(scores, _classes(B)), tap=tap).total
+    rest = penalty * float(scores.detach().square().mean())
+    whole = float(total.detach())
+    expected = (pytest.approx(whole - rest), pytest.approx(whole)) if rest else None
+    assert tap.part == expected
+
+
 def _only_logged() -> Tensor:
     scores = _draw(B, 3).requires_grad_()
     F.mse_loss(scores, _draw(B, 3))
