@@ -162,6 +162,8 @@ def _shard_groups(
 
     `rows_are_whole` leaves out the groups that share nothing but dimension 0.
     """
+    if plain_group is None and not (dist.is_available() and dist.is_initialized()):
+        return []
     found: dict[tuple[Any, int], list[int]] = {}
     plain: list[int] = []
     for position, tensor in enumerate(tensors):

@@ -1,7 +1,7 @@
-"""The whole step as one elementwise function: for compilers, and eagerly for tensors of a kind.
+"""The whole step as one elementwise function of tensors of a kind.
 
-The second is the path of accelerators without the Triton kernel and of what the kernel does not
-take: some 30 launches for all parameters of a shape, and no host that knows the step count.
+It is the path of accelerators without the Triton kernel and of what the kernel does not take: some
+30 launches for all parameters of a shape, and no host that knows the step count.
 """
 
 from collections.abc import Callable, Hashable
@@ -24,19 +24,18 @@ __all__ = [
     "capturable_poprisk_adamw",
     "fused_update",
     "gate_of",
-    "sampled_sums",
+    "state_sums",
     "stored",
 ]
 
 Scalars = dict[str, Tensor]
 Parts = tuple[tuple[Tensor, ...], ...]  # tensors of exp_avg, exp_avg_sq, exp_dev_sq as stored
 Values = tuple[Tensor, ...]  # parameter, exp_avg, exp_avg_sq and, where there is one, exp_dev_sq
-SAMPLE_NUMEL = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedPlan:
-    """What is fixed when the function is compiled; everything else is data."""
+    """What is the same for all tensors of a kind; everything else is data."""
 
     gate: str
     gated: bool
@@ -207,37 +206,25 @@ def stored(
     return param, tuple(result)
 
 
-def sampled_sums(
+def state_sums(
     moments: Parts,
     c: Scalars,
     plan: FusedPlan,
     lr: float | Tensor,
-    sample: int = SAMPLE_NUMEL,
     shared: PooledGate | None = None,
 ) -> Tensor:
-    """Columns of the gate statistics, from the states after a step.
-
-    Of a tensor above `sample` elements, some at regular distances are looked at, and their sums
-    scaled up: reductions in the compiled step would cost more than the step.
-    """
-    numel = moments[0][0].numel()
-    # odd: not one column of a matrix
-    distance = max(1, numel // sample) | 1 if sample else 1
-    values = _loaded(moments, plan, c["keep"].dtype)
-    if distance > 1 and shared is None:
-        values = [t.reshape(-1)[::distance] for t in values]
-    exp_avg, exp_avg_sq, *noise = values
+    """Columns of the gate statistics, from the states after a step."""
+    exp_avg, exp_avg_sq, *noise = _loaded(moments, plan, c["keep"].dtype)
     direction = exp_avg / (exp_avg_sq.sqrt() / c["bias_correction2_sqrt"] + c["eps"])
-    share = numel / exp_avg.numel()
     if not plan.gated:
-        return ungated_sums(direction, lr) * share
+        return ungated_sums(direction, lr)
     if shared is not None:
         return pooled_sums(shared, direction, lr)
     gate, mean_sq, spread = _gate(exp_avg, exp_avg_sq, noise, c, plan)
     # a step that is ungated yet counts as open, for alpha = 0 too
     spread = torch.where(c["blend"] > 0, spread, -1.0)
     mean_sq = torch.where(c["blend"] > 0, mean_sq, 1.0)
-    return parameter_sums(mean_sq, spread, gate, direction, c["boundary"], lr) * share
+    return parameter_sums(mean_sq, spread, gate, direction, c["boundary"], lr)
 
 
 def capturable_poprisk_adamw(
@@ -335,7 +322,7 @@ def _step_alike(
         for target, value in zip(targets, part, strict=True):
             _copy(target, value)
     if sums is not None:
-        sums.append(sampled_sums(parts, c, plan, options.lr, sample=0, shared=shared))
+        sums.append(state_sums(parts, c, plan, options.lr, shared=shared))
 
 
 def _copy(targets: list[Tensor], rows: Tensor) -> None:

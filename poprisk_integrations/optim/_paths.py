@@ -5,11 +5,13 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from poprisk_integrations.distributed import local_tensor
-from poprisk_integrations.optim._compiled import (
-    compiled_poprisk_adamw,
+from poprisk_integrations.optim._cpu import cpu_poprisk_adamw
+from poprisk_integrations.optim._cpu_build import (
     compiler_is_found,
+    load_kernel,
     warn_without_compiler,
 )
 from poprisk_integrations.optim._eager import (
@@ -21,7 +23,7 @@ from poprisk_integrations.optim._options import GroupOptions, needs_device_step,
 from poprisk_integrations.optim._triton import triton_is_usable, triton_poprisk_adamw
 from poprisk_integrations.optim._work import GroupWork
 
-__all__ = ["path_of", "step_group"]
+__all__ = ["path_of", "paths_now", "step_group"]
 
 # Compiling takes seconds: below this size a training run may end before they are earned back.
 AUTO_FUSED_NUMEL = 1 << 20
@@ -35,7 +37,7 @@ def path_of(group: dict[str, Any]) -> str:
     """
     params: list[Tensor] = group["params"]
     # With scalars on the device, all tensors of a shape are taken at once, `foreach` or not.
-    on_device = any(needs_device_step(p, group) for p in params)
+    on_device = bool(params) and needs_device_step(params[0], group)  # all are on one device
     eager = "capturable" if on_device else "foreach" if group["foreach"] else "single_tensor"
     # Norms of whole tensors, which one elementwise pass cannot know.
     if group["preserve_norm"] or group["fused"] is False or not params:
@@ -50,12 +52,30 @@ def path_of(group: dict[str, Any]) -> str:
     if group["foreach"]:
         return eager
     is_asked_for = bool(group["fused"])
-    pays = sum(local_tensor(p).numel() for p in params) >= AUTO_FUSED_NUMEL
-    if (is_asked_for or pays) and compiler_is_found():
+    if type(local_tensor(params[0])) not in (Tensor, Parameter):
+        return eager  # no memory to work on: a FakeTensor, say
+    if (is_asked_for or _pays(params)) and compiler_is_found():
         return "fused_compiled"
     if is_asked_for:
         warn_without_compiler()
     return eager
+
+
+def _pays(params: list[Tensor]) -> bool:
+    numel = 0
+    for param in params:
+        numel += local_tensor(param).numel()
+        if numel >= AUTO_FUSED_NUMEL:
+            return True
+    return False
+
+
+def paths_now(groups: list[dict[str, Any]]) -> list[str]:
+    """The paths of a step that is taken now: what must be compiled first is, or found not to be."""
+    paths = [path_of(group) for group in groups]
+    if "fused_compiled" in paths and load_kernel() is None:
+        paths = [path_of(group) for group in groups]
+    return paths
 
 
 @cache
@@ -82,18 +102,20 @@ def step_group(
     the step must leave no trace (which only paths with scalars on the device look at), and
     `grad_scale` a 0-dim loss scale that the gradients still carry.
     """
-    on_device = options.capturable or work.params[0].device.type != "cpu"
+    on_device = options.capturable or work.owners[0].device.type != "cpu"
+    if path == "fused_triton":
+        work = triton_poprisk_adamw(work, options, sums, keep, grad_scale)
+    elif path == "fused_compiled":
+        if not keep:
+            return
+        work = cpu_poprisk_adamw(work, options, sums, grad_scale)
+    if not work.owners:
+        return
     if grad_scale is not None and not on_device:
         # copies: a gradient is never written
         inverse = grad_scale.double().reciprocal().float()
         work.grads = [grad * inverse.to(grad.device) for grad in work.grads]
         grad_scale = None
-    if path == "fused_triton":
-        work = triton_poprisk_adamw(work, options, sums, keep, grad_scale)
-    elif path == "fused_compiled":
-        work = compiled_poprisk_adamw(work, options, sums, keep if on_device else None, grad_scale)
-    if not work.params:
-        return
     if on_device:
         capturable_poprisk_adamw(work, options, sums, keep, grad_scale)
     elif path == "foreach":

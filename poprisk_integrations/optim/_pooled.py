@@ -76,7 +76,7 @@ def pool_gates(
     sums: list[Tensor] = []
     chosen: list[GroupWork] = []
     for work, group in zip(works, groups, strict=True):
-        if not work.params or not uses_pooling(group):
+        if not work.owners or not uses_pooling(group):
             continue
         check_grain(group)
         options = resolve_group(group)

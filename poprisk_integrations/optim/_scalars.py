@@ -10,7 +10,15 @@ from torch import Tensor
 from poprisk_integrations.core.noise import noise_is_ready
 from poprisk_integrations.optim._options import GroupOptions
 
-__all__ = ["COLUMNS", "StepScalars", "is_capturing", "positions_on", "scalar_rows", "step_scalars"]
+__all__ = [
+    "COLUMNS",
+    "StepScalars",
+    "is_capturing",
+    "positions_on",
+    "scalar_row",
+    "scalar_rows",
+    "step_scalars",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +91,39 @@ COLUMNS = (
     "weight_decay",  # lr * weight_decay
     "param_scale",  # 1 - lr * weight_decay
 )
+
+
+def scalar_row(
+    options: GroupOptions, step: float, dev_step: float, grad_factor: float
+) -> list[float]:
+    """The columns from the `step_scalars` of a step, for kernels of the host."""
+    s = step_scalars(options, step, dev_step)
+    weight = 1 - options.rho if options.gated and s.mean_scale is not None else 0.0
+    noise_scale = 1.0 if options.from_moments else s.noise_scale
+    shrink = options.alpha if options.gate == "snr" else 1.0
+    decay = float(options.lr) * options.weight_decay
+    columns = {
+        "keep": 1.0,
+        "grad_factor": grad_factor,
+        "mean_scale": s.mean_scale or 0.0,
+        "dev_decay": 1 - weight,
+        "dev_weight": weight,
+        "mean_weight": 1 - options.beta1,
+        "sq_decay": options.beta2,
+        "sq_weight": 1 - options.beta2,
+        "bias_correction2_sqrt": s.bias_correction2_sqrt,
+        "noise_scale": s.noise_scale,
+        "eps": options.eps,
+        "boundary": options.alpha * noise_scale,
+        "penalty": options.lambda_pop * shrink * noise_scale,
+        "gate_eps": options.gate_eps * s.bias_correction1**2,
+        "blend": options.gate_blend if s.gate_is_active else 0.0,
+        "noise_is_signal": float(s.noise_is_signal),
+        "step_size": float(options.lr) / s.bias_correction1,
+        "weight_decay": decay,
+        "param_scale": 1 - decay,
+    }
+    return [columns[name] for name in COLUMNS]
 
 
 def scalar_rows(

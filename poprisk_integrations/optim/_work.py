@@ -5,21 +5,22 @@ the states hold?
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from poprisk_integrations.distributed import local_tensor, max_over_shards
-from poprisk_integrations.optim._options import MOMENTS, GroupOptions
+from poprisk_integrations.optim._options import MOMENTS, GroupOptions, kept_moments
 from poprisk_integrations.optim._rounding import global_index, rounding_key, to_bfloat16, uniform16
-from poprisk_integrations.optim._states import Moment, moment_of
+from poprisk_integrations.optim._states import COUNTS, WIDE_DTYPES, Moment, fit_state, moment_of
 
 __all__ = ["GroupWork", "PooledGate", "memory_order", "real_view", "verdict"]
 
 # Temporaries of horizontally fused kernels stay below this many elements (a larger tensor aside).
 CHUNK_NUMEL = 1 << 24
+_shape_of, _device_of, _dtype_of = map(attrgetter, ("shape", "device", "dtype"))
 
 
 class PooledGate(NamedTuple):
@@ -33,50 +34,143 @@ class PooledGate(NamedTuple):
     is_dead: Tensor  # closed for want of any gradient
 
 
-@dataclass(slots=True)
 class GroupWork:
     """Lists over the parameters of one group that have a gradient.
 
     The tensors are local shards (of DTensors) and real views (of complex tensors) that share
-    memory with parameters and states, so elementwise work on them is work on the originals.
+    memory with parameters and states, so elementwise work on them is work on the originals. Views
+    are made where they are first asked for: of thousands of small tensors they cost more than the
+    arithmetic.
     """
 
-    owners: list[Tensor] = field(default_factory=list)  # as the user knows them
-    positions: list[int] = field(default_factory=list)  # over all groups; seed the rounding
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)  # never written
-    exp_avgs: list[Moment] = field(default_factory=list)  # m
-    exp_avg_sqs: list[Moment] = field(default_factory=list)  # v
-    exp_dev_sqs: list[Moment] = field(default_factory=list)  # s; empty where it is read off m and v
-    steps: list[Tensor] = field(default_factory=list)  # 0-dim
-    dev_steps: list[Tensor] = field(default_factory=list)  # 0-dim: deviations in s; or empty
-    pooled: list[PooledGate] = field(
-        default_factory=list
-    )  # empty where each coordinate has its own
+    def __init__(self) -> None:
+        self.owners: list[Tensor] = []  # as the user knows them
+        self.owners_grads: list[Tensor] = []
+        self.positions: list[int] = []  # over all groups; seed the rounding
+        self.states: list[dict[str, Tensor]] = []
+        self.pooled: list[PooledGate] = []  # empty where each coordinate has its own gate
+        self._lists: dict[str, list[Any]] = {}
+
+    @classmethod
+    def of(cls, group: dict[str, Any], first: int, all_states: dict[Tensor, Any]) -> "GroupWork":
+        """The work on a group whose parameters are numbered from `first` on."""
+        work, params = cls(), group["params"]
+        grads = [param.grad for param in params]
+        chosen = [i for i, grad in enumerate(grads) if grad is not None]
+        work.owners = [params[i] for i in chosen]
+        work.owners_grads = [grads[i] for i in chosen]
+        work.positions = [first + i for i in chosen]
+        work.states = [all_states[owner] for owner in work.owners]
+        if not work._fits(group):
+            work._lists.clear()
+            for state, param in zip(work.states, work.owners, strict=True):
+                fit_state(state, param, group)
+        return work
+
+    def _fits(self, group: dict[str, Any]) -> bool:
+        """Whether `fit_state` would change nothing; one look at many states is faster."""
+        keys = kept_moments(group)
+        counts = COUNTS[: len(keys) - 1]  # without s there is no count for it
+        if len(counts) == 1 and any(["dev_step" in state for state in self.states]):
+            return False
+        try:
+            columns = [self.state_list(key) for key in (*keys, *counts)][: len(keys)]
+        except KeyError:  # a new state, or codes
+            return False
+        shapes, devices = list(map(_shape_of, self.owners)), list(map(_device_of, self.owners))
+        dtypes = list(map(_dtype_of, self.owners))
+        is_wide = not set(WIDE_DTYPES).isdisjoint(dtypes)
+        return all(
+            list(map(_shape_of, column)) == shapes
+            and list(map(_device_of, column)) == devices
+            and not (is_wide and list(map(_dtype_of, column)) != dtypes)
+            for column in columns
+        )
+
+    def state_list(self, key: str) -> list[Tensor]:
+        """One entry of all states, as it is kept.
+
+        Raises:
+            KeyError: If it is missing in one of them.
+        """
+        return self.listed(f"state {key}", lambda: [state[key] for state in self.states])
 
     def append(self, param: Tensor, grad: Tensor, position: int, state: dict[str, Tensor]) -> None:
         """Add one parameter with its gradient and states."""
         self.owners.append(param)
+        self.owners_grads.append(grad)
         self.positions.append(position)
-        self.params.append(real_view(param))
-        self.grads.append(real_view(grad))
-        self.exp_avgs.append(moment_of(state, "exp_avg"))
-        self.exp_avg_sqs.append(moment_of(state, "exp_avg_sq"))
-        self.steps.append(state["step"])
-        if "dev_step" in state:
-            self.exp_dev_sqs.append(moment_of(state, "exp_dev_sq"))
-            self.dev_steps.append(state["dev_step"])
+        self.states.append(state)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """What is trained."""
+        return self.listed("params", lambda: [real_view(owner) for owner in self.owners])
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """Gradients, which are never written."""
+        return self.listed("grads", lambda: [real_view(grad) for grad in self.owners_grads])
+
+    @grads.setter
+    def grads(self, values: list[Tensor]) -> None:
+        self._lists["grads"] = values
+
+    @property
+    def exp_avgs(self) -> list[Moment]:
+        """First moments m."""
+        return self._moments_of("exp_avg")
+
+    @property
+    def exp_avg_sqs(self) -> list[Moment]:
+        """Second moments v."""
+        return self._moments_of("exp_avg_sq")
+
+    @property
+    def exp_dev_sqs(self) -> list[Moment]:
+        """Noise variances s; empty where the noise is read off m and v."""
+        return self._moments_of("exp_dev_sq") if self.has_noise else []
+
+    @property
+    def steps(self) -> list[Tensor]:
+        """Step counts, 0-dim."""
+        return self.state_list("step")
+
+    @property
+    def dev_steps(self) -> list[Tensor]:
+        """Counts of deviations in s, 0-dim; empty without s."""
+        return self.state_list("dev_step") if self.has_noise else []
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether s is a state."""
+        return bool(self.states) and "dev_step" in self.states[0]
+
+    def _moments_of(self, key: str) -> list[Moment]:
+        return self.listed(key, lambda: [moment_of(state, key) for state in self.states])
+
+    def listed(self, name: str, make: Callable[[], list[Any]]) -> list[Any]:
+        """A list of something of each parameter, made once."""
+        found = self._lists.get(name)
+        if found is None:
+            found = self._lists[name] = make()
+        return found
 
     def moments(self, index: int) -> tuple[Moment, ...]:
         """M, v and s of one parameter; without s where there is none."""
         moments = self.exp_avgs[index], self.exp_avg_sqs[index]
-        return (*moments, self.exp_dev_sqs[index]) if self.exp_dev_sqs else moments
+        return (*moments, self.exp_dev_sqs[index]) if self.has_noise else moments
 
     def only(self, indices: Iterable[int]) -> "GroupWork":
         """The work on some of the parameters."""
-        chosen = list(indices)
-        lists = (getattr(self, name) for name in self.__slots__)
-        return GroupWork(*([values[i] for i in chosen] if values else [] for values in lists))
+        chosen, part = list(indices), GroupWork()
+        for name in ("owners", "owners_grads", "positions", "states", "pooled"):
+            values = getattr(self, name)
+            setattr(part, name, [values[i] for i in chosen] if values else [])
+        part._lists = {
+            k: [values[i] for i in chosen] for k, values in self._lists.items() if values
+        }
+        return part
 
     def parts(self, likeness: Callable[[int], Hashable]) -> list[list[int]]:
         """Indices of parameters that kernels can take together, because they are alike.
@@ -122,7 +216,7 @@ def real_view(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, of a complex one its real and imaginary parts."""
     # Unwrap first: the detach of a DTensor is dispatched in Python, that of its shard is not.
     tensor = local_tensor(tensor).detach()
-    return torch.view_as_real(tensor.resolve_conj()) if torch.is_complex(tensor) else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.dtype.is_complex else tensor
 
 
 def memory_order(tensor: Tensor) -> tuple[tuple[int, int], ...] | None:
@@ -141,15 +235,19 @@ def memory_order(tensor: Tensor) -> tuple[tuple[int, int], ...] | None:
 
 
 def verdict(
-    works: Sequence[GroupWork], checked: Sequence[bool], found_inf: Tensor | None
+    works: Sequence[GroupWork],
+    checked: Sequence[bool],
+    found_inf: Tensor | None,
+    look: Callable[[Sequence[GroupWork]], bool | None] | None = None,
 ) -> Tensor | None:
     """1 if the step may count, 0 if it must be skipped; the same on all shards of a DTensor.
 
     One read of the gradients of the groups that are `checked`, unless GradScaler has looked at this
     rank's gradients already and found what is in `found_inf`. No host sync: the verdict is on the
-    first parameter's device. None without any gradient.
+    first parameter's device. None without any gradient. `look` is a faster look at gradients, which
+    gives None where it cannot see them.
     """
-    first = next((work.params[0] for work in works if work.params), None)
+    first = next((local_tensor(work.owners[0]) for work in works if work.owners), None)
     if first is None:
         return None
     if found_inf is not None:
@@ -157,6 +255,11 @@ def verdict(
         return 1.0 - max_over_shards(bad, [p for work in works for p in work.owners])
     bad = torch.zeros((), device=first.device)
     works = [work for work, is_checked in zip(works, checked, strict=True) if is_checked]
+    owners = [p for work in works for p in work.owners]
+    seen = look(works) if look is not None else None
+    if seen is not None:
+        bad = bad + float(not seen)
+        works = []
     batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for work in works:
         for grad in work.grads:
@@ -169,4 +272,4 @@ def verdict(
         norms = torch.stack(torch._foreach_norm(grads))
         squares = (4 * norms.to(torch.promote_types(dtype, torch.float32))).square()
         bad = torch.maximum(bad, (~torch.isfinite(squares).all()).float().to(bad.device))
-    return 1.0 - max_over_shards(bad, [p for work in works for p in work.owners])
+    return 1.0 - max_over_shards(bad, owners)

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from poprisk_integrations.distributed import local_tensor
 from poprisk_integrations.optim._checkpoint import loading
+from poprisk_integrations.optim._cpu import all_finite
 from poprisk_integrations.optim._gate_stats import StepRecord, named_ratios
 from poprisk_integrations.optim._noise_source import NoiseSource
 from poprisk_integrations.optim._options import (
@@ -24,7 +25,7 @@ from poprisk_integrations.optim._options import (
     needs_device_step,
     resolve_group,
 )
-from poprisk_integrations.optim._paths import path_of, step_group
+from poprisk_integrations.optim._paths import path_of, paths_now, step_group
 from poprisk_integrations.optim._pooled import check_grain, pool_gates
 from poprisk_integrations.optim._states import fit_state
 from poprisk_integrations.optim._work import GroupWork, verdict
@@ -90,10 +91,10 @@ class PopRiskAdamW(Optimizer):
         maximize: Maximise the objective.
         foreach: True for horizontally fused kernels on CPU (slower there than one tensor at a
             time). On accelerators all paths are.
-        fused: True for one pass over memory per step: compiled by torch.compile on CPU (some 15
-            seconds of CPU time, once, announced in the log; needs a C++ compiler, else a warning
-            and the eager path). None, with `foreach=None`, takes the fastest path that works: on
-            CPU fused from a million elements on; see `path`. False never fuses.
+        fused: True for one pass over memory per step: by a C++ kernel on CPU (compiled in a few
+            seconds, once, announced in the log; needs a C++ compiler, else a warning and the eager
+            path). None, with `foreach=None`, takes the fastest path that works: on CPU fused from
+            a million elements on; see `path`. False never fuses.
         capturable: Keep step counts on the device, as accelerators always do.
         state_dtype: None for float32 states whatever the parameter (float64 and complex parameters
             keep their own dtype), "bfloat16" (stochastically rounded), "8bit" (experimental: codes
@@ -298,7 +299,9 @@ class PopRiskAdamW(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
         checked = [group["skip_nonfinite"] for group in self.param_groups]
-        keep = verdict(works, checked, found_inf)
+        paths = paths_now(self.param_groups)
+        look = all_finite if "fused_compiled" in paths else None
+        keep = verdict(works, checked, found_inf, look)
         self._noise_source.update(works, self.param_groups, keep, grad_scale)
         record = self._record
         if keep is None:
@@ -311,14 +314,14 @@ class PopRiskAdamW(Optimizer):
         skipped = record.skipped_on(keep.device)
         skipped += (1.0 - keep).to(skipped.device)
         for index, (work, group) in enumerate(zip(works, self.param_groups, strict=True)):
-            if not work.params:
+            if not work.owners:
                 continue
             # `keep` is on the CPU here unless one model is split over CPU and accelerator.
-            if not needs_device_step(work.params[0], group) and not keep:
+            if not needs_device_step(work.owners[0], group) and not keep:
                 continue
             is_sampled = record.is_sampled(index, group["collect_stats_every"])
             sums: list[Tensor] | None = [] if is_sampled else None
-            step_group(path_of(group), work, resolve_group(group), sums, keep, grad_scale)
+            step_group(paths[index], work, resolve_group(group), sums, keep, grad_scale)
             if sums:
                 record.samples[index] = torch.stack([s.to(sums[0]) for s in sums]).sum(0)
 
@@ -380,13 +383,8 @@ class PopRiskAdamW(Optimizer):
         self._noise_source.watch(self.param_groups)
 
     def _gather(self, group_index: int, group: dict[str, Any]) -> GroupWork:
-        work = GroupWork()
         first = sum(len(g["params"]) for g in self.param_groups[:group_index])
-        for position, param in enumerate(group["params"], start=first):
-            if param.grad is not None:
-                state = fit_state(self.state[param], param, group)
-                work.append(param, param.grad, position, state)
-        return work
+        return GroupWork.of(group, first, self.state)
 
     # Neither is checkpointed, and copies make their own: hooks belong to the parameters of this
     # process, and sampling is not part of the trajectory.

@@ -58,6 +58,7 @@ def test_types_and_cards_are_in_the_wheel() -> None:
     files = {str(path) for path in distribution("poprisk_integrations").files or []}
     assert "poprisk_integrations/py.typed" in files
     assert {f"poprisk_integrations/{n}/README.md" for n in ("core", "optim", "trl")} <= files
+    assert "poprisk_integrations/optim/_cpu_kernel.cpp" in files  # compiled where it is used
     assert any(name.endswith("licenses/LICENSE") for name in files)
     assert not any(name.startswith(("tests", "recipes")) for name in files)
 

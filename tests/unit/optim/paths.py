@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import poprisk_integrations.optim as package
-from poprisk_integrations.optim import _compiled, _paths, _triton, poprisk_adamw
+from poprisk_integrations.optim import _cpu_build, _paths, _triton, poprisk_adamw
 
-__all__ = ["EAGER", "EVERY", "FLAGS", "HOST", "TORCH", "launches", "needs_cuda"]
+__all__ = ["EAGER", "EVERY", "FLAGS", "HOST", "TORCH", "launches", "needs_compiler", "needs_cuda"]
 
 # `fused=False` also where it is the default now: what None picks may depend on the machine.
 FLAGS = {
     "single_tensor": {"foreach": False, "fused": False},
     "foreach": {"foreach": True, "fused": False},
     "capturable": {"capturable": True, "fused": False},
-    "fused_compiled": {"fused": True},  # uncompiled: the same function, and no half a minute
+    "fused_compiled": {"fused": True},
     "fused_triton": {"capturable": True},  # interpreted on the CPU
 }
 EVERY = list(FLAGS)
@@ -30,20 +30,15 @@ HOST = EVERY[:2]
 TORCH = EVERY[:4]  # without the interpreter, which is slow
 KERNEL = "poprisk_integrations.optim._triton_kernel"
 
+needs_compiler = pytest.mark.skipif(
+    not _cpu_build.compiler_is_found(), reason="no C++ compiler: the CPU kernel is not tested"
+)
 launches = []  # of the interpreted kernel in this test
 
 needs_cuda = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def uncompile(patch):
-    """`fused=True` runs the function that it would compile, as it is."""
-    patch.setattr(torch, "compile", lambda function, **_: function)
-    patch.setattr(_compiled, "_compiled", functools.cache(_compiled._compiled.__wrapped__))
-    patch.setattr(_compiled, "_failures", [])
-    patch.setattr(_paths, "compiler_is_found", lambda: True)
 
 
 @functools.cache
@@ -84,4 +79,5 @@ def interpret(patch):
     patch.setattr(_triton, "_run", counted)
     patch.setattr(_triton, "_USABLE", {})
     _triton._tables.cache_clear()
+    patch.setattr(_paths, "path_of", path)
     patch.setattr(poprisk_adamw, "path_of", path)

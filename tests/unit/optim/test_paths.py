@@ -1,15 +1,10 @@
 """Which path steps a group, without stepping: an accelerator is stood in for by `meta`."""
 
-import logging
-import warnings
-
 import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
-from poprisk_integrations.optim import _compiled, _paths
-from tests.helpers.optim_problem import make_params, train
-from tests.unit.optim import paths
+from poprisk_integrations.optim import _paths
 
 LARGE = _paths.AUTO_FUSED_NUMEL
 # (device, options, with a compiler and Triton, without)
@@ -55,54 +50,3 @@ def test_each_group_has_its_own(monkeypatch):
     params = [torch.nn.Parameter(torch.zeros(8, device=device)) for device in ("cpu", "meta")]
     groups = [{"params": [params[0]], "foreach": True}, {"params": [params[1]], "foreach": True}]
     assert PopRiskAdamW(groups).path == "foreach+fused_triton"
-
-
-def test_without_a_compiler_one_warning_and_the_eager_path(monkeypatch):
-    monkeypatch.setattr(_compiled, "_failures", [])
-    monkeypatch.setattr(_compiled.shutil, "which", lambda _: None)
-    optimizer = PopRiskAdamW(make_params(), fused=True)
-    with pytest.warns(UserWarning, match=r"none of the C\+\+ compilers"):
-        assert optimizer.path == "single_tensor"
-    assert optimizer.path == "single_tensor"  # no second warning: it would be an error
-    assert not optimizer._step_supports_amp_scaling
-
-
-def test_a_failing_compiler_loses_no_step(monkeypatch):
-    def fails(*_, **__):
-        raise RuntimeError("no space left\non device")
-
-    paths.uncompile(monkeypatch)
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
-    monkeypatch.setattr(_paths, "compiler_is_found", lambda: not _compiled._failures)
-    expected, _ = train(lambda p: PopRiskAdamW(p, fused=False), steps=3)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        actual, optimizer = train(lambda p: PopRiskAdamW(p, fused=True), steps=3)
-    assert [str(w.message) for w in caught if "fused=True" in str(w.message)] == [
-        "PopRiskAdamW(fused=True) steps without compilation, which failed: no space left"
-    ]
-    assert optimizer.path == "single_tensor"
-    assert all(map(torch.equal, actual, expected))
-
-
-@pytest.mark.parametrize("impl", ["fused_compiled"])
-def test_a_compilation_is_announced_once_before_it_starts(impl, monkeypatch, caplog):
-    """Half a minute on some machines; the next step and the next optimizer say nothing."""
-    said = []
-
-    def compile_(function, **_):
-        said.extend(record.getMessage() for record in caplog.records)
-        return function
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    with caplog.at_level(logging.INFO, logger="poprisk_integrations"):
-        for _ in range(2):
-            param = torch.nn.Parameter(torch.ones(8))
-            optimizer = PopRiskAdamW([param], fused=True)
-            for _ in range(2):
-                param.grad = torch.ones(8)
-                optimizer.step()
-    (message,) = said
-    assert "compiles its fused step for float32 parameters" in message
-    assert "fused=False" in message
-    assert len(caplog.records) == 1
