@@ -1,7 +1,8 @@
 """Step time and state size of PopRiskAdamW's paths and of rivals, paired with AdamW(fused=True).
 
-`--part llama`: share of the optimizer in a whole training step. `--part compile_time`: the first
-fused step in a new process. Resumable: cells in today's result file are not measured again.
+`--part sources`: every noise source and grain. `--part llama`: share of the optimizer in a whole
+training step. `--part compile_time`: the first fused step in a new process. Resumable: cells in
+today's result file are not measured again.
 """
 
 import argparse
@@ -46,13 +47,23 @@ RIVALS = {
     "pytorch_optimizer AdaBelief": ("pytorch_optimizer", "AdaBelief", {}),
     "optimi AdamW": ("optimi", "AdamW", {"lr": 1e-3}),
 }
-CASES = {"float32": "", "bfloat16 states": "bfloat16", "8-bit states": "8bit"}
+SOURCES = {
+    "temporal": {},
+    "temporal, check off": {"skip_nonfinite": False},
+    "moments": {"noise_source": "moments"},
+    "moments, check off": {"noise_source": "moments", "skip_nonfinite": False},
+    "gate=none": {"gate": "none"},
+    "rows": {"granularity": "row"},
+    "rows of moments": {"granularity": "row", "noise_source": "moments"},
+    "tensors": {"granularity": "tensor"},
+    "tensors of moments": {"granularity": "tensor", "noise_source": "moments"},
+}
 FIRST_STEP = """
-import sys, time, torch
+import time, torch
 from poprisk_integrations import PopRiskAdamW
 p = torch.nn.Parameter(torch.randn(600, 512))
 p.grad = torch.randn(600, 512)
-optimizer = PopRiskAdamW([p], fused=True, state_dtype=sys.argv[1] or None)
+optimizer = PopRiskAdamW([p], fused=True)
 start = time.perf_counter()
 optimizer.step()
 print(optimizer.path, time.perf_counter() - start)
@@ -303,23 +314,60 @@ def _llama(quick: bool) -> list[dict]:
 def _compile_time(quick: bool) -> list[dict]:
     """The first fused step in a new process: with an empty compiler cache, then with it."""
     rows = []
-    for name, state_dtype in list(CASES.items())[: 1 if quick else None]:
-        with tempfile.TemporaryDirectory() as cache:
-            for state in ("empty", "filled"):
-                done = subprocess.run(
-                    [sys.executable, "-c", FIRST_STEP, state_dtype],
-                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                )
-                path, taken = done.stdout.split()
-                row = {"case": name, "cache": state, "path": path}
-                rows.append({**row, "first_step_seconds": round(float(taken), 1)})
+    with tempfile.TemporaryDirectory() as cache:
+        for state in ("empty", "filled"):
+            done = subprocess.run(
+                [sys.executable, "-c", FIRST_STEP],
+                env={**os.environ, "POPRISK_CACHE_DIR": cache},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            path, taken = done.stdout.split()
+            row = {"case": "all formats", "cache": state, "path": path}
+            rows.append({**row, "first_step_seconds": round(float(taken), 1)})
     return rows
 
 
-PARTS = {"llama": _llama, "compile_time": _compile_time}
+def _sources(quick: bool) -> list[dict]:
+    """Noise sources and grains, each beside AdamW fused: a wall clock and that of the CPU."""
+    layouts = {
+        "20M in 49": shapes(SIZES["20M"] // (256 if quick else 1), "large"),
+        "2,000 of 4,096": [(64, 64)] * (20 if quick else 2000),
+    }
+    rows = []
+    for layout, sizes in layouts.items():
+        base = make(ARMS[BASE], sizes)
+        for name, options in SOURCES.items():
+            optimizer = make(Arm(_fused(**options)), sizes)
+            for clock in (time.perf_counter, time.process_time):
+                times = [
+                    (seconds(optimizer.step, clock), seconds(base.step, clock))
+                    for _ in range(2 if quick else 32)
+                ][0 if quick else 2 :]
+                ours, theirs = (round(1e3 * median(t), 2) for t in zip(*times, strict=True))
+                rows.append(
+                    {
+                        "layout": layout,
+                        "arm": name,
+                        "path": optimizer.path,
+                        "clock": "wall" if clock is time.perf_counter else "CPU",
+                        **ratio_row([a / b for a, b in times]),
+                        "state_bytes": round(state_bytes(optimizer), 2),
+                        "milliseconds": ours,
+                        "base_milliseconds": theirs,
+                        "rounds": len(times),
+                        "threads": torch.get_num_threads(),
+                        "load": round(os.getloadavg()[0], 1),
+                    }
+                )
+                print(rows[-1], flush=True)
+            del optimizer
+            gc.collect()
+    return rows
+
+
+PARTS = {"sources": _sources, "llama": _llama, "compile_time": _compile_time}
 
 
 def draw(rows: list[dict], path: Path) -> None:
