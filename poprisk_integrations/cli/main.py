@@ -20,6 +20,21 @@ __all__ = ["main"]
 _BAD_INPUT = (UsageError, ValueError, ImportError, OSError)
 
 
+_OVERVIEW = """\
+poprisk: training on noisy data, without validation data
+
+  poprisk check DATA             what is wrong with preferences, before training
+  poprisk probe my_module:train  what gate and stop would do in your training
+                                 (--lr: and which learning rate suits it)
+  poprisk run script.py ...      your script, with optim="poprisk_adamw" known
+  poprisk dpo --config C.yaml    DPO on preferences (`poprisk recipes`: configs)
+  poprisk report RUN_DIR         did it help, why did it stop, what now: a page
+  poprisk flips RUN_DIR          pairs whose label is probably wrong
+  poprisk clean --config C.yaml  a better model in spite of them
+
+`poprisk demo` shows it in minutes, offline. Options: `poprisk COMMAND --help`."""
+
+
 class _Parser(argparse.ArgumentParser):
     """One line instead of the usage block; subparsers inherit it."""
 
@@ -30,12 +45,17 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with these arguments, by default those of the process.
 
+    Without any it says what one can do.
+
     Returns:
         Exit status: 0 for success, 2 for bad input, 130 after Ctrl-C, 141 where whoever reads the
         output has closed it. What else a command returns is passed on.
     """
     args = argparse.Namespace(command=None, debug=False, own_errors=True)
     try:
+        if not (sys.argv[1:] if argv is None else argv):
+            print(_OVERVIEW)
+            return 0
         parser = _build_parser()
         found, rest = parser.parse_known_args(argv)
         if rest and not hasattr(found, "rest"):
@@ -84,7 +104,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--debug", action="store_true", help="show the traceback of an error (before the command)"
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (demo, probe, check, dpo, clean, flips, run, report, recipes, env):
+    for command in (check, probe, run, dpo, report, flips, clean, demo, recipes, env):
         command.add_parser(subparsers)
     parser.set_defaults(own_errors=True)  # False where they may be those of the user's own code
     return parser

@@ -5,11 +5,12 @@ import re
 from benchmarks.harness.provenance import BENCHMARKS
 from benchmarks.harness.tables import comparisons, read_scores
 
-__all__ = ["SHOWN", "gates", "page", "verdicts"]
+__all__ = ["SHOWN", "findings", "gates", "page", "verdicts"]
 
 GATE_STUDIES = ("sparse_signal", "noisy_labels", "small_lm", "pinn", "inr")
 SHOWN = ("soft-32", "norm(soft-32)", "ratio(soft-32)", "paper", "soft-5", "snr-32")
-INTRODUCTION = """# Benchmarks
+INTRODUCTION = """
+## Questions and verdicts
 
 One question for each folder: its README has the set-up, the decision rule written before the run,
 the verdict and what it does not show; `results/` has the CSV, with versions and hardware in each
@@ -26,7 +27,18 @@ This page is written by `python -m benchmarks --summary`; a test writes it again
 
 def page() -> str:
     """The whole README."""
-    return "\n".join([INTRODUCTION, *verdicts(), "", *gates(), ""])
+    top = ["# Benchmarks", "", "## What follows for users", "", *findings()]
+    return "\n".join([*top, INTRODUCTION, *verdicts(), "", *gates(), ""])
+
+
+def findings() -> list[str]:
+    """What each study tells users to do, a line each."""
+    lines = []
+    for path in sorted(BENCHMARKS.glob("*/README.md")):
+        found = re.search(r"^\*For users:\* (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if found is not None:
+            lines.append(f"- {found[1]} [{path.parent.name}]({path.parent.name})")
+    return lines
 
 
 def verdicts() -> list[str]:

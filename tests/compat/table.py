@@ -1,4 +1,4 @@
-"""Writes the support table of the README from the results: `python -m tests.compat.table`."""
+"""Writes the support table of the README here from the results: `python -m tests.compat.table`."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from tests.compat.sets import SETS
 __all__ = ["README", "RESULTS", "ROOT", "readme_with_table", "results", "support_table"]
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+README = Path(__file__).with_name("README.md")
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- support: [^>]* -->\n).*?(<!-- end of support -->)", re.DOTALL)
 COLUMNS = ("torch", "transformers", "accelerate", "datasets", "trl", "peft")
@@ -58,7 +58,7 @@ def readme_with_table(text: str) -> str:
     table = support_table(results())
     text, count = BLOCK.subn(lambda match: f"{match[1]}{table}\n{match[2]}", text)
     if count != 1:
-        raise ValueError("README.md has no block between the support markers")
+        raise ValueError("tests/compat/README.md has no block between the support markers")
     return text
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from poprisk_integrations.cli.builtin import load_pairs, local_model
+
 ROOT = Path(__file__).parents[2]
 READMES = [
     ROOT / "README.md",
@@ -26,9 +28,34 @@ def blocks():
 
 BLOCKS = dict(blocks())
 
+# What a reader has: a project, a model, a file of pairs.
+MY_PROJECT = """
+import lightning as L
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("my-model")
+model = AutoModelForSequenceClassification.from_pretrained("my-model", num_labels=2, pad_token_id=1)
+dataset = [{**tokenizer(word), "label": i % 2} for i, word in enumerate(["ash cat", "fog"] * 64)]
+
+class LitClassifier(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 2)
+
+    def training_step(self, batch):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+data = torch.utils.data.TensorDataset(torch.randn(320, 4), torch.randint(2, (320,)))
+train_loader = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True)
+"""
+
 # The frameworks are imported once, and nothing of ours: each block runs in a fork of its own.
 RUN = """
-import json, os, sys, tempfile, traceback
+import json, os, shutil, sys, tempfile, traceback
 import lightning.pytorch, transformers.trainer, trl.trainer.dpo_trainer
 
 for name, code in json.load(sys.stdin).items():
@@ -38,7 +65,10 @@ for name, code in json.load(sys.stdin).items():
         continue
     status = 1
     os.dup2(2, 1)
-    os.chdir(tempfile.mkdtemp(dir="."))
+    folder = tempfile.mkdtemp(dir=".")
+    shutil.copytree("mine", folder, dirs_exist_ok=True)
+    os.chdir(folder)
+    sys.path.insert(0, os.getcwd())
     try:
         exec(compile(code, name, "exec"), {"__name__": "__main__"})
         status = 0
@@ -52,10 +82,15 @@ for name, code in json.load(sys.stdin).items():
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """({block: exit status}, what all of them said)."""
+    folder = tmp_path_factory.mktemp("blocks")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "my_project.py").write_text(MY_PROJECT)
+    Path(local_model("builtin:tiny-llama", folder)).rename(folder / "mine" / "my-model")
+    load_pairs("builtin:tiny-pairs")["train"].to_json(folder / "mine" / "pairs.jsonl")
     done = subprocess.run(
         [sys.executable, "-c", RUN],
-        cwd=tmp_path_factory.mktemp("blocks"),
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
         input=json.dumps(BLOCKS),
         capture_output=True,
         text=True,
@@ -65,8 +100,17 @@ def ran(tmp_path_factory):
     return dict(map(json.loads, done.stdout.splitlines())), done.stderr
 
 
-def test_the_three_uses_were_found():
-    assert len([name for name in BLOCKS if name.startswith("README.md")]) == 3
+def test_the_three_uses_were_found_and_are_short():
+    for page, longest in (("README.md", 10), ("recipes/quickstart/README.md", 30)):
+        uses = [code for name, code in BLOCKS.items() if name.rpartition(":")[0] == page]
+        assert len(uses) == 3
+        assert max(len(code.splitlines()) for code in uses) <= longest
+
+
+def test_the_first_page_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    assert len(text.split()) <= 900
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -57,7 +57,9 @@ def test_index_is_written_from_the_folders() -> None:
     assert "\n".join([f"| recipe | {' | '.join(columns)} |", "|---" * 6 + "|", *rows]) in text
     assert len(NAMES) == 4
     folders = {path.parent.name for path in FOLDERS.glob("*/README.md")}
-    assert folders - {"benchmarks", "playground"} == {recipe.name for recipe in RECIPES}
+    assert folders - {"benchmarks", "playground", "quickstart"} == {
+        recipe.name for recipe in RECIPES
+    }
 
 
 def test_the_wheel_takes_them_along() -> None:
@@ -67,6 +69,7 @@ def test_the_wheel_takes_them_along() -> None:
     assert files.pop(prefix) == ["recipes/README.md"]
     page = ["recipes/playground/README.md", "recipes/playground/playground.html"]
     assert files.pop(f"{prefix}/playground") == page  # not the table that it was made from
+    assert files.pop(f"{prefix}/quickstart") == ["recipes/quickstart/README.md"]
     assert files == {f"{prefix}/{r.name}": [f"recipes/{r.name}/*"] for r in RECIPES}
     assert all(p.is_file() for r in RECIPES for p in r.folder.iterdir() if p.name != "__pycache__")
 
