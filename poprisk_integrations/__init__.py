@@ -16,6 +16,6 @@ A file imports only from its own row or rows above it. This module imports torch
 
 from poprisk_integrations.optim import PopRiskAdamW
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["PopRiskAdamW", "__version__"]
