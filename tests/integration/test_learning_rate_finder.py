@@ -24,7 +24,7 @@ LR = 1e-3
 FRAMEWORKS = ("lightning", "huggingface")
 
 
-def regression(n=480, noise=0.3, scale=1.0):
+def regression(n=240, noise=0.3, scale=1.0):
     g = torch.Generator().manual_seed(0)
     w, x = torch.randn(10, 1, generator=g), torch.randn(n, 10, generator=g)
     return TensorDataset(x, scale * (x @ w + noise * torch.randn(n, 1, generator=g)))
@@ -77,7 +77,7 @@ class Module(pl.LightningModule):
 
 
 def onecycle(optimizer, lr):
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[lr, lr / 4], total_steps=180)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[lr, lr / 4], total_steps=90)
 
 
 def decay(optimizer, lr):
@@ -137,17 +137,17 @@ def huggingface_run(lr, steps=None, *, tmp_path, data=None, batch=8, groups=Fals
     trainer = Trainer(net, args, train_dataset=rows, optimizers=given)
     found = None
     if steps is not None:
-        found = hf.suggest_learning_rate(trainer, steps, 8, update=True)
+        found = hf.suggest_learning_rate(trainer, steps, 8, candidates=4, update=True)
         assert trainer.state.global_step == 0
         assert net.calls == []
     trainer.train()
     return found, net, trainer
 
 
-def both(framework, tmp_path, steps=30, **options):
+def both(framework, tmp_path, steps=20, **options):
     """A run after a search, and one without at the rate that it found."""
     if framework == "lightning":
-        finder = pop.PopRiskLearningRateFinder(steps, 8)
+        finder = pop.PopRiskLearningRateFinder(steps, 8, candidates=4)
         searched = lightning_run(LR, finder, tmp_path=tmp_path, **options)
         return searched, lightning_run(searched[0].suggested, tmp_path=tmp_path, **options)
     searched = huggingface_run(LR, steps, tmp_path=tmp_path, **options)
@@ -158,7 +158,7 @@ CELLS = {
     "lightning": ("lightning", {"gradient_clip_val": 1.0}),
     "lightning onecycle": ("lightning", {"module": {"schedule": onecycle}}),
     "lightning generator": ("lightning", {"module": {"schedule": decay}, "generator": True}),
-    "lightning accumulation": ("lightning", {"accumulate_grad_batches": 2, "steps": 22}),
+    "lightning accumulation": ("lightning", {"accumulate_grad_batches": 2, "batch": 4}),
     "lightning bf16": ("lightning", {"precision": "bf16-mixed"}),
     "lightning sgd": ("lightning", {"module": {"optimizer": torch.optim.SGD}}),
     "trainer": ("huggingface", {}),
@@ -200,10 +200,11 @@ def test_a_run_after_a_search_is_the_run_at_its_rate(cell, tmp_path):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_what_it_suggests_trains_better_than_the_default(framework, tmp_path):
-    searched, _ = both(framework, tmp_path, steps=40)
-    run = lightning_run if framework == "lightning" else huggingface_run
-    _, default, _ = run(LR, tmp_path=tmp_path)
-    x, y = (part[480:] for part in regression(n=800).tensors)
+    run, search = lightning_run, pop.PopRiskLearningRateFinder(20, 8)
+    if framework == "huggingface":
+        run, search = huggingface_run, 20
+    searched, default = run(LR, search, tmp_path=tmp_path), run(LR, tmp_path=tmp_path)[1]
+    x, y = (part[240:] for part in regression(n=560).tensors)
     with torch.no_grad():
         ours, theirs = (float(net.eval()(x, y)["loss"]) for net in (searched[1], default))
     assert ours < 0.7 * theirs
@@ -215,7 +216,10 @@ def test_losses_are_those_of_whole_steps(framework, tmp_path):
 
     def losses(batch, accumulation):
         if framework == "lightning":
-            search, name = pop.PopRiskLearningRateFinder(20, 8), "accumulate_grad_batches"
+            search, name = (
+                pop.PopRiskLearningRateFinder(20, 8, candidates=3),
+                "accumulate_grad_batches",
+            )
             run = lightning_run
         else:
             search, name, run = 20, "gradient_accumulation_steps", huggingface_run
@@ -262,8 +266,8 @@ def test_lightning_refuses_by_name(module, message, tmp_path):
 
 
 def test_short_epochs_shorten_the_search(tmp_path):
-    finder = pop.PopRiskLearningRateFinder()
-    found, *_ = lightning_run(LR, finder, tmp_path=tmp_path)
+    finder = pop.PopRiskLearningRateFinder(candidates=3)
+    found, *_ = lightning_run(LR, finder, tmp_path=tmp_path, data=regression(n=480))
     assert (found.steps, found.score_batches) == (44, 16)
     assert "44 steps instead of 100" in str(found)
 
@@ -286,7 +290,7 @@ def test_arguments_are_checked_at_once(options, message):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_only_tells_with_update_off_and_not_at_all_on_a_resume(tmp_path):
-    finder = pop.PopRiskLearningRateFinder(30, 8, update=False)
+    finder = pop.PopRiskLearningRateFinder(20, 8, update=False)
     found, net, trainer = lightning_run(
         LR, finder, tmp_path=tmp_path, logger=True, enable_checkpointing=True
     )
@@ -296,7 +300,7 @@ def test_only_tells_with_update_off_and_not_at_all_on_a_resume(tmp_path):
     logged = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
     assert "poprisk/lr_suggested" in logged
     path = trainer.checkpoint_callback.best_model_path
-    again = pop.PopRiskLearningRateFinder(30, 8)
+    again = pop.PopRiskLearningRateFinder(20, 8)
     found, *_ = lightning_run(
         LR, again, tmp_path=tmp_path, ckpt_path=path, logger=True, enable_checkpointing=True
     )
@@ -304,7 +308,7 @@ def test_only_tells_with_update_off_and_not_at_all_on_a_resume(tmp_path):
 
 
 def test_result_as_json_and_as_a_picture(tmp_path):
-    finder = pop.PopRiskLearningRateFinder(30, 8)
+    finder = pop.PopRiskLearningRateFinder(20, 8)
     with pytest.raises(RuntimeError, match="has not searched yet"):
         finder.plot()
     found, *_ = lightning_run(LR, finder, tmp_path=tmp_path)
@@ -314,4 +318,4 @@ def test_result_as_json_and_as_a_picture(tmp_path):
     assert [c["rate"] for c in told["candidates"]] == sorted(c.rate for c in found.candidates)
     axes = finder.plot()
     assert axes.get_xscale() == "log"
-    assert f"suggested for 180 steps: {found.suggested:.1e}" in axes.get_legend_handles_labels()[1]
+    assert f"suggested for 90 steps: {found.suggested:.1e}" in axes.get_legend_handles_labels()[1]
