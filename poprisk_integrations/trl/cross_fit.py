@@ -22,6 +22,7 @@ from poprisk_integrations.core.out_of_fold import MarginAverage
 from poprisk_integrations.trl.flip_report import FlipReport
 from poprisk_integrations.trl.label_noise import LabelNoise, PairLoss
 from poprisk_integrations.trl.pairs import ROW_COLUMN, LabelledPairs
+from poprisk_integrations.trl.whole_parameters import whole_parameter
 
 if TYPE_CHECKING:
     from poprisk_integrations.trl.pair_trainer import PairTrainerPart
@@ -62,7 +63,8 @@ class CrossFit:
             if unknown:
                 raise ValueError(f"The model has no parameter {unknown[0]!r} of {self.weights}.")
             for name in names:
-                parameters[name].copy_(saved.get_tensor(name))
+                with whole_parameter(parameters[name], writes=True) as whole:
+                    whole.copy_(saved.get_tensor(name))
 
 
 def cross_fit(
@@ -275,14 +277,18 @@ class _EpochJudge(TrainerCallback):
 
 
 def _trained_weights(trainer: Any) -> dict[str, Tensor]:
-    """Whole trained parameters on the CPU, fp32; under FSDP and DeepSpeed on rank 0."""
+    """Whole trained parameters on the CPU, fp32, on rank 0. Collective."""
     network = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    names = [name for name, p in network.named_parameters() if p.requires_grad]
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if trainer.is_fsdp_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
-    else:
-        state = dict(network.named_parameters())
-    return {n: state[n].detach().to("cpu", torch.float32, copy=True) for n in names if n in state}
+        trained = {name: state[name] for name in trained if name in state}
+    found = {}
+    for name, parameter in trained.items():
+        with whole_parameter(parameter) as whole:
+            if trainer.is_world_process_zero():
+                found[name] = whole.detach().to("cpu", torch.float32, copy=True)
+    return found
 
 
 def _judge(trainer: Any) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from poprisk_integrations.trl.pairs import (
     take_pair_columns,
 )
 from poprisk_integrations.trl.validation import check_before_work
+from poprisk_integrations.trl.whole_parameters import save_untrained
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -152,7 +153,10 @@ class PairTrainerPart(_Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, with the flip report beside the model."""
-        super().save_model(output_dir, _internal_call)
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            save_untrained(self, str(output_dir or self.args.output_dir))
+        else:
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save and not _internal_call:
             directory = str(output_dir or self.args.output_dir)
             with self._only_warns(
