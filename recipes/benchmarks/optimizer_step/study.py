@@ -330,40 +330,46 @@ def _compile_time(quick: bool) -> list[dict]:
 
 
 def _sources(quick: bool) -> list[dict]:
-    """Noise sources and grains, each beside AdamW fused: a wall clock and that of the CPU."""
+    """Noise sources and grains, each beside AdamW fused, on one thread and on two."""
     layouts = {
         "20M in 49": shapes(SIZES["20M"] // (256 if quick else 1), "large"),
         "2,000 of 4,096": [(64, 64)] * (20 if quick else 2000),
     }
-    rows = []
+    # of several threads the CPU's clock counts those that wait for others
+    clocks = {1: {"wall": time.perf_counter, "CPU": time.process_time}}
+    clocks[2] = {"wall": time.perf_counter}
+    before, rows = torch.get_num_threads(), []
     for layout, sizes in layouts.items():
         base = make(ARMS[BASE], sizes)
         for name, options in SOURCES.items():
             optimizer = make(Arm(_fused(**options)), sizes)
-            for clock in (time.perf_counter, time.process_time):
+            rounds = 2 if quick else 6 if "granularity" in options else 32
+            for threads, clock in ((n, clock) for n, known in clocks.items() for clock in known):
+                torch.set_num_threads(threads)
                 times = [
-                    (seconds(optimizer.step, clock), seconds(base.step, clock))
-                    for _ in range(2 if quick else 32)
-                ][0 if quick else 2 :]
+                    tuple(seconds(o.step, clocks[threads][clock]) for o in (optimizer, base))
+                    for _ in range(rounds + 2)
+                ][2:]
                 ours, theirs = (round(1e3 * median(t), 2) for t in zip(*times, strict=True))
                 rows.append(
                     {
                         "layout": layout,
                         "arm": name,
                         "path": optimizer.path,
-                        "clock": "wall" if clock is time.perf_counter else "CPU",
+                        "threads": threads,
+                        "clock": clock,
                         **ratio_row([a / b for a, b in times]),
                         "state_bytes": round(state_bytes(optimizer), 2),
                         "milliseconds": ours,
                         "base_milliseconds": theirs,
-                        "rounds": len(times),
-                        "threads": torch.get_num_threads(),
+                        "rounds": rounds,
                         "load": round(os.getloadavg()[0], 1),
                     }
                 )
-                print(rows[-1], flush=True)
+                print(list(rows[-1].values())[:8], flush=True)
             del optimizer
             gc.collect()
+    torch.set_num_threads(before)
     return rows
 
 
