@@ -160,48 +160,46 @@ void store_bfloat16(const float* values, uint16_t* target, int64_t n, const Add 
   }
 }
 
-// Codes with a scale for each block: see `_states.encode_blocks`. `field` says which moment.
-void load_codes(const uint8_t* codes, const float* scale, float* values, int64_t n, Field field) {
-  for (int64_t i = 0; i < n; ++i) {
-    float relative;
-    if (field == exp_avg) {
-      relative = (float(codes[i]) - 128) / 127;
-      relative *= std::fabs(relative);
-    } else {
-      relative = float(codes[i]) / 255;
-      relative *= relative;
-      relative *= relative;
+// Codes with a scale for each block: see `_states.encode_blocks`. NAME says which moment.
+template <Field NAME>
+void load_codes(const uint8_t* codes, const float* scale, float* values, int64_t n) {
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const int64_t stop = std::min(n, start + BLOCK);
+    const float unit = scale[start / BLOCK];
+    for (int64_t i = start; i < stop; ++i) {
+      float relative = NAME == exp_avg ? (float(codes[i]) - 128) / 127 : float(codes[i]) / 255;
+      relative *= NAME == exp_avg ? std::fabs(relative) : relative;
+      if (NAME != exp_avg) relative *= relative;
+      values[i] = relative * unit;
     }
-    values[i] = relative * scale[i / BLOCK];
   }
 }
 
-void store_codes(const float* values, uint8_t* codes, float* scale, int64_t n, Field field,
-                 const Draw draw) {
-  const float top = field == exp_avg ? 127 : 255;
+template <Field NAME>
+void store_codes(const float* values, uint8_t* codes, float* scale, int64_t n, const Draw draw) {
+  constexpr float top = NAME == exp_avg ? 127 : 255;
   for (int64_t start = 0; start < n; start += BLOCK) {
     const int64_t stop = std::min(n, start + BLOCK);
-    float largest = 0;
-    for (int64_t i = start; i < stop; ++i) {
-      const float size = std::fabs(values[i]);
-      largest = size > largest || size != size ? size : largest;
-    }
-    scale[start / BLOCK] = largest;
-    const float divisor = std::max(largest, std::numeric_limits<float>::min());
+    uint32_t largest = 0;  // bits without the sign, so that it is NaN if any value is
+    for (int64_t i = start; i < stop; ++i)
+      largest = std::max(largest, bits_of(values[i]) & 0x7FFFFFFFu);
+    const float unit = float_of(largest);
+    scale[start / BLOCK] = unit;
+    const float divisor = std::max(unit, std::numeric_limits<float>::min());
     for (int64_t i = start; i < stop; ++i) {
       const float relative = values[i] / divisor;
-      float root = std::sqrt(field == exp_avg ? std::fabs(relative) : std::max(relative, 0.0f));
-      if (field != exp_avg) root = std::sqrt(root);
+      float root = std::sqrt(NAME == exp_avg ? std::fabs(relative) : std::max(relative, 0.0f));
+      if (NAME != exp_avg) root = std::sqrt(root);
       const float level = root * top;
       const float low = std::min(std::floor(level), top - 1), high = low + 1;
       float at = level * level, below = low * low, above = high * high;
-      if (field != exp_avg) at *= at, below *= below, above *= above;
+      if (NAME != exp_avg) at *= at, below *= below, above *= above;
       // the probability of the upper level in the value's own units, not in those of its root
-      const float threshold = (float(draw(i)) + 0.5f) / 65536;
-      float code = low + ((at - below) / (above - below) > threshold ? 1 : 0);
-      if (field == exp_avg) code = 128 + (relative < 0 ? -code : relative > 0 ? code : 0);
-      if (field == exp_avg_sq && relative > 0) code = std::max(code, 1.0f);
-      codes[i] = uint8_t(code);
+      const float threshold = (float(int32_t(draw(i))) + 0.5f) / 65536;
+      float code = low + ((at - below) / (above - below) > threshold ? 1.0f : 0.0f);
+      if (NAME == exp_avg) code = 128 + (relative < 0 ? -code : relative > 0 ? code : 0.0f);
+      if (NAME == exp_avg_sq) code = std::max(code, relative > 0 ? 1.0f : 0.0f);
+      codes[i] = uint8_t(int32_t(code));
     }
   }
 }
@@ -219,7 +217,13 @@ struct Values {
     const int64_t address = call.of(field, tensor);
     if (format == FLOAT32 || format == FLOAT64) return address ? (T*)address + start : nullptr;
     if (format == BFLOAT16) load_bfloat16((const uint16_t*)address + start, buffer, n);
-    if (format == CODES) load_codes((const uint8_t*)address + start, scale(), buffer, n, field);
+    if (format == CODES) {
+      const auto codes = (const uint8_t*)address + start;
+      if (field == exp_avg)
+        load_codes<exp_avg>(codes, scale(), buffer, n);
+      else  // exp_dev_sq likewise
+        load_codes<exp_avg_sq>(codes, scale(), buffer, n);
+    }
     return (T*)buffer;
   }
 
@@ -231,7 +235,12 @@ struct Values {
     const Draw draw{is_first ? key : hash32(key ^ 1), uint32_t(call.of(offset, tensor) + start),
                     field == param || field == exp_avg ? 0 : 16};
     const int64_t address = call.of(field, tensor);
-    if (format == CODES) return store_codes(buffer, (uint8_t*)address + start, scale(), n, field, draw);
+    if (format == CODES) {
+      const auto codes = (uint8_t*)address + start;
+      if (field == exp_avg) return store_codes<exp_avg>(buffer, codes, scale(), n, draw);
+      if (field == exp_avg_sq) return store_codes<exp_avg_sq>(buffer, codes, scale(), n, draw);
+      return store_codes<exp_dev_sq>(buffer, codes, scale(), n, draw);
+    }
     uint16_t* target = (uint16_t*)address + start;
     if (field == param && !call[rounds_param])
       store_bfloat16(buffer, target, n,
