@@ -54,7 +54,8 @@ def verdicts() -> list[str]:
         if verdict is None:
             raise ValueError(f"{path}: no verdict in bold after '## Result'")
         said = " ".join(verdict[1].split()).removeprefix("Verdict: ")
-        frozen = "" if (path.parent / "study.py").exists() else " (frozen)"
+        is_kept = (path.parent / "study.py").exists() or "*Frozen*" not in text
+        frozen = "" if is_kept else " (frozen)"
         lines.append(f"| [{question}]({path.parent.name}){frozen} | {said} |")
     return lines
 
