@@ -253,10 +253,18 @@ def _step(
     found = array("d", [0.0] * 5)
     kernel: Any = load_kernel()
     kernel.poprisk_step(*(numbers.buffer_info()[0] for numbers in (given, table, scalars, found)))
-    # the kernel is not seen by autograd, which must know that parameters have moved
-    increment_version(_as_plain(work.owners) or [])
+    _mark_changed(_as_plain(work.owners) or [])
     if sums is not None:
         sums.append(_row_of_sums(work, found.tolist(), float(options.lr)))
+
+
+def _mark_changed(params: list[Tensor]) -> None:
+    """The kernel is not seen by autograd, which must know that parameters have moved."""
+    try:
+        increment_version(params)
+    except TypeError:  # earlier releases of torch take one at a time
+        for param in params:
+            increment_version(param)
 
 
 def _row_of_sums(work: GroupWork, found: list[float], lr: float) -> Tensor:
