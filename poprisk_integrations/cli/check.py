@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from poprisk_integrations.trl.pair_checks import PairCheck
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "print_check", "run"]
 
 _STYLES = {"fix": "bold red", "warn": "yellow", "note": "dim"}
 _SHOWN_ANNOTATORS = 20
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         from rich.console import Console
 
-        _print(Console(), f"{args.data} ({args.split})", check)
+        print_check(Console(), f"{args.data} ({args.split})", check)
     return int(check.must_fix)
 
 
@@ -109,7 +109,8 @@ def _load_tokenizer(name: str) -> Any:
             raise UsageError(f"Invalid --tokenizer: {name!r} ({one_line(error)}).") from error
 
 
-def _print(console: "Console", title: str, check: "PairCheck") -> None:
+def print_check(console: "Console", title: str, check: "PairCheck", *, advise: bool = True) -> None:
+    """Print the findings, the annotators, and what to do next."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -150,4 +151,5 @@ def _print(console: "Console", title: str, check: "PairCheck") -> None:
             + (f". {hidden:,} more annotators: --json" if hidden > 0 else ""),
             style="dim",
         )
-    say(console, f"Next: {check.advice}.")
+    if advise:
+        say(console, f"Next: {check.advice}.")

@@ -1,4 +1,4 @@
-"""The DPO runs: what is measured on the way, and where the stop would have ended them.
+"""The DPO runs of the demo: four ways to a model, from the same pairs and the same start.
 
 Two run at a time: so small a model gains nothing from a second thread.
 """
@@ -6,6 +6,7 @@ Two run at a time: so small a model gains nothing from a second thread.
 import copy
 import multiprocessing
 import os
+import random
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -16,250 +17,179 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from torch import Tensor
+from transformers import TrainerCallback
 
 from poprisk_integrations.cli.demo.corpus import PreferencePair
 from poprisk_integrations.cli.demo.progress import StepProgress
-from poprisk_integrations.cli.demo.settings import QUIET_RUN, DemoSettings
+from poprisk_integrations.cli.demo.scoring import DPOTask, PairScorer, Point
+from poprisk_integrations.cli.demo.settings import QUIET_RUN
 from poprisk_integrations.cli.output import held_back
-from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
+from poprisk_integrations.trl.cross_fit import CrossFit, cross_fit
 
-__all__ = ["OPTIMIZERS", "DPOTask", "Point", "RunResult", "run_all"]
+__all__ = ["ARMS", "RunResult", "run_all"]
 
-# Name in the results -> TrainingArguments.optim.
-OPTIMIZERS = {"AdamW": "adamw_torch", "PopRiskAdamW": "poprisk_adamw"}
-
-_GATE_STATISTICS = ("open_fraction", "mean_gate", "update_norm_ratio")
-_BATCH = 64  # pairs scored at a time
+# What trl.DPOTrainer does, bit for bit.
+_PLAIN: dict[str, Any] = {"optim": "adamw_torch", "noise": "off", "stop": False}
 _WORKERS = 2
 _THREADS = 1  # of a worker; fixed, since the number of threads changes the rounding of sums
 _POLL_SECONDS = 0.5
 
 # Of a worker process, set when it starts: what its runs share.
-_task: "DPOTask"
+_task: DPOTask
 _steps_done: "Synchronized[int]"
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The metrics after `step` optimizer steps."""
-
-    step: int
-    accuracy: float  # share of held-out pairs with the human continuation ranked first
-    swapped_fitted: float  # share of (a sample of) the swapped pairs ranked as their wrong label
-    clean_fitted: float  # share of (a sample of) the other training pairs ranked as labelled
-    drift: float  # mean over held-out continuations of |beta * log(policy / reference)|
 
 
 @dataclass(slots=True)
 class RunResult:
-    """A run of `optimizer` at `learning_rate`."""
+    """What an arm ended in, and the way there."""
 
-    optimizer: str
-    learning_rate: float
-    stop_step: int | None = None  # where the stop would have ended the run, if anywhere
-    stop_reason: str = ""  # the stop's own words
-    stop_finding: str = ""  # what the windows said at the stop
-    stop_armed: bool = False  # whether the stop ever saw signal enough to be armed
-    signal_ratio: list[dict[str, Any]] = field(default_factory=list)  # F of every window, at a step
-    gate: dict[str, float] = field(default_factory=dict)  # statistics of the last sampled step
-    points: list[Point] = field(default_factory=list)  # from step 0 to the end
-    # Ranking scores of the held-out pairs at each of these steps.
-    heldout_scores: dict[int, Tensor] = field(default_factory=dict)
+    arm: str
+    end: Point  # of the model that is kept; its step is the last one of its training
+    heldout_scores: Tensor  # ranking scores of the held-out pairs, of that model
+    steps: int  # optimizer steps of all that was trained for it
+    points: list[Point] = field(default_factory=list)  # after each epoch, from step 0 on
+    found: CrossFit | None = None  # out of fold
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, without the per-pair scores."""
-        return {name: value for name, value in asdict(self).items() if name != "heldout_scores"}
-
-
-def ranking_scores(log_ratios: Tensor) -> Tensor:
-    """1 where the policy's implicit reward ranks the first of two above the second, 0.5 on ties.
-
-    The reward of a continuation is beta * log(policy / reference), so beta does not matter here,
-    and at the start of training every pair is a tie.
-
-    Example:
-        >>> ranking_scores(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 0.5]])).tolist()
-        [1.0, 0.0, 0.5]
-    """
-    return 0.5 * ((log_ratios[:, 0] - log_ratios[:, 1]).sign() + 1.0)
-
-
-class PairScorer:
-    """Log-ratios policy / reference of fixed pairs; the reference is scored once.
-
-    Tokens are those that TRL trains on: prompt, continuation and end-of-sequence token, of which
-    the last two count.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        pairs: Sequence[PreferencePair],
-        reference: nn.Module,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._batches = [self._collate(pairs[i : i + _BATCH]) for i in range(0, len(pairs), _BATCH)]
-        self._reference = self._log_probs(reference)
-
-    def log_ratios(self, policy: nn.Module) -> Tensor:
-        """Differences log policy - log reference, shape (n, 2): human continuation, sample."""
-        return self._log_probs(policy) - self._reference
-
-    def _collate(self, pairs: Sequence[PreferencePair]) -> Any:
-        """Human continuations, then samples; a label is -100 where the token does not count."""
-        texts = [(p.prompt, p.human) for p in pairs] + [(p.prompt, p.sample) for p in pairs]
-        tokenize = self._tokenizer
-        rows = [[*tokenize(a + b)["input_ids"], tokenize.eos_token_id] for a, b in texts]
-        batch = tokenize.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-        starts = torch.tensor([[len(tokenize(prompt)["input_ids"])] for prompt, _ in texts])
-        mask = batch["attention_mask"]
-        left_out = (mask == 0) | (torch.arange(mask.shape[1]) < starts)
-        return {**batch, "labels": batch["input_ids"].masked_fill(left_out, -100)}
-
-    @torch.no_grad()
-    def _log_probs(self, model: nn.Module) -> Tensor:
-        """Summed log-probabilities in nats, in the shape of `log_ratios`."""
-        was_training = model.training
-        model.eval()
-        scores = []
-        for batch in self._batches:
-            tokens, mask = batch["input_ids"], batch["attention_mask"]
-            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
-            labels = batch["labels"][:, 1:]
-            nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-            scores.append(torch.stack((-nats.view_as(labels).sum(1)).chunk(2), 1))
-        model.train(was_training)
-        return torch.cat(scores)
-
-
-class DPOTask:
-    """What all runs share; the fine-tuned `reference` is start and reference of every run."""
-
-    def __init__(
-        self,
-        reference: LlamaForCausalLM,
-        tokenizer: PreTrainedTokenizerFast,
-        train: Sequence[PreferencePair],
-        heldout: Sequence[PreferencePair],
-        settings: DemoSettings,
-    ) -> None:
-        swapped = [pair for pair in train if pair.swapped][: settings.fit_sample]
-        clean = [pair for pair in train if not pair.swapped][: settings.fit_sample]
-        self.reference = reference
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.train_rows = [pair.row() for pair in train]
-        self.heldout = PairScorer(tokenizer, heldout, reference)
-        self.swapped = PairScorer(tokenizer, swapped, reference)
-        self.clean = PairScorer(tokenizer, clean, reference)
-
-    def measure(self, policy: nn.Module, step: int) -> tuple[Point, Tensor]:
-        """The metrics of a policy, and the ranking scores of the held-out pairs."""
-        heldout = self.heldout.log_ratios(policy)
-        scores = ranking_scores(heldout)
-        # A swapped label is fitted where the sample, the second of the two, is ranked first.
-        swapped = ranking_scores(self.swapped.log_ratios(policy).flip(1))
-        clean = ranking_scores(self.clean.log_ratios(policy))
-        point = Point(
-            step=step,
-            accuracy=float(scores.double().mean()),
-            swapped_fitted=float(swapped.double().mean()),
-            clean_fitted=float(clean.double().mean()),
-            drift=float((self.settings.beta * heldout.double()).abs().mean()),
-        )
-        return point, scores
+        """Plain values of the way."""
+        return {"arm": self.arm, "points": [asdict(point) for point in self.points]}
 
 
 class _Recorder(TrainerCallback):
-    """Fills a `RunResult` while its run goes on."""
+    """Measures after each epoch; `losses` are those of the pairs that were held out for it."""
 
-    def __init__(self, result: RunResult, stopper: PopRiskEarlyStoppingCallback) -> None:
-        self.result = result
-        self.stopper = stopper
-        self.wanted: set[int] = set()
+    def __init__(self, held: Sequence[PreferencePair] = ()) -> None:
+        self.measured: list[tuple[Point, Tensor]] = []
+        self.losses: list[float] = []
+        self._judge = PairScorer(_task.tokenizer, held, _task.reference) if held else None
+        self._signs = torch.tensor([-1.0 if pair.swapped else 1.0 for pair in held])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        count = _task.settings.evaluations
-        self.wanted = {round(state.max_steps * (i + 1) / count) for i in range(count)}
         self._measure(kwargs["model"], 0)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stops_now = self.stopper.stopping_state["stop_step"] == state.global_step
-        if stops_now:
-            self.result.stop_step = state.global_step
-            self.result.stop_finding = str(self.stopper.diagnosis)
-        if stops_now or state.global_step in self.wanted:
-            self._measure(kwargs["model"], state.global_step)
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measure(kwargs["model"], state.global_step)
 
     def _measure(self, model: Any, step: int) -> None:
-        point, self.result.heldout_scores[step] = _task.measure(model, step)
-        self.result.points.append(point)
+        self.measured.append(_task.measure(model, step))
+        if self._judge is not None:
+            ratios = self._judge.log_ratios(model)
+            margins = _task.settings.beta * self._signs * (ratios[:, 0] - ratios[:, 1])
+            self.losses.append(float(F.softplus(-margins).mean()))
 
 
-def _run_dpo(optimizer: str, learning_rate: float, *, seed: int, scratch: str) -> RunResult:
-    """Train a copy of the reference to the end and note where the stop would have ended it.
-
-    The stop is that of `criterion="signal"`, which only reads gradients, and the learning rate is
-    constant: a run that it ends is the beginning of the run that it does not end. So one run serves
-    both arms. (The default, "risk", decides who is trained on when, and anneals in the end.)
-    """
+def _trainer(
+    train: Dataset,
+    seed: int,
+    scratch: str,
+    *,
+    judged: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **options: Any,
+) -> PopRiskDPOTrainer:
+    """On a copy of the reference; `options` of the config, which are ours by default."""
     settings = _task.settings
-    result = RunResult(optimizer, learning_rate)
-    with held_back():
-        config = PopRiskDPOConfig(
-            output_dir=scratch,
-            optim=OPTIMIZERS[optimizer],
-            learning_rate=learning_rate,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            max_grad_norm=0.0,  # clipping would reweight the steps within a window of the stop
-            beta=settings.beta,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            precompute_ref_log_probs=True,
-            gradient_checkpointing=False,
-            bf16=False,
-            seed=seed,
-            **QUIET_RUN,
-        )
-        # As PopRiskDPOTrainer makes it of stop_criterion="signal", but for what it decides.
-        window: Any = "third"  # of a pass, as the trainer has it
-        stopper = PopRiskEarlyStoppingCallback(
-            criterion="signal",
-            kappa=config.stop_kappa,
-            window=window,
-            action="monitor",
-            restore=None,
-        )
-        trainer = PopRiskDPOTrainer(
-            model=copy.deepcopy(_task.reference),
-            args=config,
-            train_dataset=Dataset.from_list(_task.train_rows),
-            processing_class=_task.tokenizer,
-            # In this order: the recorder reads what the stopper decided in the same step.
-            callbacks=[stopper, _Recorder(result, stopper), StepProgress(_count_step)],
-        )
-        trainer.train()
-    result.signal_ratio = [{"step": w["step"], "F": w["signal_ratio"]} for w in stopper.history]
-    result.stop_armed = stopper.stopping_state["armed"]
-    result.stop_reason = stopper.stopping_state["reason"]
-    gate = {name.removeprefix("poprisk/"): value for name, value in stopper.metrics().items()}
-    result.gate = {name: value for name, value in gate.items() if name in _GATE_STATISTICS}
-    return result
+    config = PopRiskDPOConfig(
+        output_dir=scratch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        beta=settings.beta,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        bf16=False,
+        seed=seed,
+        **QUIET_RUN,
+        **options,
+    )
+    return PopRiskDPOTrainer(
+        model=copy.deepcopy(_task.reference),
+        args=config,
+        train_dataset=train,
+        eval_dataset=judged,
+        processing_class=_task.tokenizer,
+        callbacks=[StepProgress(_count_step), *callbacks],
+    )
+
+
+def _to_the_end(arm: str, seed: int, scratch: str, **options: Any) -> RunResult:
+    recorder = _Recorder()
+    data = Dataset.from_list(_task.rows)
+    trainer = _trainer(data, seed, scratch, callbacks=[recorder], **options)
+    trainer.train()
+    # With the stop, the model at the end is that of the run's best moment.
+    model: Any = trainer.model
+    end, scores = _task.measure(model, trainer.state.global_step)
+    points = [point for point, _ in recorder.measured]
+    return RunResult(arm, end, scores, trainer.state.global_step, points)
+
+
+def plain(seed: int, scratch: str) -> RunResult:
+    """AdamW on all pairs, to the planned end."""
+    return _to_the_end("plain", seed, scratch, **_PLAIN)
+
+
+def ours(seed: int, scratch: str) -> RunResult:
+    """PopRiskDPOTrainer as it comes: the gate, and the stop that needs no held-out pairs."""
+    return _to_the_end("ours", seed, scratch)
+
+
+def held_out(seed: int, scratch: str) -> RunResult:
+    """AdamW on nine tenths; of its epochs the one with the least loss on the noisy tenth."""
+    order = list(range(len(_task.pairs)))
+    random.Random(seed).shuffle(order)
+    held = [_task.pairs[row] for row in order[: len(order) // 10]]
+    recorder = _Recorder(held)
+    data = Dataset.from_list([_task.rows[row] for row in sorted(order[len(held) :])])
+    trainer = _trainer(data, seed, scratch, callbacks=[recorder], **_PLAIN)
+    trainer.train()
+    end, scores = recorder.measured[recorder.losses.index(min(recorder.losses))]
+    points = [point for point, _ in recorder.measured]
+    return RunResult("held out", end, scores, trainer.state.global_step, points)
+
+
+def folds(seed: int, scratch: str) -> RunResult:
+    """The mean of AdamW models, none of which has seen all pairs; no further training."""
+    trainers: list[PopRiskDPOTrainer] = []
+
+    def make_trainer(train: Dataset, judged: Dataset) -> PopRiskDPOTrainer:
+        trainer = _trainer(train, seed, scratch, judged=judged, optim="adamw_torch", stop=False)
+        trainers.append(trainer)
+        return trainer
+
+    data = Dataset.from_list(_task.rows)
+    count = _task.settings.folds
+    found = cross_fit(
+        make_trainer, data, folds=count, seed=seed, directory=scratch, average_weights=True
+    )
+    steps = sum(trainer.state.global_step for trainer in trainers)
+    found.load_weights(trainers[-1])
+    model: Any = trainers[-1].model
+    end, scores = _task.measure(model, steps)
+    return RunResult("folds", end, scores, steps, found=found)
+
+
+# The longest first.
+ARMS: dict[str, Callable[[int, str], RunResult]] = {
+    "folds": folds,
+    "plain": plain,
+    "held out": held_out,
+    "ours": ours,
+}
 
 
 def run_all(
     make_task: Callable[[], DPOTask],
-    plan: Sequence[tuple[str, float]],
     *,
     seed: int,
     scratch: str,
     on_progress: Callable[[int], None],
-) -> list[RunResult]:
-    """Run each optimizer and learning rate of `plan`; the same as if one after the other.
+) -> dict[str, RunResult]:
+    """Run each arm; the same as if one after the other.
 
     `make_task` can be pickled; it is called once per worker. `on_progress` is called now and then
     with the number of steps done in all runs.
@@ -270,10 +200,7 @@ def run_all(
     with ProcessPoolExecutor(
         _WORKERS, mp_context=context, initializer=_start_worker, initargs=(make_task, steps)
     ) as pool:
-        futures = [
-            pool.submit(_run_dpo, optimizer, rate, seed=seed, scratch=f"{scratch}/run{index}")
-            for index, (optimizer, rate) in enumerate(plan)
-        ]
+        futures = [pool.submit(_run, arm, seed, f"{scratch}/{arm}") for arm in ARMS]
         pending = set(futures)
         try:
             while pending:
@@ -285,7 +212,12 @@ def run_all(
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
-        return [future.result() for future in futures]
+        return {arm: future.result() for arm, future in zip(ARMS, futures, strict=True)}
+
+
+def _run(arm: str, seed: int, scratch: str) -> RunResult:
+    with held_back():
+        return ARMS[arm](seed, scratch)
 
 
 def _start_worker(make_task: Callable[[], DPOTask], steps: Any) -> None:

@@ -1,141 +1,123 @@
-"""The table of a demo with the sentences under it, and its picture."""
+"""What a demo prints, step by step, and its picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from poprisk_integrations.cli.demo.findings import Arm
+from poprisk_integrations.cli.check import print_check
+from poprisk_integrations.cli.demo.findings import Arm, Comparison
+from poprisk_integrations.cli.demo.job import DemoResult
 from poprisk_integrations.cli.demo.runs import RunResult
+from poprisk_integrations.cli.flips.show import print_pairs
+from poprisk_integrations.cli.output import say
 
-__all__ = ["draw", "print_results"]
+__all__ = ["draw", "print_arms", "print_results"]
 
 # Okabe-Ito: distinct also to the colour-blind and in grey.
-_COLORS = {"AdamW": "#D55E00", "PopRiskAdamW": "#0072B2"}
+_COLORS = {"plain": "#D55E00", "held out": "#009E73", "ours": "#0072B2", "folds": "#000000"}
+_TRUTH = {"right label": (False, "#BBBBBB"), "swapped label": (True, "#CC79A7")}
 _GREY = "#555555"
-_DASHES = (0, (2, 2))
-_SQUARE: dict[str, Any] = {"marker": "s", "markerfacecolor": "white", "markeredgewidth": 2.2}
-_ROWS = (
-    ("accuracy", "clean held-out accuracy"),
-    ("swapped_fitted", "swapped labels fitted"),
-    ("drift", "drift from the reference"),
-)
 
 
-def print_results(
-    console: Console, title: str, arms: Sequence[Arm], default_lr: float, sentences: Sequence[str]
+def print_results(console: Console, result: DemoResult, title: str) -> None:
+    """Print the loop: check, suspects, models, what it shows, what one would do now."""
+    _head(console, f"1. Check, as `poprisk check` ({title})")
+    print_check(console, "the training pairs", result.check, advise=False)
+    _head(console, "2. Suspects, as `poprisk clean` finds them (swapped: what the demo knows)")
+    examples = result.suspects
+    print_pairs(console, examples, examples, swapped=[pair["swapped"] for pair in examples])
+    _head(console, "3. Models from these pairs, on held-out pairs with right labels")
+    compared = {row["arm"]: row for row in result.record["comparisons"] if row["minus"] == "plain"}
+    print_arms(console, result.arms, compared)
+    for sentence in result.sentences:
+        console.print(f"\u2022 {sentence}\n", highlight=False, markup=False)
+    why, commands = result.advice
+    _head(console, f"4. On pairs of your own: {why}.")
+    for command in commands:
+        say(console, f"  {command}")
+
+
+def _head(console: Console, text: str) -> None:
+    console.print(text, style="bold", markup=False, highlight=False)
+
+
+def print_arms(
+    console: Console, arms: Mapping[str, Arm], compared: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Print the table, a line between learning rates, its definitions and the findings."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("lr", "optimizer", "stop"):
-        table.add_column(name, no_wrap=True)
-    for name in ("steps", "accuracy", "swapped\nfitted", "clean\nfitted", "drift"):
+    """Print the table of models, and its definitions; `compared` are those beside plain."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in ("price", "accuracy", "minus first", "wrong\nfitted", "right\nfitted"):
         table.add_column(name, justify="right", no_wrap=True)
-    for rate in sorted({arm.learning_rate for arm in arms}):
-        for index, arm in enumerate(arm for arm in arms if arm.learning_rate == rate):
-            mark = "*" if rate == default_lr else ""
-            table.add_row(
-                f"{rate:.3g}{mark}" if index == 0 else "",
-                arm.optimizer,
-                "off" if not arm.stop else ("ended it" if arm.stopped else "not due"),
-                str(arm.steps),
-                f"{arm.accuracy:.3f}",
-                f"{arm.swapped_fitted:.2f}",
-                f"{arm.clean_fitted:.2f}",
-                f"{arm.drift:.2f}",
-            )
-        table.add_section()
+    for key, arm in arms.items():
+        difference = ""
+        if key in compared:
+            found = Comparison(compared[key]["difference"], compared[key]["standard_error"])
+            difference = f"{found.difference:+.3f} \u00b1 {found.standard_error:.3f}"
+        table.add_row(
+            arm.name,
+            f"{arm.trainings:.1f}",
+            f"{arm.accuracy:.3f}",
+            difference,
+            f"{arm.swapped_fitted:.2f}",
+            f"{arm.clean_fitted:.2f}",
+        )
     console.print(table)
-    console.print(
-        "*: the default. accuracy: share of the held-out pairs, none swapped, whose human "
-        "continuation the policy prefers more than the reference does; ties count half. Its "
-        f"standard error is up to {max(arm.accuracy_se for arm in arms):.3f}. fitted: training "
-        "pairs ranked as their label says, wrong (swapped) or right (clean). drift: mean of "
-        "|beta log(policy/reference)| over held-out continuations. stop: by the signal "
-        "ratio (criterion='signal'); a stopped run is the beginning of the run without it, so both "
-        "are read off one run.",
+    say(
+        console,
+        "price: in trainings of the first. accuracy: pairs whose human continuation the\n"
+        "policy prefers more than the reference does. fitted: training pairs ranked as\n"
+        "their label says, which is wrong or right. \u00b1: standard error, paired by pair.\n",
         style="dim",
     )
-    for sentence in sentences:
-        console.print(f"\n\u2022 {sentence}", highlight=False)
 
 
-def draw(runs: Sequence[RunResult], default_lr: float, subtitle: str) -> Figure:
-    """Three measures (rows) over steps per learning rate, and at the end over learning rates."""
-    rates = sorted({run.learning_rate for run in runs})
-    layout = ConstrainedLayoutEngine(rect=(0.0, 0.0, 1.0, 0.905), w_pad=0.08, h_pad=0.06)
-    figure = Figure(figsize=(3.1 * (len(rates) + 1) + 0.8, 9.2), dpi=130, layout=layout)
-    axes = figure.subplots(len(_ROWS), len(rates) + 1, sharey="row", squeeze=False)
-    for row, (metric, label) in zip(axes, _ROWS, strict=True):
-        for axis, rate in zip(row, rates, strict=False):
-            _draw_steps(axis, [run for run in runs if run.learning_rate == rate], metric)
-        _draw_rates(row[-1], runs, metric, rates)
-        row[0].set_ylabel(label, fontsize=11)
-        if metric == "swapped_fitted":
-            row[0].set_ylim(0.0, 1.04)
-        elif metric == "drift":
-            row[0].set_ylim(bottom=0.0)
-    for column, rate in enumerate(rates):
-        name = f"learning rate {rate:.3g}" + (" (default)" if rate == default_lr else "")
-        axes[0][column].set_title(name, fontsize=11, pad=8)
-        axes[-1][column].set_xlabel("optimizer steps")
-    axes[0][-1].set_title("at the last step", fontsize=11, pad=8)
-    axes[-1][-1].set_xlabel("learning rate")
-    for axis in axes.flat:
+def draw(result: DemoResult, subtitle: str) -> Figure:
+    """Accuracy and wrong labels fitted over the epochs, and P(wrong) by truth."""
+    layout = ConstrainedLayoutEngine(rect=(0.0, 0.0, 1.0, 0.86), w_pad=0.1)
+    figure = Figure(figsize=(13.0, 4.8), dpi=130, layout=layout)
+    accuracy, fitted, suspects = figure.subplots(1, 3)
+    _draw_epochs(accuracy, result, "accuracy")
+    accuracy.set_title("held-out pairs with right labels, ranked rightly", fontsize=11)
+    _draw_epochs(fitted, result, "swapped_fitted")
+    fitted.set_title("wrong labels of training pairs that are fitted", fontsize=11)
+    fitted.set_ylim(0.0, 1.04)
+    fitted.legend(frameon=False, loc="lower right")  # what is fitted rises from a half
+    for name, (swapped, color) in _TRUTH.items():
+        p = [one["probability_wrong"] for one in result.judged if one["swapped"] is swapped]
+        suspects.hist(p, bins=20, range=(0, 1), color=color, alpha=0.75, label=f"{name} ({len(p)})")
+    suspects.set_xlabel("P(wrong), by models that never saw the pair")
+    suspects.set_ylabel("training pairs")
+    suspects.legend(frameon=False)
+    told = result.record["noise"]["rate"] is not None
+    suspects.set_title("P(wrong)" if told else "P(wrong), a ranking here", fontsize=11)
+    for axis in (accuracy, fitted, suspects):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#DDDDDD", linewidth=0.8)
         axis.set_axisbelow(True)
-        axis.tick_params(labelsize=9.5)
-    figure.text(0.012, 0.975, "DPO with swapped labels: AdamW and PopRiskAdamW",
-                fontsize=15, fontweight="bold", va="center")  # fmt: skip
-    figure.text(0.012, 0.944, subtitle, fontsize=10, color=_GREY, va="center")
-    handles = [Line2D([], [], color=color, lw=2.6, label=name) for name, color in _COLORS.items()]
-    if any(run.stop_step is not None for run in runs):
-        handles += [
-            Line2D([], [], color=_GREY, **_SQUARE, markersize=8, ls="none", label="the stop"),
-            Line2D([], [], color=_GREY, ls=_DASHES, label="without the stop"),
-        ]
-    else:
-        handles.append(Line2D([], [], ls="none", label="(the stop ended no run)"))
-    figure.legend(
-        handles=handles, loc="upper right", bbox_to_anchor=(0.995, 0.998), ncols=len(handles),
-        frameon=False, fontsize=10.5, columnspacing=1.4, handletextpad=0.5,
-    )  # fmt: skip
+    title = "DPO with swapped labels: to the end, with a hold-out, with a stop, from fold models"
+    figure.text(0.012, 0.95, title, fontsize=15, fontweight="bold", va="center")
+    figure.text(0.012, 0.89, subtitle, fontsize=10, color=_GREY, va="center")
     return figure
 
 
-def _draw_steps(axis: Any, runs: Sequence[RunResult], metric: str) -> None:
-    """A run, dashed after the square where the stop would have ended it."""
-    for run in runs:
-        color = _COLORS[run.optimizer]
-        steps = [point.step for point in run.points]
+def _draw_epochs(axis: Any, result: DemoResult, metric: str) -> None:
+    """Lines along the trainings, with a square at the model that is kept; level lines else."""
+    for key, arm in result.arms.items():
+        run: RunResult = result.runs[key]
+        color, kept = _COLORS[key], getattr(arm, metric)
+        if not run.points:
+            axis.axhline(kept, color=color, lw=2.0, ls=(0, (4, 2)), label=arm.name)
+            continue
         values = [getattr(point, metric) for point in run.points]
-        cut = len(steps) if run.stop_step is None else steps.index(run.stop_step) + 1
-        axis.plot(steps[:cut], values[:cut], color=color, lw=2.2, marker="o", markersize=3)
-        axis.plot(steps[cut - 1 :], values[cut - 1 :], color=color, lw=1.6, ls=_DASHES)
-        if run.stop_step is not None:
-            at = [steps[cut - 1]], [values[cut - 1]]
-            axis.plot(*at, color=color, **_SQUARE, markersize=9, zorder=5)
-    axis.set_xlim(left=0)
-
-
-def _draw_rates(axis: Any, runs: Sequence[RunResult], metric: str, rates: Sequence[float]) -> None:
-    for optimizer, color in _COLORS.items():
-        ends = {
-            run.learning_rate: getattr(run.points[-1], metric)
-            for run in runs
-            if run.optimizer == optimizer
-        }
-        axis.plot(rates, [ends[r] for r in rates], color=color, lw=2.2, marker="o", markersize=7)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator(list(rates)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xticklabels([f"{rate:.3g}" for rate in rates])
-    axis.set_xlim(rates[0] / 1.5, rates[-1] * 1.5)
-    axis.set_facecolor("#F4F4F4")
+        axis.plot(range(len(values)), values, color=color, lw=2.0, marker="o", ms=3, label=arm.name)
+        steps = [point.step for point in run.points]
+        epoch = steps.index(run.end.step) if run.end.step in steps else len(steps) - 1
+        square = {"marker": "s", "markerfacecolor": "white", "markeredgewidth": 2.0}
+        axis.plot([epoch], [kept], color=color, markersize=8, ls="none", zorder=5, **square)
+    axis.set_xlabel("epochs (squares: the models that are kept)")

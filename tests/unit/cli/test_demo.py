@@ -6,7 +6,6 @@ Its options are in tests/goldens/cli/main.txt; a whole quick run is in `test_dem
 import io
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn, tensor
 
+from poprisk_integrations.cli.demo import job
 from poprisk_integrations.cli.demo.corpus import (
     PreferencePair,
     TextWindow,
@@ -27,11 +27,17 @@ from poprisk_integrations.cli.demo.corpus import (
     starts_word,
     train_tokenizer,
 )
-from poprisk_integrations.cli.demo.findings import Arm, Comparison, Evidence, findings
-from poprisk_integrations.cli.demo.job import paired
-from poprisk_integrations.cli.demo.runs import DPOTask, ranking_scores
+from poprisk_integrations.cli.demo.findings import (
+    Arm,
+    Comparison,
+    Evidence,
+    findings,
+    next_steps,
+)
+from poprisk_integrations.cli.demo.job import paired, run_job
+from poprisk_integrations.cli.demo.scoring import DPOTask, ranking_scores
 from poprisk_integrations.cli.demo.settings import QUICK
-from poprisk_integrations.cli.demo.show import print_results
+from poprisk_integrations.cli.demo.show import print_arms
 from poprisk_integrations.cli.main import main
 
 GOLDEN = Path(__file__).parents[2] / "goldens" / "cli" / "demo_quick.json"
@@ -196,95 +202,61 @@ def test_verdict_at_two_standard_errors(difference: float, error: float, verdict
 
 # What the sentences say of what the numbers say, losses included.
 
-RATES = (3e-5, 1e-4, 3e-4)
 WON, LOST, LEVEL = Comparison(0.08, 0.02), Comparison(-0.08, 0.02), Comparison(0.01, 0.02)
+FOUND = {"auc": 0.847, "flagged": 100, "precision": 0.8}
 
 
-def arm(optimizer: str, rate: float, accuracy: float, **changes: object) -> Arm:
-    values: dict[str, object] = {
-        "stop": False,
-        "steps": 100,
-        "stopped": False,
-        "accuracy_se": 0.015,
-        "swapped_fitted": 0.99,
-        "clean_fitted": 1.0,
-        "drift": 0.4,
-        "peak_accuracy": 0.90,
-        "peak_step": 20,
-    }
-    return Arm(optimizer, learning_rate=rate, accuracy=accuracy, **{**values, **changes})
+def arm(name: str, accuracy: float, **changes: float) -> Arm:
+    values = {"trainings": 1.0, "accuracy_se": 0.015, "swapped_fitted": 0.99, "clean_fitted": 1.0}
+    return Arm(name=name, accuracy=accuracy, **{**values, "drift": 0.4, **changes})
 
 
 def evidence(
-    gate: tuple[float, ...] = (0.88, 0.88, 0.88),
-    adamw: tuple[float, ...] = (0.87, 0.80, 0.75),
-    at: tuple[Comparison, ...] = (LEVEL, WON, WON),
-    best: Comparison = LEVEL,
-    stops: Mapping[tuple[str, float], Comparison] | None = None,
-    gate_changes: Mapping[str, object] | None = None,
-    quick: bool = False,
-    not_armed: int = 0,
+    folds: Comparison = WON,
+    over_held_out: Comparison = LEVEL,
+    ours: Comparison = LEVEL,
+    peak: float = 0.82,
+    **changes: Any,
 ) -> Evidence:
-    arms = []
-    for index, rate in enumerate(RATES):
-        arms.append(arm("AdamW", rate, adamw[index], drift=0.1 * (index + 1)))
-        changes = {"swapped_fitted": 0.4, "drift": 0.12, **(gate_changes or {})}
-        arms.append(arm("PopRiskAdamW", rate, gate[index], **changes))
-    ends = {(arm.optimizer, arm.learning_rate): arm.accuracy for arm in arms}
-    for optimizer, rate in stops or {}:
-        said = "probably memorising: the rest (F = 0.9 +- 0.08)"
-        changed = {"stop": True, "stopped": True, "steps": 60, "finding": said}
-        arms.append(arm(optimizer, rate, ends[optimizer, rate], **changed))
-
-    def compare(first: Arm, second: Arm) -> Comparison:
-        if first.stop:
-            return (stops or {})[first.optimizer, first.learning_rate]
-        same = first.learning_rate == second.learning_rate
-        return at[RATES.index(first.learning_rate)] if same else best
-
-    return Evidence(arms, 1e-4, compare, not_armed, quick)
+    known = {
+        ("folds", "plain"): folds,
+        ("folds", "held out"): over_held_out,
+        ("ours", "plain"): ours,
+    }
+    arms = {
+        "plain": arm("AdamW to the end", 0.75, peak_accuracy=peak, peak_epoch=2),
+        "held out": arm("AdamW, a tenth held out", 0.82),
+        "ours": arm("PopRiskDPOTrainer", 0.76),
+        "folds": arm("mean of 4 fold models", 0.83, trainings=2.4, swapped_fitted=0.8),
+    }
+    values: dict[str, Any] = {
+        "suspects": FOUND, "estimate": "28 % of the labels look wrong", "calibrated": True,
+        "swapped_share": 0.3, "quick": False,
+    }  # fmt: skip
+    return Evidence(arms=arms, compare=lambda *two: known[two], **{**values, **changes})
 
 
-GATE_LOSES = {
-    "gate": (0.70, 0.72, 0.79),
-    "adamw": (0.85, 0.88, 0.80),
-    "at": (LOST, LOST, LEVEL),
-    "best": LOST,
-}
-TIE = {"gate": (0.8, 0.8, 0.8), "adamw": (0.8, 0.81, 0.8), "at": (LEVEL, LEVEL, LEVEL)}
 # What is special about the numbers, which paragraph, what it says and what nobody may say.
 SAID: list[tuple[dict[str, Any], int, list[str], str]] = [
-    ({}, 0, ["PopRiskAdamW 88.0 % of the clean held-out pairs, AdamW 80.0 %",
-             "PopRiskAdamW is ahead by 8.0 points (standard error 2.0 points)"], "behind"),
-    ({}, 1, ["AdamW 87.0 % (3e-05)", "That is level",
-             "varies by 0.0 points for PopRiskAdamW and by 12.0 points for AdamW",
-             "the gain is robustness to the learning rate, not a better optimum"], "tuned"),
-    ({"at": (WON, WON, WON)}, 1, ["ahead even of AdamW at its best rate"], "not a better optimum"),
-    (GATE_LOSES, 0, ["PopRiskAdamW is behind by 8.0 points"], "robustness"),
-    (GATE_LOSES, 1, ["with a tuned learning rate AdamW is the better choice here"], "only"),
-    ({"at": (LOST, WON, WON)}, 1,
-     ["better choice here; PopRiskAdamW only spares some of the tuning"], "#"),
-    (TIE, 0, ["That is level: the difference of 1.0 points"], "robustness"),
-    (TIE, 1, ["this run shows no advantage of PopRiskAdamW in accuracy"], "robustness"),
-    ({"gate_changes": {"peak_accuracy": 0.90}}, 2, ["AdamW needs no gate"], "higher"),
-    ({"gate_changes": {"peak_accuracy": 0.95}}, 2, ["PopRiskAdamW's is higher"], "needs no gate"),
-    ({"gate_changes": {"peak_accuracy": 0.85}}, 2, ["better without the gate"], "needs no gate"),
-    # AdamW at 3e-5 has drift 0.1, next to the gate's 0.12.
-    ({}, 3, ["leaves wrong labels unfitted while it fits the right ones",
-             "AdamW at 3e-05: drift 0.10 against 0.12", "AdamW has 87.0 % against 88.0 %"], "#"),
-    ({"gate_changes": {"clean_fitted": 0.8}}, 3, ["fits less of both"], "unfitted"),
-    ({"gate_changes": {"swapped_fitted": 0.97}}, 3, ["does not keep the wrong"], "less"),
-    ({}, 4, ["ended none of the 6 runs", "too short"], "armed"),
-    ({"not_armed": 6}, 4, ["In 6 of them the gradients never agreed"], "too short"),
-    ({"stops": {("AdamW", 3e-4): WON}}, 4,
-     ["ended 1 of the 6 runs: AdamW 0.0003 at step 60 of 100", "It helped in 1 and hurt in 0",
-      "AdamW 0.0003 was probably memorising: the rest (F = 0.9 +- 0.08).",
-      "the best moment had passed"], "by more than noise"),  # 0.90 against 0.75
-    ({"stops": {("PopRiskAdamW", 3e-4): LOST}}, 4, ["It helped in 0 and hurt in 1"],
-     "the best moment had passed"),  # 0.90 against 0.88
-    ({"stops": {("AdamW", 3e-4): LEVEL}}, 4, ["changed no accuracy by more than noise"], "helped"),
-    ({}, 5, ["one seed of one very small model", "standard error of 1.5 points"], "mean little"),
-    ({"quick": True}, 5, ["numbers mean little"], "#"),
+    ({}, 0, ["28 % of the labels look wrong; 30 % were swapped", "probability 0.85 (AUC)",
+             "Of the 100 pairs with P(wrong) of 0.5 or more, 80 % were swapped"], "ranking here"),
+    ({"calibrated": False}, 0, ["is a ranking here: look at its top, and cut nowhere"], "Of the"),
+    ({"suspects": {**FOUND, "flagged": 0, "precision": None}}, 0,
+     ["No label is more probably wrong than right"], "Of the"),
+    ({"suspects": {**FOUND, "auc": None}}, 0, ["30 % were swapped"], "AUC"),
+    ({}, 1, ["mean of 4 fold models: 83.0 % of the clean held-out pairs",
+             "Ahead of AdamW to the end (75.0 %) by 8.0 points (standard error 2.0 points)",
+             "Level with AdamW, a tenth held out (82.0 %): the difference of 1.0 points",
+             "its price is 2.4 trainings"], "Behind"),
+    ({"folds": LOST}, 1, ["Behind AdamW to the end (75.0 %) by 8.0 points"], "Ahead"),
+    ({}, 2, ["PopRiskDPOTrainer, one training, nothing held out: 76.0 %. Level with"], "Ahead"),
+    ({"ours": WON}, 2, ["Ahead of AdamW to the end"], "Level"),
+    ({}, 3, ["ends with 99 % of the wrong labels fitted beside 100 % of the right",
+             "with 80 % and 100 %", "best epoch (2)", "82.0 %, about as much"], "less"),
+    ({"peak": 0.90}, 3, ["90.0 %, more than the mean of 4 fold models"], "about"),
+    ({"peak": 0.76}, 3, ["76.0 %, less than the mean of 4 fold models"], "about"),
+    ({}, 4, ["one seed of one very small model", "standard error of 1.5 points"], "mean little"),
+    ({"quick": True}, 4, ["numbers mean little"], "#"),
 ]  # fmt: skip
 
 
@@ -295,50 +267,71 @@ def test_sentences(numbers: dict[str, Any], place: int, said: list[str], unsaid:
     assert unsaid not in text
 
 
-def test_best_arm_ignores_the_stop_and_prefers_less_drift() -> None:
-    found = evidence(adamw=(0.8, 0.8, 0.7))  # drift 0.1, 0.2, 0.3
-    found = replace(found, arms=[*found.arms, arm("AdamW", 3e-4, 0.9, stop=True)])
-    assert found.best("AdamW") == arm("AdamW", 3e-5, 0.8, drift=0.1)
+@pytest.mark.parametrize(
+    ("numbers", "command", "why"),
+    [
+        ({}, "poprisk clean ", "worth its price"),
+        ({"folds": LEVEL, "ours": WON}, "poprisk dpo ", "PopRiskDPOTrainer was ahead"),
+        ({"folds": LOST}, "poprisk dpo ", "nothing was ahead by more than noise"),
+    ],
+)
+def test_what_to_do_next_follows_the_numbers(
+    numbers: dict[str, Any], command: str, why: str
+) -> None:
+    said, commands = next_steps(evidence(**numbers))
+    assert why in said
+    assert commands[0] == "poprisk check pairs.jsonl"
+    assert commands[-1].startswith(command)
 
 
 def test_table_fits_eighty_columns() -> None:
-    case = evidence(stops={("AdamW", 3e-4): WON})
+    case = evidence()
     console = Console(width=80, file=io.StringIO())
-    print_results(console, "title", case.arms, 1e-4, ["first finding", "second finding"])
+    compared = {row["arm"]: row for row in case.comparisons() if row["minus"] == "plain"}
+    print_arms(console, case.arms, compared)
     text = console.file.getvalue()
     assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
     assert "\u2026" not in text  # nothing cut
-    assert "0.0001*" in text
-    assert text.count("PopRiskAdamW") == 3
-    assert "ended it" in text
-    assert "second finding" in text
-
-
-def shape(value: Any) -> Any:
-    """Keys, and the types of what is not counted: figures of a run differ between machines."""
-    if isinstance(value, dict):
-        return {key: shape(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [shape(entry) for entry in value]
-    return type(value).__name__ if isinstance(value, (str, float)) else value
+    assert "mean of 4 fold models" in text
+    assert "+0.080 \u00b1 0.020" in text
 
 
 @pytest.mark.slow
-def test_demo_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As it was when the golden was written: all keys, counts and settings, and near figures."""
-    out = tmp_path / "new" / "demo"
+def test_demo_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was when the golden was written: settings, check, arms and near figures."""
+    out, kept = tmp_path / "new" / "demo", []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        kept[:] = kept or [run_job(*args, **kwargs)]
+        return kept[0]
+
+    monkeypatch.setattr(job, "run_job", once)
     assert main(["demo", "--quick", "--json", "--out", str(out)]) == 0
     captured = capsys.readouterr()
     record, expected = json.loads(captured.out), json.loads(GOLDEN.read_text())
-    assert "[ 37 %] DPO, all runs" in captured.err
+    assert "checking the pairs" in captured.err
     assert record.pop("seconds").keys() == expected.pop("seconds").keys()
     for one in (record, expected):
-        del one["environment"], one["findings"], one["comparisons"]
+        del one["environment"], one["findings"], one["next"]
     assert record["settings"] == expected["settings"]
     assert record["data"]["example"] == expected["data"]["example"]
-    assert shape(record) == shape(expected)
-    for arm, before in zip(record["arms"], expected["arms"], strict=True):
-        assert arm["accuracy"] == pytest.approx(before["accuracy"], abs=0.1)
+    assert record["arms"].keys() == expected["arms"].keys()
+    for name, found in record["arms"].items():
+        assert found.keys() == expected["arms"][name].keys()
+        assert found["accuracy"] == pytest.approx(expected["arms"][name]["accuracy"], abs=0.1)
+    assert record["check"].keys() == expected["check"].keys()
+    assert record["check"]["num_pairs"] == record["data"]["train_pairs"]
+    suspects = record["suspects"]["first"]
+    assert len({pair["row"] for pair in suspects}) == 4
+    assert record["arms"]["folds"]["trainings"] == pytest.approx(1.0)  # of two halves
     assert json.loads((out / "results.json").read_text())["runs"] == record["runs"]
     assert sorted(path.name for path in out.iterdir()) == ["report.png", "results.json"]
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["demo", "--quick", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f"{number}. ") for number in (1, 2, 3, 4)]
+    assert places == sorted(places)
+    assert suspects[0]["chosen"][:20] in shown
+    assert "poprisk check pairs.jsonl" in shown
