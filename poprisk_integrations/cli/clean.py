@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     from poprisk_integrations.trl.cleaning import clean_pairs
     from poprisk_integrations.trl.validation import check_before_work, check_output_dir
 
+    if not args.rest:
+        raise UsageError("a config is missing: poprisk clean --config CONFIG.yaml")
     config = parse_config(args.rest)
     training = config.training
     if args.min_probability is not None and not 0.0 <= args.min_probability <= 1.0:

@@ -142,8 +142,9 @@ def transcript(line: str, folder: Path) -> list[str]:
     def lines(text: str) -> list[str]:
         text = text.replace(str(ROOT), "{ROOT}").replace(str(folder), "{HERE}")
         text = re.sub(r"a probed step took .*", "a probed step took ...", text)
-        # Notes of other libraries begin with the time.
-        return [line.rstrip() for line in text.splitlines() if not line.startswith("[20")]
+        # Notes of other libraries begin with the time; the Trainer's figures differ by machine.
+        skipped = ("[20", "{'train_runtime'")
+        return [line.rstrip() for line in text.splitlines() if not line.startswith(skipped)]
 
     return [
         f"[{status}]",

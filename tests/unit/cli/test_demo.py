@@ -331,7 +331,8 @@ def test_demo_run(
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert main(["demo", "--quick", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    places = [shown.index(f"{number}. ") for number in (1, 2, 3, 4)]
+    heads = ("1. Check", "2. Suspects", "3. Models", "4. On pairs of your own")
+    places = [shown.index(head) for head in heads]
     assert places == sorted(places)
     assert suspects[0]["chosen"][:20] in shown
     assert "poprisk check pairs.jsonl" in shown
