@@ -1,11 +1,10 @@
 """Runs `poprisk demo` for several seeds; one CSV row per arm, a plot, and the verdicts.
 
-Resumable: finished seeds are read back from the CSV.
+Resumable: finished seeds are read back from the CSV, and finished demos from `traces/`.
 """
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from benchmarks.harness.tables import interval
 
 from poprisk_integrations.cli.main import main as poprisk
 
-TAKES = ("seeds",)
+TAKES = ("seeds", "traces")
 SEEDS = [1, 2, 3, 4, 5]
 KEYS = ("trainings", "accuracy", "accuracy_se", "swapped_fitted", "clean_fitted", "drift",
         "peak_accuracy", "peak_epoch")  # fmt: skip
@@ -23,14 +22,15 @@ ARMS = {"plain": "#d55e00", "held out": "#009e73", "ours": "#0072b2", "folds": "
 COMPARED = (("folds", "plain"), ("folds", "held out"), ("ours", "plain"), ("ours", "held out"))
 
 
-def demo(seed: int, quick: bool) -> list[dict]:
-    """The arms of one demo."""
-    with tempfile.TemporaryDirectory() as folder:
+def demo(seed: int, quick: bool, folder: Path) -> list[dict]:
+    """The arms of one demo, which is kept in `folder`."""
+    path = folder / "results.json"
+    if not path.exists():
         flags = ["--quick"] if quick else []
-        status = poprisk(["demo", "--out", folder, "--seed", str(seed), "--quiet", *flags])
+        status = poprisk(["demo", "--out", str(folder), "--seed", str(seed), "--quiet", *flags])
         if status:
             raise SystemExit(status)
-        results = json.loads(Path(folder, "results.json").read_text())
+    results = json.loads(path.read_text())
     judged = {
         "auc": results["suspects"]["auc"],
         "rate": results["noise"]["rate"],
@@ -49,7 +49,9 @@ def main(args: argparse.Namespace) -> list[str]:
     for seed in args.seeds or SEEDS[: 1 if args.quick else None]:
         if any(int(r["seed"]) == seed for r in rows):
             continue
-        new = demo(seed, args.quick)
+        here = args.out if args.quick else Path(__file__).parent
+        traces = args.traces or here / "traces"
+        new = demo(seed, args.quick, traces / f"seed-{seed}")
         rows += [{k: "" if v is None else str(v) for k, v in row.items()} for row in new]
         write_csv(path, rows)
         print(f"seed {seed} done", flush=True)
