@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -120,4 +121,5 @@ def _draw_epochs(axis: Any, result: DemoResult, metric: str) -> None:
         epoch = steps.index(run.end.step) if run.end.step in steps else len(steps) - 1
         square = {"marker": "s", "markerfacecolor": "white", "markeredgewidth": 2.0}
         axis.plot([epoch], [kept], color=color, markersize=8, ls="none", zorder=5, **square)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("epochs (squares: the models that are kept)")
