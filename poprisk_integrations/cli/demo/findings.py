@@ -61,7 +61,7 @@ class Evidence:
 
 
 def findings(evidence: Evidence) -> list[str]:
-    """One paragraph each: suspects, mean of the folds, our trainer, mechanism, limits."""
+    """One paragraph each: suspects, mean of the folds, our trainer, labels, limits."""
     arms = evidence.arms
     plain, folds, ours = arms["plain"], arms["folds"], arms["ours"]
     return [
@@ -71,7 +71,7 @@ def findings(evidence: Evidence) -> list[str]:
         f"Nothing was held out for it; its price is {folds.trainings:.1f} trainings.",
         f"{ours.name}, one training, nothing held out: {_percent(ours.accuracy)}. "
         f"{_against(evidence, 'ours', 'plain')}",
-        f"Why: plain training ends with {_percent(plain.swapped_fitted, 0)} of the wrong labels "
+        f"Labels: plain training ends with {_percent(plain.swapped_fitted, 0)} of the wrong labels "
         f"fitted beside {_percent(plain.clean_fitted, 0)} of the right ones, the {folds.name} with "
         f"{_percent(folds.swapped_fitted, 0)} and {_percent(folds.clean_fitted, 0)}. "
         f"{_best_moment(plain, folds)}",

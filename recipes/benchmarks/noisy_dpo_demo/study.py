@@ -16,6 +16,7 @@ from poprisk_integrations.cli.main import main as poprisk
 
 TAKES = ("seeds", "traces")
 SEEDS = [1, 2, 3, 4, 5]
+FEWEST = 3
 KEYS = ("trainings", "accuracy", "accuracy_se", "swapped_fitted", "clean_fitted", "drift",
         "peak_accuracy", "peak_epoch")  # fmt: skip
 ARMS = {"plain": "#d55e00", "held out": "#009e73", "ours": "#0072b2", "folds": "#222222"}
@@ -72,6 +73,8 @@ def verdicts(rows: list[dict]) -> list[str]:
     for arm, base in COMPARED:
         mean, low, high = interval({("", s): accuracy[arm, s] - accuracy[base, s] for s in seeds})
         word = "ahead" if low > 0 else "behind" if high < 0 else "level"
+        if len(seeds) < FEWEST:
+            word = f"no verdict from {len(seeds)} of {FEWEST} seeds"
         lines.append(f"{arm} minus {base}: {mean:+.4f} [{low:+.4f}, {high:+.4f}], {word}")
     auc = np.mean([float(r["auc"]) for r in rows if r["arm"] == "folds"])
     return [*lines, f"AUC for swapped labels: {auc:.3f}; {len(seeds)} seeds"]
