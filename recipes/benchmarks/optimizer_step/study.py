@@ -104,7 +104,7 @@ ARMS = {
     "ours, fused": Arm(_fused(), 40),
     "ours, fused, check off": Arm(_fused(skip_nonfinite=False), 36),
     "ours, fused, gate=none": Arm(_fused(gate="none"), 32),
-    "ours, fused, moments": Arm(_fused(noise_source="moments"), 28),
+    "ours, fused, moments": Arm(_fused(noise_source="moments"), 32),
     "ours, fused, moments, unchecked": Arm(
         _fused(noise_source="moments", skip_nonfinite=False), 28
     ),
