@@ -14,7 +14,7 @@ from benchmarks.cleaned_pairs.pairs import Sizes, Task, build
 from benchmarks.cleaned_pairs.sft import references
 from benchmarks.cleaned_pairs.training import Run, accuracy, dpo, filled, judged, margins_of
 from benchmarks.harness.figures import COLOURS, legend, plt, save
-from benchmarks.harness.provenance import result_name, write_csv
+from benchmarks.harness.provenance import hardware, result_name, write_csv
 from benchmarks.harness.tables import interval
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -26,7 +26,8 @@ from poprisk_integrations.core.noise_rate import (
     flip_probability,
 )
 
-TAKES = ("selection", "seeds", "traces", "arms")
+TAKES = ("selection", "seeds", "traces", "arms", "part")
+PARTS = ("structured",)
 SELECTION, FRESH = (100, 101, 102), (0, 1, 2, 3, 4)
 FOLDS = 4
 
@@ -63,6 +64,10 @@ CHOSEN_ON = (
         name="flips", conditions=("flips 30",), run=Run(lr=1e-3, schedule="constant", epochs=8)
     ),
 )
+STRUCTURED = tuple(
+    Setting(name="structured", conditions=("length", "annotators"), run=_linear(lr))
+    for lr in (3e-4, 3e-3)
+)
 ARMS = ("plain", "hold-out", "drop", "mean of folds", "oracle")
 MORE = (
     "drop, mean of folds",
@@ -83,7 +88,9 @@ def main(args: argparse.Namespace) -> list[str]:
     seeds = tuple(
         args.seeds or (SELECTION if args.selection else FRESH)[: 1 if args.quick else None]
     )
-    settings = (QUICK,) if args.quick else CHOSEN_ON if args.selection else SETTINGS
+    settings = CHOSEN_ON if args.selection else STRUCTURED if args.part else SETTINGS
+    if args.quick:
+        settings = (replace(QUICK, name=settings[0].name, conditions=settings[0].conditions),)
     arms = args.arms or [*ARMS, *(MORE if args.selection else ())]
     folder = args.traces or (args.out if args.quick else Path(__file__).parent) / "traces"
     models = references(list(seeds), folder / "sft", 640 if args.quick else 20_000)
@@ -104,6 +111,8 @@ def main(args: argparse.Namespace) -> list[str]:
         for arm in arms:
             rows += json.loads(_trace(folder, setting, arm, seeds).read_text(encoding="utf-8"))
     stem = args.out / f"{'selection_' if args.selection else ''}{result_name()}"
+    if args.part:
+        stem = args.out / f"{args.part}_{hardware()}"
     write_csv(stem.with_suffix(".csv"), rows)
     summary = summary_rows(rows)
     write_csv(stem.with_name(f"summary_{stem.name}.csv"), summary)
@@ -236,6 +245,8 @@ GROUPS = {  # of the summary: condition, setting and schedule that are averaged 
     "none wrong, constant rate": ("flips 0", "flips", "constant"),
     "320 pairs, 30 % wrong": ("flips 30", "few", "linear"),
     "320 pairs, none wrong": ("flips 0", "few", "linear"),
+    "longer wins": ("length", "structured", "linear"),
+    "a bad annotator": ("annotators", "structured", "linear"),
 }
 
 

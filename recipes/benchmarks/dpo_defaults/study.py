@@ -160,11 +160,11 @@ class _Bench:
         if not path.exists():
             began = time.process_time()
             task, held = self.task(cell.kind, cell.signal, seed), self.held(seed)
+            data = pairs_of(task.prompts[0], task.chosen[0], task.rejected[0])
             epochs = _Epochs(held)
             trainer = trained(
-                arm, self.reference(seed), pairs_of(task.prompts[0], task.chosen[0], task.rejected[0]),
-                seed=seed, lr=cell.lr, schedule=cell.schedule, epochs=cell.epochs,
-                callback=epochs if arm == "plain" else TrainerCallback(),
+                arm, self.reference(seed), data, seed=seed, lr=cell.lr, schedule=cell.schedule,
+                epochs=cell.epochs, callback=epochs if arm == "plain" else TrainerCallback(),
             )  # fmt: skip
             end = held.accuracy(stacked(trainer.model))
             found = {
@@ -231,10 +231,10 @@ def verdict(rows: Sequence[dict], summary: Sequence[dict]) -> list[str]:
         own = [r for r in summary if r["arm"] == arm]
         worst = min(own, key=lambda r: float(r["minus_plain"]))
         below = [r for r in own if float(r["minus_plain"]) < -HARM]
+        where = ", ".join(str(worst[k]) for k in CELL)
         lines.append(
             f"{arm}: {len(own) - len(below)} of {len(own)} cells harmless; worst "
-            f"{100 * float(worst['minus_plain']):+.1f} in {', '.join(str(worst[k]) for k in CELL)}; "
-            f"all {_mean(rows, own, arm)}"
+            f"{100 * float(worst['minus_plain']):+.1f} in {where}; all {_mean(rows, own, arm)}"
         )
         over = [r for r in own if float(r["plain_overfits_by"]) >= OVERFITS]
         ahead = sum(float(r["minus_plain"]) > 0 for r in over)
