@@ -5,8 +5,10 @@ which that one does not have, are frozen at 0 and 1.
 """
 
 import tempfile
+from functools import cache
 from typing import Any
 
+import accelerate.utils.imports as installed
 import torch
 from benchmarks.cleaned_pairs.language import EOS, LONGEST, PAD, PROMPT, VOCABULARY
 from benchmarks.cleaned_pairs.model import HEADS, HIDDEN, LAYERS, LENGTH, WIDTH, Params
@@ -20,6 +22,9 @@ from trl import DPOConfig, DPOTrainer
 from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
 
 __all__ = ["ARMS", "pairs_of", "policy", "stacked", "trained"]
+
+# It is asked in each step whether peft is there, which reads that package's whole metadata anew.
+installed._is_package_available = cache(installed._is_package_available)
 
 ARMS: dict[str, dict[str, Any]] = {  # what differs from the defaults of the arm's config
     "plain": {},

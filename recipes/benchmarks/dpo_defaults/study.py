@@ -56,14 +56,14 @@ class Cell:
         return f"{kind}_{self.signal}_{self.lr:g}_{self.schedule}_{self.epochs}"
 
 
-RUNS = ((1e-4, "linear", 3), (5e-4, "linear", 3), (3e-3, "linear", 3), (1e-3, "constant", 6))
+RUNS = ((1e-4, "linear", 3), (3e-3, "linear", 3), (1e-3, "constant", 6))
 CELLS = [
     Cell(kind=kind, signal=signal, lr=lr, schedule=schedule, epochs=epochs)
     for kind in KINDS
     for signal in SIGNALS
     for lr, schedule, epochs in RUNS
 ]
-CHOSEN_ON = [cell for cell in CELLS if cell.kind.startswith("flips") and cell.signal == "strong"]
+CHOSEN_ON = [cell for cell in CELLS if cell.kind.startswith("flips")]
 MORE = ("gate alone", "stop alone", "open gate", "full steps", "half gate", "late gate")
 
 
