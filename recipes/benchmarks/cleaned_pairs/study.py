@@ -14,7 +14,7 @@ from benchmarks.cleaned_pairs.pairs import Sizes, Task, build
 from benchmarks.cleaned_pairs.sft import references
 from benchmarks.cleaned_pairs.training import Run, accuracy, dpo, filled, judged, margins_of
 from benchmarks.harness.figures import COLOURS, legend, plt, save
-from benchmarks.harness.provenance import hardware, result_name, write_csv
+from benchmarks.harness.provenance import hardware, read_csv, result_name, write_csv
 from benchmarks.harness.tables import interval
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> list[str]:
     summary = summary_rows(rows)
     write_csv(stem.with_name(f"summary_{stem.name}.csv"), summary)
     draw(rows, stem.with_suffix(".png"))
-    return verdict(summary)
+    return verdict(summary) + (ranking_against_flips(rows) if args.part else [])
 
 
 def _trace(folder: Path, setting: Setting, arm: str, seeds: tuple[int, ...]) -> Path:
@@ -296,6 +296,31 @@ def verdict(summary: list[dict]) -> list[str]:
             f"{float(row['plain_high']):+.3f}], minus hold-out {float(row['minus_hold-out']):+.3f} "
             f"[{float(row['hold-out_low']):+.3f}, {float(row['hold-out_high']):+.3f}]"
         )
+    return lines
+
+
+def ranking_against_flips(rows: list[dict]) -> list[str]:
+    """AUC of structured noise minus that of random flips at the same rates, by seed."""
+    (table,) = (Path(__file__).parent / "results").glob("2*.csv")
+
+    def by_seed(some: list[dict], group: str) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for r in some:
+            is_wanted = r["arm"] == "mean of folds" and _where(r) == GROUPS[group]
+            if is_wanted and r["lr"] in {row["lr"] for row in rows}:
+                found.setdefault(str(r["seed"]), []).append(float(r["auc"]))
+        return found
+
+    flips, lines = by_seed(read_csv(table), "30 % wrong"), []
+    for group in ("longer wins", "a bad annotator"):
+        own = by_seed(rows, group)
+        paired = {("", s): np.mean(v) - np.mean(flips[s]) for s, v in own.items() if s in flips}
+        if paired:
+            mean, low, high = interval(paired)
+            lines.append(
+                f"{group}: AUC {np.mean(list(own.values())):.3f}, minus random flips {mean:+.3f} "
+                f"[{low:+.3f}, {high:+.3f}]"
+            )
     return lines
 
 

@@ -35,6 +35,9 @@ ARMS: dict[str, dict[str, Any]] = {  # what differs from the defaults of the arm
     "full steps": {"optim_args": "preserve_norm=True"},
     "half gate": {"optim_args": "gate_blend=0.5"},
     "late gate": {"optim_args": "gate_warmup=100"},
+    "few sit": {"stop_sit_out": 0.05},
+    "few sit, half gate": {"stop_sit_out": 0.05, "optim_args": "gate_blend=0.5"},
+    "few sit, full steps": {"stop_sit_out": 0.05, "optim_args": "preserve_norm=True"},
 }
 
 

@@ -64,7 +64,6 @@ CELLS = [
     for lr, schedule, epochs in RUNS
 ]
 CHOSEN_ON = [cell for cell in CELLS if cell.kind.startswith("flips")]
-MORE = ("gate alone", "stop alone", "open gate", "full steps", "half gate", "late gate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +113,7 @@ def main(args: argparse.Namespace) -> list[str]:
     warnings.simplefilter("ignore", FutureWarning)
     datasets.disable_progress_bars()
     seeds = tuple(args.seeds or (SELECTION if args.selection else FRESH))
-    arms = ["plain", "defaults", *(MORE if args.selection else ())]
-    arms += [arm for arm in args.arms if arm not in arms]
+    arms = ["plain", *(arm for arm in args.arms or ["defaults"] if arm != "plain")]
     cells = CHOSEN_ON if args.selection else CELLS
     if args.only:
         known = {cell.key: cell for cell in cells}
@@ -156,7 +154,7 @@ class _Bench:
 
     def row(self, cell: Cell, seed: int, arm: str) -> dict:
         """What came of a run."""
-        path = self.folder / f"{cell.key}_{arm.replace(' ', '-')}_{seed}.json"
+        path = self.folder / f"{cell.key}_{arm.replace(', ', '_').replace(' ', '-')}_{seed}.json"
         if not path.exists():
             began = time.process_time()
             task, held = self.task(cell.kind, cell.signal, seed), self.held(seed)
