@@ -7,6 +7,7 @@ which that one does not have, are frozen at 0 and 1.
 import tempfile
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import accelerate.utils.imports as installed
 import torch
@@ -23,9 +24,6 @@ from poprisk_integrations.trl import PopRiskDPOConfig, PopRiskDPOTrainer
 
 __all__ = ["ARMS", "pairs_of", "policy", "stacked", "trained"]
 
-# It is asked in each step whether peft is there, which reads that package's whole metadata anew.
-installed._is_package_available = cache(installed._is_package_available)
-
 ARMS: dict[str, dict[str, Any]] = {  # what differs from the defaults of the arm's config
     "plain": {},
     "defaults": {},
@@ -36,6 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {  # what differs from the defaults of the arm
     "half gate": {"optim_args": "gate_blend=0.5"},
     "late gate": {"optim_args": "gate_warmup=100"},
     "few sit": {"stop_sit_out": 0.05},
+    "few sit, late gate": {"stop_sit_out": 0.05, "optim_args": "gate_warmup=100"},
     "few sit, half gate": {"stop_sit_out": 0.05, "optim_args": "gate_blend=0.5"},
     "few sit, full steps": {"stop_sit_out": 0.05, "optim_args": "preserve_norm=True"},
 }
@@ -123,7 +122,10 @@ def trained(
     trainer_class, config_class = (_Ours, PopRiskDPOConfig)
     if arm == "plain":
         trainer_class, config_class = (_Plain, DPOConfig)
-    with tempfile.TemporaryDirectory() as folder:
+    # It is asked in each step whether peft is there, which reads that package's metadata anew.
+    asked = cache(installed._is_package_available)
+    asks_once = patch.object(installed, "_is_package_available", asked)
+    with asks_once, tempfile.TemporaryDirectory() as folder:
         config = config_class(
             output_dir=folder, learning_rate=lr, lr_scheduler_type=schedule,
             num_train_epochs=epochs, per_device_train_batch_size=32, seed=seed,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from benchmarks.cleaned_pairs.language import LONGEST, all_prompts, reward
@@ -111,7 +110,6 @@ def main(args: argparse.Namespace) -> list[str]:
     """Train what is missing, write tables and the picture; the verdict."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
-    datasets.disable_progress_bars()
     seeds = tuple(args.seeds or (SELECTION if args.selection else FRESH))
     arms = ["plain", *(arm for arm in args.arms or ["defaults"] if arm != "plain")]
     cells = CHOSEN_ON if args.selection else CELLS

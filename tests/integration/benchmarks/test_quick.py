@@ -16,8 +16,8 @@ from benchmarks.noisy_labels import study as noisy
 from benchmarks.sparse_signal import study as sparse
 
 LONG = ("dpo_step_cost", "fsdp2_step", "monitor_cost", "noisy_dpo_demo", "optimizer_step")
-PARTS = (("optimizer_step", "sources"), ("optimizer_step", "llama"),
-         ("optimizer_step", "compile_time"),
+PARTS = (("cleaned_pairs", "structured"), ("optimizer_step", "sources"),
+         ("optimizer_step", "llama"), ("optimizer_step", "compile_time"),
          ("stop_cost", "sit_out"), ("stop_digits", "window_length"))  # fmt: skip
 BY_THEMSELVES = (*LONG, "open_fraction", "noise_rate_coverage")  # a process, or several, each
 FROZEN = ("early_stopping", "grokking", "inr", "noisy_dpo", "pinn", "risk_estimate")
@@ -51,6 +51,7 @@ def test_all_studies_were_found():
     assert command.studies() == [
         "cleaned_pairs",
         "default_gate",
+        "dpo_defaults",
         "dpo_step_cost",
         "fsdp2_step",
         "learning_rate",
