@@ -75,5 +75,6 @@ def label_advice(
         kind="suspect",
         text=f"look at the most suspect pairs; to leave out the {labels} more probably wrong than "
         f"right: `{command} --write cleaned.jsonl`. For a better model: `{_CLEAN}` judges each "
-        "pair by models that never saw it, and makes the mean of these models the model",
+        "pair by models that never saw it, and makes the mean of these models the model; "
+        "errors for a reason that models learn too (longer answers win) stay hidden",
     )
