@@ -286,5 +286,5 @@ def draw(summary: Sequence[dict], path: Path) -> None:
             axis.grid(axis="y", color="0.9")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy minus plain, points")
-    legend(figure, axes.flat[0], loc="lower center", ncols=min(len(arms), 4))
+    legend(figure, axes.flat[0], loc="lower center", ncols=min(len(arms), 2 * len(kinds)))
     save(figure, path)
