@@ -210,7 +210,10 @@ struct Values {
   int64_t tensor, start;  // the first element of those taken
   Field field;
   Format format;
-  float buffer[BUFFER];
+  float buffer[BUFFER];  // filled only where it is used
+
+  Values(const Call& call, int64_t tensor, Field field, Setting format)
+      : call(call), tensor(tensor), start(0), field(field), format(Format(call[format])) {}
 
   template <class T>
   T* load(int64_t n) {
@@ -260,12 +263,9 @@ struct Values {
 template <class T, Gate GATE, bool HAS_NOISE>
 void chunk(const Call& call, int64_t tensor, int64_t start, int64_t stop, Sums& sums) {
   const Scalars<T> c(call.row(tensor), call);
-  auto values = [&](Field field, Setting format) {
-    return Values{call, tensor, 0, field, Format(call[format]), {}};
-  };
-  Values p = values(param, param_format), g = values(grad, grad_format),
-         m = values(exp_avg, avg_format), v = values(exp_avg_sq, sq_format),
-         s = values(exp_dev_sq, dev_format);
+  Values p(call, tensor, param, param_format), g(call, tensor, grad, grad_format),
+      m(call, tensor, exp_avg, avg_format), v(call, tensor, exp_avg_sq, sq_format),
+      s(call, tensor, exp_dev_sq, dev_format);
   const bool is_plain = !call[converts];
   const bool by_row = call.of(rows, tensor) > 1;
   const int64_t columns = call.of(numel, tensor) / call.of(rows, tensor);
