@@ -5,7 +5,9 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -31,6 +33,9 @@ def fresh(monkeypatch, tmp_path):
     """As a new process with an empty cache."""
     monkeypatch.setattr(_cpu_build, "_loaded", [])
     monkeypatch.setattr(_cpu_build, "_failures", [])
+    # compiled faster, since little is computed
+    flags = tuple("-O0" if flag == "-O2" else flag for flag in _cpu_build.FLAGS)
+    monkeypatch.setattr(_cpu_build, "FLAGS", flags)
     monkeypatch.setenv("POPRISK_CACHE_DIR", str(tmp_path / "cache"))
     _cpu_build._cache_folder.cache_clear()
     yield tmp_path / "cache"
@@ -144,6 +149,23 @@ def test_a_cache_that_is_no_folder_is_not_needed(fresh):
 
 
 @needs_compiler
+def test_two_that_compile_at_once_leave_one_whole_library(fresh, monkeypatch):
+    """Neither finds the other's, because both wait until both have looked."""
+    both, compile_ = threading.Barrier(2, timeout=60), _cpu_build._compile
+
+    def at_once(*args):
+        both.wait()
+        return compile_(*args)
+
+    monkeypatch.setattr(_cpu_build, "_compile", at_once)
+    with ThreadPoolExecutor(2) as pool:
+        loaded = list(pool.map(lambda _: _cpu_build._load(), range(2)))
+    assert all(library.poprisk_step for library in loaded)
+    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+
+
+@needs_compiler
+@pytest.mark.slow
 def test_processes_that_start_together_do_not_disturb_each_other(fresh):
     """Each compiles under a name of its own, so all that is ever loaded is whole."""
     running = [
