@@ -1,5 +1,6 @@
 """What happened, in sentences and in a few figures."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,9 +8,9 @@ import numpy as np
 from poprisk_integrations.cli.flips.arguments import flips_command
 from poprisk_integrations.cli.report.charts import RATES, matching
 from poprisk_integrations.cli.report.run import NOTHING, Run, finite, number, plain, shown
-from poprisk_integrations.core.label_advice import label_advice
+from poprisk_integrations.core.label_advice import LabelAdvice, label_advice
 
-__all__ = ["headline", "key_figures", "label_lines", "sentences"]
+__all__ = ["answers", "headline", "key_figures", "label_lines", "sentences"]
 
 
 def headline(run: Run) -> str:
@@ -35,6 +36,45 @@ def headline(run: Run) -> str:
         return f"Ran all {planned} planned steps."
     more = "" if planned is None else ": still running, interrupted, or ended by something else"
     return f"T{ends[1:]}{more}."
+
+
+def answers(run: Run) -> dict[str, str]:
+    """What a reader asks first."""
+    stop, suspects = run.stop, run.suspects
+    reason = "" if stop is None else stop.reason
+    todo = [] if stop is None or stop.windows.empty else [stop.diagnosis.advice]
+    if suspects is not None:
+        todo.append(f"of the labels: {_advice(run)}")
+    if not todo:
+        todo = ["the stop, added to the next run, draws its test loss without validation data"]
+    return {
+        "Did it help?": _help(run),
+        "Why did it end?": f"{headline(run)} {reason[:1].upper()}{reason[1:]}{'.' * bool(reason)}",
+        "What now?": " ".join(f"{text[:1].upper()}{text[1:]}." for text in todo),
+    }
+
+
+def _help(run: Run) -> str:
+    stop, curve = run.stop, finite(run.curve("poprisk/estimated_test_loss"))
+    if stop is None or curve.empty or stop.best_step is None:
+        return "This log cannot tell: it has no estimated test loss."
+    errors = run.errors("poprisk/estimated_test_loss")
+    low, last = curve.idxmin(), curve.index[-1]
+
+    def told(at: float) -> str:
+        return f"{shown(curve[at])} +- {shown(errors[at], 2)}"
+
+    lowest = f"the estimated test loss was lowest at step {shown(stop.best_step)}, {told(low)}"
+    if low == last:
+        return f"There was nothing to save: {lowest}, the last window."
+    rise = curve[last] - curve[low]
+    is_clear = rise > 2 * math.hypot(errors[low], errors[last])
+    ended = f"{lowest}, and {told(last)} in the last window"
+    if stop.cooldown_step is not None or stop.stopped:
+        return f"{'Yes' if is_clear else 'Hardly'}: {ended}; the weights of the lowest were kept."
+    if is_clear:
+        return f"It would have: {ended}."
+    return f"There was nothing to save: {ended}, which is within its error."
 
 
 def sentences(run: Run) -> list[str]:
@@ -136,13 +176,6 @@ def _suspect_lines(run: Run) -> list[str]:
     counts = ", ".join(f"{count} {action}" for action, count in suspects.actions.items())
     found = f"{suspects.num_pairs} pairs, {len(suspects.pairs)} of them judged"
     likely, pairs = suspects.likely, suspects.pairs
-    has_ids = bool((pairs["pair_id"] != pairs["row"]).any())
-    advice = label_advice(
-        num_judged=len(pairs),
-        num_suspect=int(pairs["probability_wrong"].ge(0.5).sum()),
-        calibrated=suspects.calibrated,
-        command=suspects.command or flips_command(run.directory, has_ids=has_ids),
-    )
     if suspects.calibrated:
         expected = pairs["probability_wrong"].sum()
         judged = (
@@ -154,7 +187,7 @@ def _suspect_lines(run: Run) -> list[str]:
             f"{found}; they are ranked by their margins. How many are wrong is not known, so the "
             "column 'probability wrong' is a ranking and no probability."
         )
-    lines = [judged, f"Suggested actions: {counts}.", f"What to do next: {advice}."]
+    lines = [judged, f"Suggested actions: {counts}.", f"What to do next: {_advice(run)}."]
     if suspects.num_swapped is not None:
         among = (
             f"; {likely['swapped'].sum()} of the {len(likely)} pairs that are more probably wrong "
@@ -163,6 +196,19 @@ def _suspect_lines(run: Run) -> list[str]:
         among = among if suspects.calibrated else ""
         lines.append(f"{suspects.num_swapped} labels were swapped on purpose{among}.")
     return lines
+
+
+def _advice(run: Run) -> LabelAdvice:
+    suspects = run.suspects
+    assert suspects is not None
+    pairs = suspects.pairs
+    has_ids = bool((pairs["pair_id"] != pairs["row"]).any())
+    return label_advice(
+        num_judged=len(pairs),
+        num_suspect=int(pairs["probability_wrong"].ge(0.5).sum()),
+        calibrated=suspects.calibrated,
+        command=suspects.command or flips_command(run.directory, has_ids=has_ids),
+    )
 
 
 def _steps(run: Run) -> str:

@@ -21,7 +21,7 @@ from poprisk_integrations.cli.report.draw import (
     svg_of,
     thinned,
 )
-from poprisk_integrations.cli.report.findings import headline, key_figures, sentences
+from poprisk_integrations.cli.report.findings import answers, headline, key_figures, sentences
 from poprisk_integrations.cli.report.labels import labels_of
 from poprisk_integrations.cli.report.run import NOTHING, Run, finite, natural, plain, shown
 
@@ -106,6 +106,7 @@ def as_json(runs: Sequence[Run], page: Path | None, pictures: Sequence[Path]) ->
             **(run.report or {}),
             "run": str(run.directory),
             "headline": headline(run),
+            "answers": answers(run),
             "sentences": sentences(run),
             "figures": {row[0]: row[index] for row in figures},
         }
@@ -129,7 +130,7 @@ def page_of(runs: Sequence[Run], sections: Sequence[Section]) -> str:
         style=Markup(STYLE),
         script=Markup(SCRIPT),
         names=names,
-        headlines=list(map(headline, runs)),
+        answers=list(map(answers, runs)),
         sentences=list(map(sentences, runs)),
         figures=key_figures(runs),
         sections=[s for s in sections if s.charts or s.remarks or filled.get(s.name)],
