@@ -15,11 +15,12 @@ from benchmarks.harness.provenance import BENCHMARKS, PROVENANCE, hardware, read
 from benchmarks.noisy_labels import study as noisy
 from benchmarks.sparse_signal import study as sparse
 
-LONG = ("dpo_step_cost", "fsdp2_step", "monitor_cost", "noisy_dpo_demo", "optimizer_step")
+LONG = ("dpo_step_cost", "fsdp2_step", "learning_rate", "monitor_cost", "noisy_dpo_demo",
+        "open_fraction", "optimizer_step", "small_lm")  # fmt: skip
 PARTS = (("cleaned_pairs", "structured"), ("optimizer_step", "sources"),
          ("optimizer_step", "llama"), ("optimizer_step", "compile_time"),
          ("stop_cost", "sit_out"), ("stop_digits", "window_length"))  # fmt: skip
-BY_THEMSELVES = (*LONG, "open_fraction", "noise_rate_coverage")  # a process, or several, each
+BY_THEMSELVES = (*LONG, "noise_rate_coverage")  # a process, or several, each
 FROZEN = ("early_stopping", "grokking", "inr", "noisy_dpo", "pinn", "risk_estimate")
 STUDIES = command.studies()
 

@@ -85,7 +85,9 @@ def build(folder: Path, *, peft: bool = False, **options: Any) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c in ("full", "lora"))) for c in CASES]
+)
 def test_log_and_weights_are_those_of_trl(tmp_path: Path, case: str) -> None:
     theirs = build(tmp_path, kind=RewardTrainer, config=RewardConfig, **CASES[case])
     theirs.train()
@@ -179,7 +181,7 @@ def test_report_estimate_and_last_line(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("data", "options", "cut"),
     [
-        (lambda: noisy()[0], LEARNS, 13),
+        pytest.param(lambda: noisy()[0], LEARNS, 13, marks=pytest.mark.slow),
         (lambda: easy_pairs(64), {**OFF, **RISK, "stop_restore": "none"}, 21),
         (lambda: easy_pairs(64), SIGNAL, 7),
     ],
