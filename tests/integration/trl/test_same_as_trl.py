@@ -39,7 +39,11 @@ OURS: dict[str, dict[str, Any]] = {
     "risk": {"stop_criterion": "risk"},
 }
 ONE_EPOCH = {"train": pairs(32), "max_steps": -1, "num_train_epochs": 1}
-RUNS = [("full", "no stop"), *((case, ours) for case in CASES for ours in ("signal", "risk"))]
+RUNS = [
+    *(("full", ours) for ours in OURS),
+    *((case, "risk") for case in CASES if case != "full"),
+    *(pytest.param(case, "signal", marks=pytest.mark.slow) for case in CASES if case != "full"),
+]
 
 
 def build(folder: Path, *, peft: bool = False, ref: bool = True, **options: Any) -> Any:
