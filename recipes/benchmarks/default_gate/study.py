@@ -16,6 +16,8 @@ SELECTION = ("sparse_signal", "noisy_labels", "small_lm")
 CONFIRMATION = (*SELECTION, "pinn", "inr")
 PRESENT, TOLERANCE = "soft-5", -0.01
 OPTIONS = tuple(f"soft-32-{what}" for what in ("rho999", "warmup", "decay", "norm", "blend"))
+GRAINS = ("moments-32", "row-32", "tensor-32", "moments-row-32", "moments-tensor-32")
+MARGIN, STUDY_MARGIN = -0.01, -0.02  # of rule 7
 COLOURS = {
     "sparse_signal": "#0072b2",
     "noisy_labels": "#d55e00",
@@ -35,7 +37,7 @@ def main(args: argparse.Namespace) -> list[str]:
     write_csv(path, rows)
     draw(rows, path.with_suffix(".png"))
     lines, chosen = choose(rows, selection, draws)
-    more = options(rows, selection, chosen, draws)
+    more = [*options(rows, selection, chosen, draws), *grains(rows, selection, chosen, draws)]
     return [*candidates(rows), *lines, *more, *confirmation(rows, chosen)]
 
 
@@ -62,7 +64,8 @@ def candidates(rows: list[dict]) -> list[str]:
 
 def choose(rows: list[dict], selection: Scores, draws: int = 10_000) -> tuple[list[str], str]:
     """Rules 1 to 4: what is said, and the default."""
-    worst = {arm: found for arm, found in _worst(rows).items() if arm not in OPTIONS}
+    later = {*OPTIONS, *GRAINS}
+    worst = {arm: found for arm, found in _worst(rows).items() if arm not in later}
     fit = {arm: found for arm, found in worst.items() if found[0] >= TOLERANCE}
     if not fit:
         best = max(worst, key=lambda arm: worst[arm][0])
@@ -73,7 +76,7 @@ def choose(rows: list[dict], selection: Scores, draws: int = 10_000) -> tuple[li
         lines.append("AdamW (0, 0) is ahead of every gate by this rule")
     if best == PRESENT:
         return [*lines, f"default: {PRESENT}, as before"], PRESENT
-    found = _apart(selection, best, PRESENT, draws)
+    found = _apart(selection, best, PRESENT, "range", draws)
     lines.append(f"{best} minus {PRESENT} in range: {_said(found)}")
     kept = PRESENT in fit and found[1] <= 0 <= found[2]
     chosen = PRESENT if kept else best
@@ -86,11 +89,36 @@ def options(rows: list[dict], selection: Scores, chosen: str, draws: int = 10_00
     lines = []
     for arm in (name for name in OPTIONS if name in worst and chosen in worst):
         tuned, spread = worst[arm]
-        found = _apart(selection, arm, chosen, draws)
+        found = _apart(selection, arm, chosen, "range", draws)
         better = tuned >= TOLERANCE and spread > worst[chosen][1] and found[1] > 0
         lines.append(
             f"{arm}: tuned at worst {tuned:+.2%}, range {spread:+.2%}, range minus that of "
             f"{chosen} {_said(found)}: {'change' if better else 'keep'}"
+        )
+    return lines
+
+
+def grains(rows: list[dict], selection: Scores, chosen: str, draws: int = 10_000) -> list[str]:
+    """Rules 7 and 8: noise from the moments, and one gate for a row or tensor."""
+    worst = _worst(rows)
+    lines = []
+    for arm in (name for name in GRAINS if name in worst and chosen in worst):
+        tuned, spread = worst[arm]
+        scores = ("tuned", "range")
+        apart = {score: _apart(selection, arm, chosen, score, draws) for score in scores}
+        if arm == "moments-32":
+            by_study = [
+                _apart({study: of_study}, arm, chosen, "range", draws)[0]
+                for study, of_study in selection.items()
+            ]
+            passes = min(low for _, low, _ in apart.values()) > MARGIN
+            passes &= min(by_study) >= STUDY_MARGIN
+        else:
+            passes = spread > worst[chosen][1] and apart["range"][1] > 0
+        said = ", ".join(f"{score} {_said(found)}" for score, found in apart.items())
+        lines.append(
+            f"{arm}: tuned at worst {tuned:+.2%}, range {spread:+.2%}; minus {chosen}: {said}: "
+            f"{'passes' if passes and tuned >= TOLERANCE else 'keep'}"
         )
     return lines
 
@@ -117,13 +145,13 @@ def _said(found: Found) -> str:
     return f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]"
 
 
-def _apart(selection: Scores, arm: str, base: str, draws: int) -> Found:
-    """Difference in range over all studies, paired by seed: mean and its 95 % interval."""
+def _apart(selection: Scores, arm: str, base: str, score: str, draws: int) -> Found:
+    """Difference in a score over all studies, paired by seed: mean and its 95 % interval."""
     mine, other = (
         {
             (study, seed): value
             for study, scores in selection.items()
-            for seed, value in seed_means(scores, name, "range").items()
+            for seed, value in seed_means(scores, name, score).items()
         }
         for name in (arm, base)
     )

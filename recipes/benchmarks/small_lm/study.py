@@ -41,6 +41,7 @@ CANDIDATES = (
     *("AdamW", "soft-5", "snr-32", "snr-32-norm", "snr-fresh-norm", "soft-32", "soft-5-norm"),
     *("snr-fresh", "hard-32", "snr-5"),
     *(f"soft-32-{option}" for option in ("norm", "decay", "rho999", "warmup", "blend")),
+    *("moments-32", "row-32", "tensor-32", "moments-row-32", "moments-tensor-32"),
 )
 # Is a gain one of a rate between those of the grid, and is 1e-2 an edge? Arm, rate, seeds.
 CHECKS = (

@@ -206,6 +206,21 @@ def test_an_option_changes_only_where_it_is_better_beyond_doubt():
     assert [line.rsplit(": ", 1)[1] for line in found] == ["change", "keep", "keep"]
 
 
+def test_moments_must_not_be_worse_and_a_grain_better():
+    arms = {"soft-5": (1.0, 0.9), "soft-32": (1.05, 1.1), "moments-32": (1.045, 1.095)}
+    arms |= {"row-32": (1.05, 1.095), "tensor-32": (1.05, 1.15)}
+
+    def told(**changed):
+        rows, selection, _, chosen = decide({"one": {**arms, **changed}, "two": arms})
+        assert chosen == "soft-32"
+        lines = default_gate.grains(rows, selection, chosen, 200)
+        return {line.split(":")[0]: line.rsplit(": ", 1)[1] for line in lines}
+
+    assert told() == {"moments-32": "passes", "row-32": "keep", "tensor-32": "passes"}
+    for worse in ((1.0, 1.1), (1.05, 1.075), (0.98, 1.1)):
+        assert told(**{"moments-32": worse})["moments-32"] == "keep"
+
+
 def test_the_default_of_the_optimizer_is_the_choice():
     selection, rows = default_gate.compared(200)
     _, chosen = default_gate.choose(rows, selection, 200)
