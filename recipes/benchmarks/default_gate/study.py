@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> list[str]:
     write_csv(path, rows)
     draw(rows, path.with_suffix(".png"))
     lines, chosen = choose(rows, selection, draws)
-    more = [*options(rows, selection, chosen, draws), *grains(rows, selection, chosen, draws)]
+    more = [*options(rows, selection, chosen, draws), *grains(grain_scores(), chosen, draws)]
     return [*candidates(rows), *lines, *more, *confirmation(rows, chosen)]
 
 
@@ -98,9 +98,14 @@ def options(rows: list[dict], selection: Scores, chosen: str, draws: int = 10_00
     return lines
 
 
-def grains(rows: list[dict], selection: Scores, chosen: str, draws: int = 10_000) -> list[str]:
+def grain_scores(folder: Path = BENCHMARKS) -> Scores:
+    """Of the selection seeds, run again with `GRAINS` beside AdamW and the default."""
+    return read_scores(SELECTION, "grains/selection_scores", folder)
+
+
+def grains(selection: Scores, chosen: str, draws: int = 10_000) -> list[str]:
     """Rules 7 and 8: noise from the moments, and one gate for a row or tensor."""
-    worst = _worst(rows)
+    worst = _worst([{"stage": "selection", **row} for row in comparisons(selection, draws)])
     lines = []
     for arm in (name for name in GRAINS if name in worst and chosen in worst):
         tuned, spread = worst[arm]

@@ -211,9 +211,9 @@ def test_moments_must_not_be_worse_and_a_grain_better():
     arms |= {"row-32": (1.05, 1.095), "tensor-32": (1.05, 1.15)}
 
     def told(**changed):
-        rows, selection, _, chosen = decide({"one": {**arms, **changed}, "two": arms})
+        _, selection, _, chosen = decide({"one": {**arms, **changed}, "two": arms})
         assert chosen == "soft-32"
-        lines = default_gate.grains(rows, selection, chosen, 200)
+        lines = default_gate.grains(selection, chosen, 200)
         return {line.split(":")[0]: line.rsplit(": ", 1)[1] for line in lines}
 
     assert told() == {"moments-32": "passes", "row-32": "keep", "tensor-32": "passes"}
