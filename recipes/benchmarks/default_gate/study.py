@@ -38,7 +38,8 @@ def main(args: argparse.Namespace) -> list[str]:
     draw(rows, path.with_suffix(".png"))
     lines, chosen = choose(rows, selection, draws)
     more = [*options(rows, selection, chosen, draws), *grains(grain_scores(), chosen, draws)]
-    return [*candidates(rows), *lines, *more, *confirmation(rows, chosen)]
+    fresh = grains_on_fresh_seeds(read_scores(SELECTION, "grains/scores", BENCHMARKS), draws)
+    return [*candidates(rows), *lines, *more, *confirmation(rows, chosen), *fresh]
 
 
 def compared(draws: int, folder: Path = BENCHMARKS) -> tuple[Scores, list[dict]]:
@@ -126,6 +127,18 @@ def grains(selection: Scores, chosen: str, draws: int = 10_000) -> list[str]:
             f"{'passes' if passes and tuned >= TOLERANCE else 'keep'}"
         )
     return lines
+
+
+def grains_on_fresh_seeds(report: Scores, draws: int = 10_000) -> list[str]:
+    """Rule 7 on the seeds that were not chosen on: moments minus the default, study by study."""
+    parts = {**{study: {study: scores} for study, scores in report.items()}, "all": report}
+    return [
+        f"fresh seeds, moments-32 minus soft-32, {score}, {study}: "
+        f"{_said(_apart(scores, 'moments-32', 'soft-32', score, draws))}"
+        for study, scores in parts.items()
+        for score in ("tuned", "range")
+        if scores
+    ]
 
 
 def confirmation(rows: list[dict], chosen: str) -> list[str]:
