@@ -70,10 +70,10 @@ def _help(run: Run) -> str:
     rise = curve[last] - curve[low]
     is_clear = rise > 2 * math.hypot(errors[low], errors[last])
     ended = f"{lowest}, and {told(last)} in the last window"
-    if stop.cooldown_step is not None or stop.stopped:
+    if stop.cooldown_step is not None or stop.best:
         return f"{'Yes' if is_clear else 'Hardly'}: {ended}; the weights of the lowest were kept."
     if is_clear:
-        return f"It would have: {ended}."
+        return f"It could have: {ended}; the weights of the lowest were not kept."
     return f"There was nothing to save: {ended}, which is within its error."
 
 

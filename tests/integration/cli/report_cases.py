@@ -19,7 +19,10 @@ from poprisk_integrations.cli.main import main
 from tests.browser.made_up_run import write_dpo_run, write_lightning_run, write_stop
 from tests.helpers.page_text import page_text
 
-__all__ = ["BROKEN", "EVIL", "GOLDENS", "RUNS", "empty_directory", "refused", "said"]
+__all__ = [
+    *("BROKEN", "EVIL", "GOLDENS", "RISK", "RUNS"),
+    *("empty_directory", "refused", "risk_report", "said", "write"),
+]
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens" / "report"
 EVIL = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"

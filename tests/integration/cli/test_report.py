@@ -16,10 +16,13 @@ from tests.integration.cli.report_cases import (
     BROKEN,
     EVIL,
     GOLDENS,
+    RISK,
     RUNS,
     empty_directory,
     refused,
+    risk_report,
     said,
+    write,
 )
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -218,6 +221,32 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(one), str(two), "--json"]) == 0
     both = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert [run["headline"][:7] for run in both["runs"]] == ["Stopped", "The log"]
+
+
+@pytest.mark.parametrize(
+    ("last", "se", "changes", "said"),
+    [
+        (1.4, 0.1, {}, "Yes: .* was lowest at step 20, 1 .*, and 1.4"),
+        (1.1, 0.1, {"cooldown_step": 40}, "Hardly: "),
+        (1.4, 0.1, {"best_model_path": None}, "It could have: "),
+        (1.1, 0.1, {"best_model_path": None}, "There was nothing to save: .* within its error"),
+        (0.9, 0.1, {}, "There was nothing to save: .* the last window"),
+        (None, None, {}, "This log cannot tell"),
+    ],
+)
+def test_did_it_help(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], last: float, se: float, changes: dict,
+    said: str,
+) -> None:  # fmt: skip
+    now = {"estimated_test_loss": last, "estimated_test_loss_se": se}
+    history = [*RISK[:2], {**RISK[3], **now}]
+    if last is None:
+        history = [{**row, **now} for row in history]
+    run = write(tmp_path / "run", poprisk_stop__json=risk_report(history=history, **changes))
+    assert main(["report", str(run), "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert re.match(said, answers["Did it help?"])
+    assert list(answers) == ["Did it help?", "Why did it end?", "What now?"]
 
 
 def test_which_state_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
