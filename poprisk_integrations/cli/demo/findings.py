@@ -82,7 +82,7 @@ def findings(evidence: Evidence) -> list[str]:
 def next_steps(evidence: Evidence) -> tuple[str, list[str]]:
     """What one would do now with pairs of one's own: why, and the commands."""
     check = "poprisk check pairs.jsonl"
-    train = "--config config.yaml --dataset_name pairs.jsonl"
+    train = "--config mine/config.yaml --dataset_name pairs.jsonl"
     if evidence.compare("folds", "plain").verdict == "ahead":
         why = "the mean of the fold models was worth its price here, and it names the suspects"
         command = f"poprisk clean {train} --optim adamw_torch"
@@ -92,8 +92,7 @@ def next_steps(evidence: Evidence) -> tuple[str, list[str]]:
     else:
         why = "nothing was ahead by more than noise here; what costs one training is enough"
         command = f"poprisk dpo {train}"
-    recipe = "poprisk recipes copy dpo-noisy-qwen2.5-0.5b ."
-    return why, [check, f"{recipe}  # a config.yaml to start from", command]
+    return why, [check, "poprisk recipes copy dpo-noisy-qwen2.5-0.5b mine", command]
 
 
 def _suspects(evidence: Evidence) -> str:

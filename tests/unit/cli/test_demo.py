@@ -6,6 +6,7 @@ Its options are in tests/goldens/cli/main.txt; a whole quick run is in `test_dem
 import io
 import json
 import math
+import shlex
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -276,12 +277,20 @@ def test_sentences(numbers: dict[str, Any], place: int, said: list[str], unsaid:
     ],
 )
 def test_what_to_do_next_follows_the_numbers(
-    numbers: dict[str, Any], command: str, why: str
+    numbers: dict[str, Any],
+    command: str,
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     said, commands = next_steps(evidence(**numbers))
     assert why in said
     assert commands[0] == "poprisk check pairs.jsonl"
+    assert main(shlex.split(commands[1])[1:]) == 0
+    last = shlex.split(commands[-1])
     assert commands[-1].startswith(command)
+    assert Path(last[last.index("--config") + 1]).is_file()
 
 
 def test_table_fits_eighty_columns() -> None:
