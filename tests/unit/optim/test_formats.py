@@ -253,6 +253,20 @@ def test_a_checkpoint_of_another_format_is_converted(old, new):
         assert float((a - b).detach().abs().max()) < 5e-3  # half a step of lr
 
 
+@pytest.mark.parametrize("impl", TORCH)
+def test_states_follow_a_model_that_becomes_float64(impl):
+    layer = torch.nn.Linear(9, 5)
+    optimizer = PopRiskAdamW(layer.parameters(), **FLAGS[impl])
+    for dtype in (torch.float32, torch.float64):
+        layer.to(dtype)
+        layer(torch.ones(2, 9, dtype=dtype)).sum().backward()
+        optimizer.step()
+        states = [optimizer.state[p] for p in layer.parameters()]
+        assert {state[name].dtype for state in states for name in MOMENTS} == {dtype}
+        assert {float(state["step"]) for state in states} == {1.0 if dtype.itemsize == 4 else 2.0}
+        optimizer.zero_grad()
+
+
 def test_scales_of_another_shape_are_refused():
     params, saver = make(state_dtype="8bit", fused=False)
     run(params, saver, 1)
