@@ -1,9 +1,10 @@
 """What a reward model says of pairs with 30 % swapped labels, beside what is known of them.
 
-Usage: python recipes/reward-noisy/against_truth.py [--seeds N]
+Usage: python recipes/reward-noisy/against_truth.py [--seeds N] [--picture PNG]
 
 Prints, per seed: the noise rate, how well the flip report tells the swapped labels from the others,
-and the estimated held-out accuracy beside that on 1,000 pairs which the run never sees.
+and the estimated held-out accuracy beside that on 1,000 pairs which the run never sees. The picture
+has the margins of the first seed's pairs and what the probabilities made of them are worth.
 """
 
 import argparse
@@ -11,11 +12,13 @@ import random
 import tempfile
 from pathlib import Path
 
+import matplotlib
 from datasets import Dataset, disable_progress_bars
 from sklearn.metrics import roc_auc_score
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, set_seed
 
 from poprisk_integrations.cli.builtin import local_model
+from poprisk_integrations.core.calibration import reliability
 from poprisk_integrations.trl import PopRiskRewardConfig, PopRiskRewardTrainer
 from poprisk_integrations.trl.label_flips import flip_preferences
 
@@ -88,16 +91,50 @@ def run(seed: int, directory: str) -> tuple[PopRiskRewardTrainer, list[int]]:
     return trainer, swapped
 
 
+def draw(trainer: PopRiskRewardTrainer, swapped: list[int], path: Path) -> None:
+    """Margins of right and of wrong labels, and what their probabilities are worth."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = trainer.flip_report().to_pandas()
+    table = table[table["probability_wrong"].notna()].sort_values("margin")
+    is_wrong = table["row"].isin(swapped)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+    for truth, colour, name in ((False, "#0072b2", "right"), (True, "#d55e00", "wrong")):
+        margins = table["margin"][is_wrong == truth]
+        left.hist(margins, 40, range=(-1.6, 1.9), color=colour, alpha=0.6, label=f"label {name}")
+    left.set(xlabel="margin before the pair was trained on", ylabel="pairs")
+    left.legend(frameon=False, loc="upper right")
+    twin = left.twinx()
+    twin.plot(table["margin"], table["probability_wrong"], color="#222222", lw=2)
+    twin.set(xlim=(-1.6, 1.9), ylim=(0, 1), ylabel="P(wrong)")
+    bins = [one for one in reliability(table["probability_wrong"], is_wrong) if one.count]
+    shares = [one.share for one in bins]
+    ends = [
+        [one.share - one.share_low for one in bins],
+        [one.share_high - one.share for one in bins],
+    ]
+    right.plot([0, 1], [0, 1], color="0.6", lw=1)
+    right.errorbar(
+        [one.predicted for one in bins], shares, ends, fmt="o", color="#222222", capsize=3
+    )
+    right.set(xlabel="P(wrong), mean of a tenth of its range", ylabel="share that is wrong (95 %)")
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     """Train and print a line per seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
     disable_progress_bars()
-    for seed in range(seeds):
+    for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as directory:
             trainer, swapped = run(seed, directory)
             true = trainer.evaluate()["eval_poprisk/reward_accuracy"]
+            if seed == 0 and args.picture:
+                draw(trainer, swapped, args.picture)
         table = trainer.flip_report().to_pandas()
         table = table[table["probability_wrong"].notna()]
         auc = roc_auc_score(table["row"].isin(swapped), table["probability_wrong"])

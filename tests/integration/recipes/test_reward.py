@@ -54,17 +54,19 @@ def test_smoke(script, offline, capsys):
     assert main(["report", str(out), "--out", str(offline / "page.html")]) == 0
 
 
-def test_against_truth(monkeypatch, capsys):
+def test_against_truth(monkeypatch, capsys, tmp_path):
     script = load_script("reward-noisy", "against_truth.py")
     for name, value in {"PAIRS": 300, "OTHERS": 60, "EPOCHS": 1}.items():
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(script, "disable_progress_bars", lambda: None)  # of all other tests, too
-    monkeypatch.setattr("sys.argv", ["x", "--seeds", "1"])
+    picture = tmp_path / "margins.png"
+    monkeypatch.setattr("sys.argv", ["x", "--seeds", "1", "--picture", str(picture)])
     script.main()
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("seed 0: noise")]
     found = re.search(r"AUC of the flip report (\S+), held-out accuracy (\S+), estimated", line)
     assert 0.5 < float(found[1]) <= 1
     assert 0.3 < float(found[2]) < 1
+    assert picture.stat().st_size > 10_000
 
 
 def test_pairs_that_express_no_preference_are_left_out(script):
