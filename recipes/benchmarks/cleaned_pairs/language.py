@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["EOS", "LONGEST", "PAD", "PROMPT", "VOCABULARY", "all_prompts", "grammar", "reward"]
+__all__ = [
+    "EOS", "LONGEST", "PAD", "PROMPT", "VOCABULARY", "all_prompts", "grammar", "lengths", "reward"
+]  # fmt: skip
 
 PROMPT, LONGEST = 6, 11
 PAD, EOS, SEPARATOR, OPEN, CLOSE = range(5)

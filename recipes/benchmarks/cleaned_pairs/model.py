@@ -7,11 +7,13 @@ B sequences of each, T tokens, D width, V vocabulary.
 import math
 
 import torch
-from benchmarks.cleaned_pairs.language import EOS, LONGEST, PAD, PROMPT, VOCABULARY
+from benchmarks.cleaned_pairs.language import EOS, LONGEST, PAD, PROMPT, VOCABULARY, lengths
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["completion_log_probs", "completion_logits", "initial", "mask_of", "sample", "size"]
+__all__ = [
+    "completion_log_probs", "completion_logits", "initial", "mask_of", "sample", "scores", "size"
+]  # fmt: skip
 
 WIDTH, HEADS, LAYERS, HIDDEN = 48, 2, 2, 192
 LENGTH = PROMPT + LONGEST - 1  # the last token is never an input
@@ -58,6 +60,22 @@ def completion_logits(params: Params, prompts: Tensor, completions: Tensor) -> T
         prompts: Shape (M, B, 6).
         completions: Shape (M, B, 11).
     """
+    members, rows, _ = completions.shape
+    states = _completion_states(params, prompts, completions)
+    return torch.bmm(states, params["head"]).view(members, rows, LONGEST, VOCABULARY)
+
+
+def scores(params: Params, prompts: Tensor, completions: Tensor) -> Tensor:
+    """Of a reward model, shape (M, B): its vector `score` on the state of the last word."""
+    members, rows, _ = completions.shape
+    states = _completion_states(params, prompts, completions).view(members, rows, LONGEST, WIDTH)
+    last = lengths(completions).clamp(max=LONGEST - 1)[..., None, None]
+    last = states.gather(2, last.expand(-1, -1, 1, WIDTH)).squeeze(2)
+    return torch.bmm(last, params["score"][..., None]).squeeze(2)
+
+
+def _completion_states(params: Params, prompts: Tensor, completions: Tensor) -> Tensor:
+    """Before each completion token, normalised, shape (M, B * 11, D)."""
     tokens = torch.cat([prompts, completions[..., :-1]], -1)
     members, rows, length = tokens.shape
     h = _embed(params, tokens, 0)
@@ -69,7 +87,7 @@ def completion_logits(params: Params, prompts: Tensor, completions: Tensor) -> T
         if i == LAYERS - 1:  # nothing is predicted inside the prompt
             mixed, h = mixed[:, :, PROMPT - 1 :], h[:, :, PROMPT - 1 :]
         h = _block_end(params, i, h.flatten(1, 2), mixed.flatten(1, 2))
-    return torch.bmm(_norm(h), params["head"]).view(members, rows, LONGEST, VOCABULARY)
+    return _norm(h)
 
 
 def mask_of(completions: Tensor) -> Tensor:
