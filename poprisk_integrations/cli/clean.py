@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from poprisk_integrations.cli.dpo import Pairs
     from poprisk_integrations.cli.dpo_config import DPOArguments
 
-__all__ = ["CLEANING", "CLEAN_REPORT", "add_parser", "run"]
+__all__ = ["CLEANING", "CLEAN_REPORT", "add_parser", "cleaning_of", "run"]
 
 CLEANING = "cleaning"  # directory below output_dir: margins of the folds, flip report, cleaned data
 CLEAN_REPORT = "poprisk_clean.json"
@@ -33,6 +33,12 @@ _FOLD: dict[str, Any] = {
     "auto_learning_rate": False,
     "resume_from_checkpoint": None,
 }
+
+
+def cleaning_of(directory: Path) -> Path | None:
+    """Where `poprisk clean` left what it found: this directory or one below it; None where not."""
+    places = (directory, directory / CLEANING)
+    return next((place for place in places if (place / CLEAN_REPORT).is_file()), None)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -131,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         "swapped": cleaned.swapped,
         "expected_wrong": cleaned.expected_wrong,
         "study": _study(report, pairs),
+        "groups": _groups(report, pairs),
     }
     is_going_on = _is_going_on(folder / CLEAN_REPORT, found)
     PartialState().wait_for_everyone()  # each rank has read it before the first one writes
@@ -215,6 +222,19 @@ def _study(report: Any, pairs: "Pairs") -> dict[str, Any] | None:
     from poprisk_integrations.cli.flips.study import flips_found
 
     return None if pairs.flips is None else flips_found(report, set(pairs.flips["rows"]))
+
+
+def _groups(report: Any, pairs: "Pairs") -> dict[str, Any]:
+    """Suspects by annotator, if a column has a usual name for them, and by length."""
+    from poprisk_integrations.cli.flips.groups import group_pairs
+    from poprisk_integrations.trl.pair_scan import annotator_column_of
+    from poprisk_integrations.trl.pairs import source_rows
+
+    if not {"chosen", "rejected"} <= set(pairs.train.column_names):  # tokens alone
+        return {}
+    place_of = {row: place for place, row in enumerate(source_rows(pairs.train))}
+    places = [place_of[row] for row in report.to_pandas()["row"]]
+    return group_pairs(report, pairs.train, places, annotator_column_of(pairs.train))
 
 
 def _lines(found: dict[str, Any], estimate: Any, folder: Path) -> list[str]:

@@ -269,6 +269,7 @@ def train_and_save(
 
 
 def _report(trainer: "PopRiskDPOTrainer", config: "DPOArguments") -> None:
+    from poprisk_integrations.cli.clean import cleaning_of
     from poprisk_integrations.cli.flips.arguments import flips_command
     from poprisk_integrations.huggingface import PopRiskEarlyStoppingCallback
 
@@ -291,4 +292,5 @@ def _report(trainer: "PopRiskDPOTrainer", config: "DPOArguments") -> None:
         config=script.dataset_config,
         split=script.dataset_train_split,
     )
-    print(f"labels: {report.advice(command)}")
+    cleaned = cleaning_of(Path(str(config.training.output_dir))) is not None
+    print(f"labels: {report.advice(command, cleaned=cleaned)}")

@@ -29,7 +29,7 @@ class LabelAdvice:
 
 
 def label_advice(
-    *, num_judged: int, num_suspect: int, calibrated: bool, command: str
+    *, num_judged: int, num_suspect: int, calibrated: bool, command: str, cleaned: bool = False
 ) -> LabelAdvice:
     """Say what a flip report asks for.
 
@@ -40,6 +40,7 @@ def label_advice(
             ranking alone.
         command: What cleans the data, up to where it says which file to write:
             "poprisk flips RUN_DIR --dataset DATA".
+        cleaned: Whether `poprisk clean` has been run on the pairs, and is not to be recommended.
 
     Example:
         >>> found = label_advice(
@@ -57,13 +58,15 @@ def label_advice(
             "before the pair was trained on, so nothing is known of the labels",
         )
     if not calibrated:
+        more = (
+            f"Margins of a longer training tell more, and those out of fold: `{_CLEAN}` takes "
+            "them, and makes the mean of these models the model. "
+        )
         return LabelAdvice(
             kind="not_told",
             text="look at the top of the ranking by hand: the margins do not tell how many labels "
-            "are wrong, so P(wrong) is an order and no probability. Margins of a longer training "
-            f"tell more, and those out of fold: `{_CLEAN}` takes them, and makes the mean of these "
-            "models the model. Some hundred pairs labelled twice tell the rate "
-            "(double_annotation_rate). "
+            f"are wrong, so P(wrong) is an order and no probability. {'' if cleaned else more}"
+            "Some hundred pairs labelled twice tell the rate (double_annotation_rate). "
             f"`{command} --write cleaned.jsonl --min-probability P` leaves out its top even so",
         )
     if not num_suspect:
@@ -71,6 +74,14 @@ def label_advice(
             kind="none_suspect", text="nothing: no label is more probably wrong than right"
         )
     labels = "1 label that is" if num_suspect == 1 else f"{num_suspect} labels that are"
+    if cleaned:
+        return LabelAdvice(
+            kind="suspect",
+            text=f"look at the {labels} more probably wrong than right, and correct in your data "
+            "those that are wrong; there is nothing to clean again. Errors for a reason that "
+            "models learn too (longer answers win) stay hidden, and only pairs that were labelled "
+            "with care tell whether the model is better",
+        )
     return LabelAdvice(
         kind="suspect",
         text=f"look at the most suspect pairs; to leave out the {labels} more probably wrong than "

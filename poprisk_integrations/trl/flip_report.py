@@ -188,11 +188,14 @@ class FlipReport:
             "actions": {name: int(counts.get(name, 0)) for name in ACTIONS},
         }
 
-    def advice(self, command: str = "poprisk flips RUN_DIR --dataset DATA") -> LabelAdvice:
+    def advice(
+        self, command: str = "poprisk flips RUN_DIR --dataset DATA", *, cleaned: bool = False
+    ) -> LabelAdvice:
         """What to do next.
 
         Args:
             command: Cleans the data, up to where it says which file to write.
+            cleaned: Whether `poprisk clean` has been run on the pairs.
 
         Returns:
             Its `kind` is "suspect", "none_suspect", "not_told" or "not_judged"; as text it is a
@@ -204,6 +207,7 @@ class FlipReport:
             num_suspect=int(p.ge(DROP_AT).sum()),
             calibrated=self.calibrated,
             command=command,
+            cleaned=cleaned,
         )
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:

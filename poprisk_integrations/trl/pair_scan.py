@@ -10,7 +10,10 @@ from datasets import ClassLabel, Dataset, Value
 
 from poprisk_integrations.trl.pairs import source_rows
 
-__all__ = ["ANNOTATOR_COLUMNS", "TOKENIZED", "PairScan", "is_scannable", "scan_pairs"]
+__all__ = [
+    "ANNOTATOR_COLUMNS", "TOKENIZED", "PairScan", "annotator_column_of", "is_scannable",
+    "scan_pairs",
+]  # fmt: skip
 
 # Names under which data sets say who labelled a pair.
 ANNOTATOR_COLUMNS = (
@@ -84,7 +87,7 @@ def scan_pairs(
             f"Preference data need 'chosen' and 'rejected' (and 'prompt', unless both start with "
             f"it); found {columns}."
         )
-    scan.annotator_column = who = _annotator_column(dataset, name, annotator_column)
+    scan.annotator_column = who = annotator_column_of(dataset, name, annotator_column)
     wanted = [column for column in ("prompt", "chosen", "rejected", who) if column in columns]
     keys, directions, longer, places, codes = (array(code) for code in "qbbqq")
     people: dict[str, int] = {}
@@ -143,7 +146,9 @@ def _labels(
     )
 
 
-def _annotator_column(dataset: Dataset, name: str, wanted: str | None) -> str | None:
+def annotator_column_of(
+    dataset: Dataset, name: str = "dataset", wanted: str | None = None
+) -> str | None:
     """The column that was asked for, else the first of the usual names that holds single values."""
     scalar = [
         column

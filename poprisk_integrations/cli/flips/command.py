@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from poprisk_integrations._imports import require
+from poprisk_integrations.cli.clean import cleaning_of
 from poprisk_integrations.cli.errors import UsageError, at_least
 from poprisk_integrations.cli.flips.arguments import (
     add_data_arguments,
@@ -38,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "run_dir",
         type=Path,
         metavar="RUN_DIR",
-        help="directory of a run, or a flip report (.csv or .parquet)",
+        help="directory of a run or of `poprisk clean`, or a flip report (.csv or .parquet)",
     )
     add_data_arguments(parser, "to show and write pairs")
     add(
@@ -91,14 +92,18 @@ def run(args: argparse.Namespace) -> int:
     from poprisk_integrations.cli.flips.show import print_groups, print_pairs
     from poprisk_integrations.trl.flip_report import FlipReport
 
+    directory = args.run_dir if args.run_dir.is_dir() else args.run_dir.parent
+    cleaning = cleaning_of(directory)
     try:
         report = FlipReport.load(args.run_dir)
     except FileNotFoundError as error:
-        raise UsageError(
-            f"Invalid run_dir: {error}. PopRiskDPOTrainer and PopRiskRewardTrainer write one at "
-            "the end of a run."
-        ) from None
-    directory = args.run_dir if args.run_dir.is_dir() else args.run_dir.parent
+        if cleaning is None or cleaning == directory:
+            raise UsageError(
+                f"Invalid run_dir: {error}. PopRiskDPOTrainer and PopRiskRewardTrainer write one "
+                "at the end of a run."
+            ) from None
+        directory = cleaning
+        report = FlipReport.load(directory)
     swapped_rows = study.load_swapped_rows(directory, report)
     found, bins = None, None
     if swapped_rows is not None:
@@ -125,7 +130,9 @@ def run(args: argparse.Namespace) -> int:
     def draw() -> Any:
         from poprisk_integrations.cli.flips.picture import draw_flips  # needs matplotlib
 
-        return draw_flips(report, str(directory), swapped_rows, groups=groups, bins=bins)
+        taken = "out of fold" if cleaning == directory else "before training"
+        title = str(directory)
+        return draw_flips(report, title, swapped_rows, groups=groups, bins=bins, taken=taken)
 
     drawn = bool(scored) and write_figure(figure, draw)
     ids = report.to_pandas()
@@ -138,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         config=args.dataset_config,
         split=args.split,
     )
-    advice = report.advice(command)
+    advice = report.advice(command, cleaned=cleaning is not None)
     if args.json:
         result = {
             "report": str(args.run_dir),

@@ -83,7 +83,7 @@ def _annotators(dataset: Dataset, column: str, places: Sequence[int]) -> list[st
     names = []
     for place in places:
         value = values[place]
-        if not isinstance(value, (str, int, float, type(None))):
+        if isinstance(value, (list, dict, bytes)):
             raise UsageError(
                 f"Invalid --annotator-column: {column!r}. Row {place} has "
                 f"{on_one_line(str(value))[:60]!r}; must be text or a number."

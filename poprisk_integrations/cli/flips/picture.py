@@ -34,12 +34,13 @@ def draw_flips(
     *,
     groups: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     bins: Sequence[ReliabilityBin] | None = None,
+    taken: str = "before training",
 ) -> Figure:
     """Histogram of the margins, and the cumulative number of wrong labels over the ranked pairs.
 
     Where it is known which rows were swapped on purpose, the histogram tells them apart, the curve
-    has the true number beside it, and `bins` are drawn; `groups` are those of `group_pairs`. The
-    report must have a probability.
+    has the true number beside it, and `bins` are drawn; `groups` are those of `group_pairs`, and
+    `taken` says when the margins were taken. The report must have a probability.
     """
     table = report.top(len(report))
     groups = groups or {}
@@ -52,7 +53,8 @@ def draw_flips(
     swapped = None if swapped_rows is None else table["row"].isin(set(swapped_rows))
     shown = table if swapped is None else table.assign(swapped=swapped)
     by_truth = swapped is not None
-    draw_margins(margins, MarginBars.of(shown, by_truth=by_truth, calibrated=report.calibrated))
+    bars = MarginBars.of(shown, by_truth=by_truth, calibrated=report.calibrated)
+    draw_margins(margins, bars, taken)
     expected = "expected wrong labels" if report.calibrated else "sum of P(wrong), not calibrated"
     _curve(
         curve,

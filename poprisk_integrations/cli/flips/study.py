@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from poprisk_integrations.cli.clean import CLEAN_REPORT
 from poprisk_integrations.cli.errors import UsageError
 from poprisk_integrations.core._plain import number
 from poprisk_integrations.core.calibration import ReliabilityBin, calibration_error, reliability
@@ -90,13 +91,16 @@ def study_line(found: dict[str, Any]) -> str:
 
 
 def load_noise(directory: Path) -> dict[str, Any] | None:
-    """The noise rate that the run found, or None if it kept none."""
+    """The noise rate that the run or `poprisk clean` found, or None if it kept none."""
     path = directory / NOISE_REPORT
+    if not path.is_file():
+        path = directory / CLEAN_REPORT
     if not path.is_file():
         return None
     try:
         noise = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        noise = noise["noise"] if path.name == CLEAN_REPORT else noise
+    except (ValueError, KeyError, TypeError):
         noise = None
     if not isinstance(noise, dict):
         raise UsageError(f"{str(path)!r} is no estimate of a noise rate.")

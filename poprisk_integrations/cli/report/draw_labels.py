@@ -78,7 +78,7 @@ class MarginBars:
         return cls(bars, float(edges[1] - edges[0]), tails, curve, calibrated)
 
 
-def draw_margins(axes: Axes, bars: MarginBars) -> None:
+def draw_margins(axes: Axes, bars: MarginBars, taken: str = "before training") -> None:
     """The histogram with a legend above it, and P(wrong) as a line on an axis of its own."""
     floor = np.zeros(len(bars.counts))
     left = bars.counts.index.to_numpy()
@@ -93,7 +93,7 @@ def draw_margins(axes: Axes, bars: MarginBars) -> None:
     if low < 0 < high:
         axes.axvline(0.0, color=_MUTED, lw=0.8)
     rest = f"; outermost bars hold {bars.tails} from beyond" if bars.tails else ""
-    axes.set_xlabel(f"margin before training (reward units{rest})")
+    axes.set_xlabel(f"margin {taken} (reward units{rest})")
     axes.set_ylabel("pairs")
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_xlim(low - 0.5 * bars.width, high + 0.5 * bars.width)

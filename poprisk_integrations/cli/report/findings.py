@@ -7,6 +7,7 @@ import numpy as np
 
 from poprisk_integrations.cli.flips.arguments import flips_command
 from poprisk_integrations.cli.report.charts import RATES, matching
+from poprisk_integrations.cli.report.cleaning import did_cleaning_help, what_was_made
 from poprisk_integrations.cli.report.run import NOTHING, Run, finite, number, plain, shown
 from poprisk_integrations.core.label_advice import LabelAdvice, label_advice
 
@@ -30,6 +31,8 @@ def headline(run: Run) -> str:
         if stop.stop_step == planned:
             return f"Stopped at step {step}, which was the last one planned."
         return f"Stopped early at step {step}{'' if planned is None else f' of {planned}'}."
+    if last is None and run.cleaning is not None:
+        return what_was_made(run.cleaning)
     if last is None:
         return "No step was logged."
     if planned is not None and last >= planned:
@@ -47,8 +50,11 @@ def answers(run: Run) -> dict[str, str]:
         todo.append(f"of the labels: {_advice(run)}")
     if not todo:
         todo = ["the stop, added to the next run, draws its test loss without validation data"]
+    helped = [] if run.cleaning is None else [did_cleaning_help(run)]
+    if not helped or stop is not None:
+        helped.append(_help(run))
     return {
-        "Did it help?": _help(run),
+        "Did it help?": " ".join(helped),
         "Why did it end?": f"{headline(run)} {reason[:1].upper()}{reason[1:]}{'.' * bool(reason)}",
         "What now?": " ".join(f"{text[:1].upper()}{text[1:]}." for text in todo),
     }
@@ -79,7 +85,8 @@ def _help(run: Run) -> str:
 
 def sentences(run: Run) -> list[str]:
     """All that is worth saying before any chart."""
-    found = [*_stop(run), *_losses(run), _gate(run)]
+    made = [] if run.cleaning is None else [what_was_made(run.cleaning)]
+    found = [*made, *_stop(run), *_losses(run), _gate(run)]
     if run.noise.get("diagnosis"):
         found.append(f"Labels: {plain(run.noise['diagnosis'])}.")
     elif _rate(run) != NOTHING:
@@ -89,6 +96,8 @@ def sentences(run: Run) -> list[str]:
 
 def _stop(run: Run) -> list[str]:
     stop = run.stop
+    if stop is None and run.last_step is None and run.cleaning is not None:
+        return []
     if stop is None:
         return ["No early-stopping callback of this package left a report."]
     found = [f"Early stopping: {stop.reason}." if stop.reason else ""]
@@ -207,7 +216,9 @@ def _advice(run: Run) -> LabelAdvice:
         num_judged=len(pairs),
         num_suspect=int(pairs["probability_wrong"].ge(0.5).sum()),
         calibrated=suspects.calibrated,
-        command=suspects.command or flips_command(run.directory, has_ids=has_ids),
+        command=suspects.command
+        or flips_command(suspects.directory or run.directory, has_ids=has_ids),
+        cleaned=run.cleaning is not None,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from poprisk_integrations.cli.report.cleaning import before_and_after
 from poprisk_integrations.cli.report.draw import panel_svg
 from poprisk_integrations.cli.report.draw_labels import (
     MOST_GROUPS,
@@ -45,10 +46,17 @@ def labels_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
         lines, suspects = label_lines(run), run.suspects
         of = f", {run.name}" if len(runs) > 1 else ""
         one: dict[str, Any] = {"title": f"Wrong labels{of}", "lines": lines}
-        one |= {"figures": [], "pairs": None}
+        one |= {"figures": [], "pairs": None, "cleaned": None}
+        if run.cleaning is not None:
+            columns = ["", "before", "after"]
+            one["cleaned"] = (
+                f"Before and after cleaning{of}",
+                columns,
+                before_and_after(run),
+            )
         if suspects is not None and suspects.pairs.size:
             if suspects.pairs["margin"].notna().any():
-                one["figures"] = [_margins(suspects, f"margins{index}", of)]
+                one["figures"] = [_margins(run, f"margins{index}", of)]
             one["figures"] += [
                 _groups(suspects, kind, f"{kind}{index}", of) for kind in suspects.groups
             ]
@@ -73,8 +81,11 @@ def _pairs(suspects: Suspects, of: str) -> tuple[str, list[str], list[list[str]]
     return f"The {len(top)} most suspect pairs{of}", list(table), table.to_numpy().tolist()
 
 
-def _margins(suspects: Suspects, name: str, of: str) -> dict[str, Any]:
+def _margins(run: Run, name: str, of: str) -> dict[str, Any]:
     """How the margins of the pairs are spread, and P(wrong) over them."""
+    suspects = run.suspects
+    assert suspects is not None
+    taken = "before training" if run.cleaning is None else "out of fold"
     pairs = suspects.pairs.dropna(subset="margin")
     by_truth = suspects.num_swapped is not None
     bars = MarginBars.of(pairs, by_truth=by_truth, calibrated=suspects.calibrated)
@@ -85,14 +96,13 @@ def _margins(suspects: Suspects, name: str, of: str) -> dict[str, Any]:
     )
     line = " The line is P(wrong) of a pair with this margin"
     note += f"{line}." if suspects.calibrated else f"{line}, which here only ranks the pairs."
-    title = f"Margins before training{of}"
+    title = f"Margins {taken}{of}"
     points = bars.curve.iloc[np.unique(np.linspace(0, len(bars.curve) - 1, 5).round().astype(int))]
     curve = ", ".join(f"{p:.2f} at {shown(margin, 3)}" for margin, p in points.items())
     kinds = ", ".join(f"{count} {kind}" for kind, count in bars.counts.sum().items())
     described = f"Histogram of {kinds}. {note} P(wrong): {curve}."
-    svg = panel_svg(
-        partial(draw_margins, bars=bars), name, title, described, margins=(46.0, 40.0, 32.0, 34.0)
-    )
+    drawn = partial(draw_margins, bars=bars, taken=taken)
+    svg = panel_svg(drawn, name, title, described, margins=(46.0, 40.0, 32.0, 34.0))
     counts = bars.counts.astype(str)
     rows = [[shown(at, 3), *kinds] for at, *kinds in counts.itertuples()]
     numbers = f"{title}: all bars", ["margin from", *counts], rows

@@ -40,7 +40,7 @@ def add_texts(run: Run, args: argparse.Namespace) -> None:
             pairs.at[label, name] = plain(text)
     groups = group_pairs(report, dataset, places, args.annotator_column)
     command = flips_command(
-        run.directory,
+        path.parent,
         args.dataset,
         id_column=args.id_column,
         config=args.dataset_config,

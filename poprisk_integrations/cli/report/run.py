@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from poprisk_integrations.core import Diagnosis
+
+if TYPE_CHECKING:
+    from poprisk_integrations.cli.report.cleaning import Cleaning
 
 __all__ = [
     "MOST_PAIRS",
@@ -187,6 +190,7 @@ class Suspects:
     # By annotator and by length, where the data were named: see `group_pairs` of `poprisk flips`.
     groups: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     command: str = ""  # shows and cleans the data; that without --dataset where it is empty
+    directory: Path | None = None  # where the report lies
 
     @property
     def likely(self) -> pd.DataFrame:
@@ -210,8 +214,10 @@ class Run:
     report: dict[str, Any] | None = None  # content of `poprisk_stop.json`
     report_path: Path | None = None
     stop: Stop | None = None  # the same, or what the trainer's state says while the run goes on
-    noise: dict[str, Any] = field(default_factory=dict)  # content of `poprisk_noise.json`
+    # Content of `poprisk_noise.json`; of what was cleaned the estimate that it was cleaned by.
+    noise: Mapping[str, Any] = field(default_factory=dict)
     suspects: Suspects | None = None
+    cleaning: "Cleaning | None" = None  # what `poprisk clean` did
     settings: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)  # those that were read

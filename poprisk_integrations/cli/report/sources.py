@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from poprisk_integrations.cli.clean import CLEAN_REPORT, CLEANING
 from poprisk_integrations.cli.errors import UsageError, one_line
+from poprisk_integrations.cli.report.cleaning import cleaning_of_json
 from poprisk_integrations.cli.report.run import (
     Run,
     Stop,
@@ -126,8 +129,10 @@ def _find_logs(path: Path) -> tuple[Path, dict[str, list[Path]], list[str]]:
         name = STOP if is_stop else file.name
         if name in _READERS:
             found[name].append(file)
-            # What lies in a checkpoint is of the run around it, unless the checkpoint was given.
-            is_inside = file.parent != path and _CHECKPOINT.fullmatch(file.parent.name)
+            # What lies in a checkpoint, or where `poprisk clean` keeps what it finds, is of the run
+            # around it, unless that directory was given.
+            is_part = _CHECKPOINT.fullmatch(file.parent.name) or file.parent.name == CLEANING
+            is_inside = file.parent != path and is_part
             homes[file] = file.parent.parent if is_inside else file.parent
     if not homes:
         names = {file.name for file in below}
@@ -359,8 +364,12 @@ def _take_noise(run: Run, path: Path) -> None:
     run.files.append(path)
 
 
-def _take_flips(run: Run, path: Path) -> None:
-    """A flip report, and a record of labels that were swapped on purpose beside it."""
+def _take_flips(run: Run, *paths: Path) -> None:
+    """A flip report, and a record of labels that were swapped on purpose beside it.
+
+    Of two reports that one counts whose models had not seen the pairs.
+    """
+    path = max(paths, key=lambda path: path.with_name(CLEAN_REPORT).is_file())
     frame = _read_csv(path, _FLIP_COLUMNS, "a flip report")
     run.files.append(path)
     swapped = None
@@ -389,7 +398,20 @@ def _take_flips(run: Run, path: Path) -> None:
         actions=pairs["action"].value_counts(sort=False).to_dict(),
         calibrated=not calibrated.isin(["false", "0"]).any(),
         num_swapped=None if swapped is None else len({str(row) for row in swapped}),
+        directory=path.parent,
     )
+
+
+def _take_cleaning(run: Run, path: Path) -> None:
+    """What `poprisk clean` did, and its groups of pairs."""
+    try:
+        run.cleaning = cleaning_of_json(_read_json(path), run.noise)
+    except ValueError as error:
+        _refuse(path, f" is {error}.")
+    run.files.append(path)
+    run.noise = run.cleaning.noise
+    if run.suspects is not None:
+        run.suspects = replace(run.suspects, groups=run.cleaning.groups)
 
 
 _READERS: dict[str, Callable[..., None]] = {  # in the order in which they are called
@@ -398,6 +420,7 @@ _READERS: dict[str, Callable[..., None]] = {  # in the order in which they are c
     STOP: _take_stop,
     NOISE: _take_noise,
     FLIPS: _take_flips,
+    CLEAN_REPORT: _take_cleaning,
 }
 
 # Settings and versions from text files; `training_args.bin` is a pickle and is not opened.

@@ -179,6 +179,40 @@ def _labels(root: Path) -> list[Path]:
     ]
 
 
+def _cleaned(root: Path) -> list[Path]:
+    """What `poprisk clean` leaves: the mean of the folds, a model trained anew, and no model."""
+    header = "pair_id row probability_wrong margin step action calibrated"
+    rows = [("a", 0, 0.97, -2.0, 1, "swap"), ("b", 1, 0.6, -0.5, 1, "drop"),
+            ("c", 2, 0.2, 1.0, 1, "keep"), ("d", 3, 0.1, 1.5, 1, "keep")]  # fmt: skip
+    one = {"pairs": 2, "suspects": 2, "mean": 0.785, "low": 0.3, "high": 0.97}
+    record = {
+        "folds": 3, "epochs": [3, 1, 2], "final": "mean", "num_pairs": 4, "dropped": [0, 1],
+        "swapped": [], "expected_wrong": 0.15,
+        "noise": {"rate": 0.4, "low": 0.3, "high": 0.5, "num_pairs": 4},
+        "groups": {"length": [{"group": "-9 to -1", **one}, {"group": EVIL, **one, "mean": 0.15}]},
+    }  # fmt: skip
+    untold = {"rate": None, "low": 0.0, "high": 0.49, "num_pairs": 4}
+    nothing = {"dropped": [], "expected_wrong": None, "noise": untold, "final": "none"}
+    for name, calibrated, changes in (
+        ("mean", True, {}),
+        ("anew", True, {"final": "retrain", "dropped": [1], "swapped": [0]}),
+        ("none", False, nothing),
+    ):
+        write(
+            root / name / "cleaning",
+            flip_report__csv=csv_of(header, [(*row, calibrated) for row in rows]),
+            poprisk_clean__json={**record, **changes},
+        )
+    write(root / "mean" / "cleaning", label_flips__json={"rows": [0, 2], "num_pairs": 4})
+    write(
+        root / "anew",
+        flip_report__csv=csv_of(header, [(*row, True) for row in rows[2:]]),
+        poprisk_noise__json={"rate": 0.05, "low": 0.01, "high": 0.1, "num_pairs": 2},
+        trainer_state__json=state_of(30, max_steps=30),
+    )
+    return [root / name for name in ("mean", "anew", "none")]
+
+
 def _groups(root: Path) -> list[Path]:
     """A second callback and more groups than lines that can be told apart; a run with totals."""
     names = ("open_fraction", "closed_noise", "closed_zero_grad")
@@ -256,6 +290,7 @@ RUNS: dict[str, Build] = {
     "checkpoints": _checkpoints,
     "criteria": _criteria,
     "labels": _labels,
+    "cleaned": _cleaned,
     "groups": _groups,
     "many": _many,
     "odd": _odd,
@@ -309,6 +344,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "no number": {"flip_report.csv": f'{FLIPS}"a",0,many,0.1,0,"swap"\n'},
     "half a line": {"flip_report.csv": f'{FLIPS}"a",0,0.5,0.1,0,"swap"\n"b",0,0.5\n'},
     "half a quote": {"flip_report.csv": f'{FLIPS}"a",0,0.5,0.1,0,"sw'},
+    "no cleaning": {"flip_report.csv": FLIPS, "poprisk_clean.json": '{"epochs": 3}'},
     "no swaps": {"flip_report.csv": FLIPS, "label_flips.json": "[]"},
 }
 

@@ -73,7 +73,15 @@ def test_the_mean_of_the_folds_becomes_the_model(
     times = [file.stat().st_mtime_ns for file in files]
     assert main(["clean", *config, "--folds", "2", "--min-probability", "0.5"]) == 0
     assert [file.stat().st_mtime_ns for file in files] == times
-    assert main(["flips", str(tmp_path / "out" / "cleaning"), "--quiet"]) == 0
+    # Both commands read what is left, from the directory of the config, and ask for no more of it.
+    capsys.readouterr()
+    assert main(["flips", str(tmp_path / "out"), "--top", "0"]) == 0
+    assert "poprisk clean" not in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert "2 models judged the pairs that they had not seen" in capsys.readouterr().out
+    html = (tmp_path / "out" / "poprisk_report.html").read_text(encoding="utf-8")
+    assert f"<td>{PAIRS}</td><td>{len(cleaned)}</td>" in html
+    assert "poprisk clean --config" not in html
 
 
 def test_a_model_that_is_trained_anew_on_the_cleaned_pairs(

@@ -112,6 +112,8 @@ def made_files(folder: Path) -> None:
         "given": ({}, {"rate": 0.2, "method": "double labels"}),
         "untold": ({}, {"rate": None, "num_pairs": 3}),
         "bad_noise": ({}, "["),
+        "cleaned/cleaning": ({"texts": texts}, None),
+        "retrained": ({}, {**estimate, "rate": 0.31, "low": 0.26, "high": 0.36}),
         "study": ({}, None),
         "other_study": ({}, None),
     }  # fmt: skip
@@ -123,6 +125,10 @@ def made_files(folder: Path) -> None:
         FlipReport(**columns).save(folder / name)
         if noise is not None:
             (folder / name / "poprisk_noise.json").write_text(json.dumps(noise))
+    (folder / "retrained" / "cleaning").mkdir()
+    for place in ("cleaned", "retrained"):
+        record = folder / place / "cleaning" / "poprisk_clean.json"
+        record.write_text(json.dumps({"noise": {**estimate, "rate": 0.3, "low": 0.2, "high": 0.4}}))
     flips = {"rows": list(range(0, COUNT, 3)), "num_pairs": COUNT, "flip_rate": 0.3}
     (folder / "study" / "label_flips.json").write_text(json.dumps(flips))
     (folder / "other_study" / "label_flips.json").write_text(json.dumps({**flips, "num_pairs": 3}))
