@@ -2,7 +2,9 @@
 
 import io
 import logging
+import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -24,6 +26,7 @@ __all__ = [
     "only_errors",
     "progress_bar",
     "say",
+    "say_next",
     "write_figure",
     "writing",
 ]
@@ -62,6 +65,16 @@ def write_figure(path: Path, draw: Callable[[], Any]) -> bool:
 def say(console: "Console", text: str, style: str = "") -> None:
     """A line as it is: no markup, no numbers in colour."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_next(console: "Console", advice: str) -> None:
+    """What to do now; a terminal breaks it between words, but in no command: it is to be copied."""
+    text = f"Next: {advice}."
+    if console.is_terminal:
+        glued = re.sub("`[^`]*`", lambda found: found[0].replace(" ", "\0"), text)
+        options = {"break_long_words": False, "break_on_hyphens": False}
+        text = textwrap.fill(glued, console.width, **options).replace("\0", " ")
+    say(console, text)
 
 
 @contextmanager

@@ -87,23 +87,30 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "recipes",
         help="list, copy or run the recipes",
-        description="Recipes are folders with a README, a configuration and a smoke run.",
+        description="A recipe is a folder with a README, a configuration, and a short run of it "
+        "for a CPU.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     listing = actions.add_parser("list", help="what there is (also without an action)")
     listing.add_argument("--json", action="store_true", help="print JSON instead of a table")
     copying = actions.add_parser("copy", help="copy a recipe to change it")
-    copying.add_argument("name", metavar="RECIPE")
-    copying.add_argument("to", nargs="?", type=Path, help="a new folder; ./RECIPE by default")
+    copying.add_argument("name", metavar="RECIPE", help="a name from the list")
+    copying.add_argument(
+        "to", nargs="?", type=Path, metavar="FOLDER", help="a new folder; ./RECIPE by default"
+    )
     running = actions.add_parser(
         "run",
         help="run a recipe as it is",
-        description="Runs the recipe's command in its folder's copy of the configuration, writing "
-        "to the current directory. What follows the name goes to the command.",
+        description="Runs a recipe's command with its configuration, and writes to the current "
+        "directory. What follows the name is passed to the command.",
     )
-    running.add_argument("--smoke", action="store_true", help="seconds on a CPU, offline")
-    running.add_argument("name", metavar="RECIPE")
-    rest = running.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT")
+    running.add_argument(
+        "--smoke", action="store_true", help="its short run: seconds on a CPU, offline"
+    )
+    running.add_argument("name", metavar="RECIPE", help="a name from the list")
+    rest = running.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="passed to the command"
+    )
     rest.required = False
     parser.set_defaults(run=run, action="list", json=False)
 

@@ -14,7 +14,13 @@ from poprisk_integrations.cli.flips.arguments import (
     check_data_arguments,
     flips_command,
 )
-from poprisk_integrations.cli.output import NO_MATPLOTLIB, check_directory, say, write_figure
+from poprisk_integrations.cli.output import (
+    NO_MATPLOTLIB,
+    check_directory,
+    say,
+    say_next,
+    write_figure,
+)
 
 __all__ = ["add_parser", "run"]
 
@@ -173,7 +179,10 @@ def run(args: argparse.Namespace) -> int:
             swapped = None if swapped_rows is None else [p["row"] in swapped_rows for p in pairs]
             print_pairs(console, pairs, examples, swapped)
         print_groups(console, groups, calibrated=report.calibrated)
-        say(console, f"Next: {advice}." if written is None else _written_line(written))
+        if written is None:
+            say_next(console, str(advice))
+        else:
+            say(console, _written_line(written))
         no_figure = NO_MATPLOTLIB if scored else "No picture: no pair has a probability."
         say(console, str(figure) if drawn else no_figure)
     return 0

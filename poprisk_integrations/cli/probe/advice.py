@@ -67,7 +67,7 @@ def _on_gate(probe: GradientProbe, plain: str) -> str:
     def steps_of(ratio: float) -> str:
         return "" if math.isnan(ratio) else f", with steps {ratio:.2f} times as long as Adam's"
 
-    also = f"would lose most of it (keeps {_percent(strict.signal_kept)})"
+    also = f"would keep no more than {_percent(strict.signal_kept)} of it"
     if strict.verdict == "selective":
         length = steps_of(strict.measured.update_norm_ratio)
         also = f"keeps {_percent(strict.signal_kept)}{length}"
@@ -92,17 +92,17 @@ def _on_stop(probe: GradientProbe, stop: StopOutlook) -> str:
             "the data, in which the training loss before each step is the test loss."
         )
     passes = None if stop.total_steps is None else stop.total_steps / stop.epoch_steps
-    in_all = "" if passes is None else f" of {passes:.3g}"
+    when = "once per pass" if passes is None else f"once in each of {passes:.3g} passes"
     examples = probe.dataset_size or stop.epoch_steps * (probe.batch_size or 0)
     few = ""
     if examples and passes is not None:
         last = smallest_pool(examples, share=_SHARE, epochs=passes)
-        band = ", so its band will be wide there" if last < _FEW else ""
-        few = f", in the last pass from {last:.0f} of the {examples:,} examples{band}"
+        band = ", so with a wide band" if last < _FEW else ""
+        few = f", in the last from {last:.0f} of the {examples:,} examples{band}"
     return (
-        "The stop can estimate the test loss without validation data, once per pass"
-        f"{in_all} over the data{few}, where the loader tells which example is which; in the "
-        f"probed steps: {_finding(probe, stop)}."
+        "Where the loader tells which example is which, the stop can estimate the test loss "
+        f"without validation data, {when} over the data{few}. In the probed steps: "
+        f"{_finding(probe, stop)}."
     )
 
 

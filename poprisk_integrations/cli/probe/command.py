@@ -29,11 +29,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a few steps of your training tell what a gate or a stop would do",
         usage="poprisk probe MODULE:NAME [OPTION ...]\n"
         "       poprisk probe --config CONFIG.yaml [OPTION ...] [--KEY VALUE ...]",
-        description="Runs some steps of a training as it is, reads its gradients and ends it. "
+        description="Runs some steps of a training as it is, reads its gradients, and ends it. "
         "MODULE:NAME (or FILE.py:NAME) is a LightningModule class, or a function without "
         "arguments that trains with any torch optimizer; CONFIG.yaml is one of `poprisk dpo`. "
         "Prints signal-to-noise ratios per layer, the noise scale, what each alpha of the gate "
-        "would let pass, whether the stop can work, and two sentences of advice; draws "
+        "would let pass, whether the stop can work, and what to do, in two sentences; draws "
         f"{_FIGURE}. The signal of a model's first steps is larger than later on: to see that, "
         "let the function load a checkpoint. With --lr it suggests a learning rate instead: the "
         "training is begun again, with the same random numbers, at four or five rates, each "
@@ -43,10 +43,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add = parser.add_argument
     size, steps = at_least(1), at_least(SHORTEST_PROBE)
     add("--config", type=Path, metavar="CONFIG.yaml", help="probe what `poprisk dpo` would run")
-    add("--steps", type=steps, default=30, help="optimizer steps (default: %(default)s)")
-    add("--batch-size", type=size, help="examples per optimizer step over all accumulation")
-    add("--dataset-size", type=size, help="training examples")
-    add("--total-steps", type=size, help="optimizer steps of the whole training")
+    add(
+        "--steps",
+        type=steps,
+        default=30,
+        metavar="N",
+        help="optimizer steps to look at (default: %(default)s)",
+    )
+    for name, text in (
+        ("batch-size", "examples per optimizer step, all accumulation counted"),
+        ("dataset-size", "training examples"),
+        ("total-steps", "optimizer steps of the whole training"),
+    ):
+        add(f"--{name}", type=size, metavar="N", help=text)
     add("--datamodule", metavar="MODULE:NAME", help="LightningDataModule class (or a function)")
     add("--init-args", type=_json_object, metavar="JSON", help="arguments of the LightningModule")
     add(
@@ -62,7 +71,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     ):
         shown = f"with --lr: {text}" + ("" if default is None else " (default: %(default)s)")
         add(f"--lr-{name}", type=kind, default=default, metavar="N", help=shown)
-    add("--figure", type=Path, metavar="PNG", help=f"the picture to write (default: {_FIGURE})")
+    add(
+        "--figure",
+        type=Path,
+        metavar="PNG",
+        help=f"the picture to write (default: {_FIGURE}, or {_LR_FIGURE})",
+    )
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--json", action="store_true", help="print JSON, and nothing else, to stdout")
     # A positional argument could swallow the value of a config's key; a failing training shows

@@ -156,7 +156,9 @@ def _facts(report: ProbeReport, optimizer: OptimizerReport) -> list[str]:
         lines.append(f"finite b/(n-b): needs {needed}")
     if stop.window is not None:
         ends = "unknown length" if stop.total_steps is None else f"{stop.total_steps} steps"
-        lines.append(f"F: windows of {stop.window} steps, run of {ends}: {stop.verdict}")
+        lines.append(
+            f"F: windows of {stop.window} steps, run of {ends}: {stop.verdict.replace('_', ' ')}"
+        )
     sized = ", ".join(f"{label} {_bytes(size)}" for label, size in optimizer.memory.items())
     lines.append(f"optimizer state: {sized}")
     seconds, ratio = report.seconds_per_step, 1 / (1 - report.overhead)

@@ -8,7 +8,7 @@ import numpy as np
 from poprisk_integrations.cli.flips.arguments import flips_command
 from poprisk_integrations.cli.report.charts import RATES, matching
 from poprisk_integrations.cli.report.cleaning import did_cleaning_help, what_was_made
-from poprisk_integrations.cli.report.run import NOTHING, Run, finite, number, plain, shown
+from poprisk_integrations.cli.report.run import NOTHING, Run, Stop, finite, number, plain, shown
 from poprisk_integrations.core.label_advice import LabelAdvice, label_advice
 
 __all__ = ["answers", "headline", "key_figures", "label_lines", "sentences"]
@@ -45,7 +45,7 @@ def answers(run: Run) -> dict[str, str]:
     """What a reader asks first."""
     stop, suspects = run.stop, run.suspects
     reason = "" if stop is None else stop.reason
-    todo = [] if stop is None or stop.windows.empty else [stop.diagnosis.advice]
+    todo = [] if stop is None or stop.windows.empty else [_next(stop)]
     if suspects is not None:
         todo.append(f"of the labels: {_advice(run)}")
     if not todo:
@@ -58,6 +58,15 @@ def answers(run: Run) -> dict[str, str]:
         "Why did it end?": f"{headline(run)} {reason[:1].upper()}{reason[1:]}{'.' * bool(reason)}",
         "What now?": " ".join(f"{text[:1].upper()}{text[1:]}." for text in todo),
     }
+
+
+def _next(stop: Stop) -> str:
+    """The advice of the diagnosis; a run that the stop has ended is not told to go on."""
+    ended = stop.stopped or stop.cooldown_step is not None
+    if ended and stop.diagnosis.kind in ("unclear", "learning"):
+        more = "patience" if stop.criterion == "risk" else "kappa"
+        return f"use the weights it ended with; a larger `{more}` lets such a run go on for longer"
+    return stop.diagnosis.advice
 
 
 def _help(run: Run) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from poprisk_integrations import __version__
 from poprisk_integrations.cli.output import writing
@@ -47,13 +47,28 @@ STYLE = f"""
 :root[data-theme=dark]{{color-scheme:dark;{_variables(DARK)}}}
 """ + (_HERE / "page.css").read_text(encoding="utf-8")
 SCRIPT = (_HERE / "page.js").read_text(encoding="utf-8")
-_TEMPLATE = Environment(
+
+
+def _prose(text: str) -> Markup:
+    """A sentence with what it has in backticks as code, and no line end between value and error."""
+    parts = text.replace(" +- ", "\u00a0\u00b1\u00a0").split("`")
+    if len(parts) % 2 == 0:  # one that stands alone
+        return escape("`".join(parts))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part
+        for index, part in enumerate(parts)
+    )
+
+
+_ENVIRONMENT = Environment(
     loader=FileSystemLoader(_HERE),
     autoescape=True,
     trim_blocks=True,
     undefined=StrictUndefined,
     keep_trailing_newline=True,
-).get_template("page.html.j2")
+)
+_ENVIRONMENT.filters["prose"] = _prose
+_TEMPLATE = _ENVIRONMENT.get_template("page.html.j2")
 
 
 def stop_charts(run: Run) -> Sequence[Chart]:

@@ -79,7 +79,7 @@ GATE_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "only the default gate": (
         {"strict": 0.3, "default": 0.7},
-        ["keep 70 % of the signal", "would lose most of it (keeps 30 %)", "worth a run"],
+        ["keep 70 % of the signal", "would keep no more than 30 % of it", "worth a run"],
     ),
     "too weak for any": (
         {"strict": 0.1, "default": 0.4},
@@ -110,14 +110,14 @@ def test_the_stop_is_recommended_only_where_it_can_work() -> None:
 @pytest.mark.parametrize(
     ("total", "epoch", "expected"),
     [
-        (1000, 100, ["once per pass of 10 over the data", "from {pool:.0f} of the 3,200 examples",
+        (1000, 100, ["once in each of 10 passes over the data, in the last from {pool:.0f} of",
                      "probably still learning", "F = 4.2 +- 1.5"]),
-        (None, 100, ["once per pass over the data, where the loader tells"]),
-        (600, 3, ["from {pool:.0f} of the 96 examples, so its band", "F = 0.42 +- 0.15",
+        (None, 100, ["once per pass over the data. In the probed steps"]),
+        (600, 3, ["from {pool:.0f} of the 96 examples, so with a wide band", "F = 0.42 +- 0.15",
                   "very probably memorising"]),
         (100, 100, ["will not act", "100 steps are at most one pass", "is the test loss"]),
-        (120, 100, ["of 1.2 over the data, in the last pass from {pool:.0f} of the 3,200"]),
-        (500, 1, ["once per pass of 500"]),
+        (120, 100, ["of 1.2 passes over the data, in the last from {pool:.0f} of the 3,200"]),
+        (500, 1, ["once in each of 500 passes"]),
         (500, None, ["--batch-size and --dataset-size"]),
     ],
 )  # fmt: skip

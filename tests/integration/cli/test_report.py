@@ -249,6 +249,27 @@ def test_did_it_help(
     assert list(answers) == ["Did it help?", "Why did it end?", "What now?"]
 
 
+def test_a_run_that_was_ended_is_not_told_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page has options as code, and a value on one line with its error."""
+    now = {"estimated_test_loss": 1.1, "estimated_test_loss_se": 0.1}
+    for ended, advice in (
+        (40, "Use the weights it ended with; a larger `patience`"),
+        (None, "Train"),
+    ):
+        report = risk_report(
+            history=[*RISK[:2], {**RISK[3], **now}], cooldown_step=ended, stopped=False
+        )
+        run = write(tmp_path / advice[:3], poprisk_stop__json=report)
+        assert main(["report", str(run), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["answers"]["What now?"].startswith(advice)
+        page = Path(found["page"]).read_text(encoding="utf-8")
+        assert ("<code>patience</code>" in page) == (ended is not None)
+        assert "1.1\u00a0\u00b1\u00a00.1" in page
+
+
 def test_which_state_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, step, planned in (("a", 20, 100), ("a/checkpoint-9", 9, 100), ("b", 30, 30),
                                 ("a/checkpoint-30", 30, 100)):  # fmt: skip
