@@ -72,8 +72,8 @@ def say_next(console: "Console", advice: str) -> None:
     text = f"Next: {advice}."
     if console.is_terminal:
         glued = re.sub("`[^`]*`", lambda found: found[0].replace(" ", "\0"), text)
-        options = {"break_long_words": False, "break_on_hyphens": False}
-        text = textwrap.fill(glued, console.width, **options).replace("\0", " ")
+        broken = textwrap.fill(glued, console.width, break_long_words=False, break_on_hyphens=False)
+        text = broken.replace("\0", " ")
     say(console, text)
 
 
