@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from poprisk_integrations._imports import require
 from poprisk_integrations.cli.errors import UsageError, at_least, one_line
-from poprisk_integrations.cli.output import progress_bar, say, say_next
+from poprisk_integrations.cli.output import progress_bar, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,4 +152,4 @@ def print_check(console: "Console", title: str, check: "PairCheck", *, advise: b
             style="dim",
         )
     if advise:
-        say_next(console, check.advice)
+        say(console, f"Next: {check.advice}.")

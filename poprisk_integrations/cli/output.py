@@ -26,7 +26,6 @@ __all__ = [
     "only_errors",
     "progress_bar",
     "say",
-    "say_next",
     "write_figure",
     "writing",
 ]
@@ -63,18 +62,18 @@ def write_figure(path: Path, draw: Callable[[], Any]) -> bool:
 
 
 def say(console: "Console", text: str, style: str = "") -> None:
-    """A line as it is: no markup, no numbers in colour."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Lines as they are: no markup, no numbers in colour; a terminal breaks them between words.
 
-
-def say_next(console: "Console", advice: str) -> None:
-    """What to do now; a terminal breaks it between words, but in no command: it is to be copied."""
-    text = f"Next: {advice}."
+    But not within a command in backticks: it is to be copied.
+    """
     if console.is_terminal:
         glued = re.sub("`[^`]*`", lambda found: found[0].replace(" ", "\0"), text)
-        broken = textwrap.fill(glued, console.width, break_long_words=False, break_on_hyphens=False)
-        text = broken.replace("\0", " ")
-    say(console, text)
+        lines = [
+            textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+            for line in glued.split("\n")
+        ]
+        text = "\n".join(lines).replace("\0", " ")
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

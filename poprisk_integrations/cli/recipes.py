@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -133,15 +134,11 @@ def _list(recipes: list[Recipe], *, as_json: bool) -> int:
         rows = [asdict(r) | {"folder": str(r.folder), "name": r.name} for r in recipes]
         print(json.dumps(rows, indent=2))
         return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("recipe", "framework", "task", "hardware"):
-        table.add_column(column, no_wrap=column in ("recipe", "framework"))
+    width = shutil.get_terminal_size().columns
     for r in recipes:
-        table.add_row(r.name, r.framework, r.task, r.hardware)
-    Console().print(table)
+        print(r.name)
+        for text in (f"{r.framework}: {r.task}", r.hardware):
+            print(textwrap.indent(textwrap.fill(text, width - 4, break_on_hyphens=False), "    "))
     return 0
 
 

@@ -40,7 +40,7 @@ def print_results(console: Console, result: DemoResult, title: str) -> None:
     why, commands = result.advice
     _head(console, f"4. On pairs of your own: {why}.")
     for command in commands:
-        say(console, f"  {command}")
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _head(console: Console, text: str) -> None:

@@ -18,7 +18,6 @@ from poprisk_integrations.cli.output import (
     NO_MATPLOTLIB,
     check_directory,
     say,
-    say_next,
     write_figure,
 )
 
@@ -179,10 +178,7 @@ def run(args: argparse.Namespace) -> int:
             swapped = None if swapped_rows is None else [p["row"] in swapped_rows for p in pairs]
             print_pairs(console, pairs, examples, swapped)
         print_groups(console, groups, calibrated=report.calibrated)
-        if written is None:
-            say_next(console, str(advice))
-        else:
-            say(console, _written_line(written))
+        say(console, f"Next: {advice}." if written is None else _written_line(written))
         no_figure = NO_MATPLOTLIB if scored else "No picture: no pair has a probability."
         say(console, str(figure) if drawn else no_figure)
     return 0

@@ -21,7 +21,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from poprisk_integrations.cli.flips.picture import draw_flips
 from poprisk_integrations.cli.flips.show import print_pairs
 from poprisk_integrations.cli.main import main
-from poprisk_integrations.cli.output import say_next
+from poprisk_integrations.cli.output import say
 from poprisk_integrations.cli.preference_data import load_preferences
 from poprisk_integrations.core.calibration import reliability
 from poprisk_integrations.trl import FlipReport
@@ -446,13 +446,13 @@ def test_texts_end_with_the_terminal_and_cannot_steer_it(width: int) -> None:
 
 
 def test_a_terminal_breaks_advice_between_words_but_no_command() -> None:
-    advice = "look at some pairs; then `poprisk flips run --dataset DATA` leaves them out"
+    advice = "Next: look at some pairs; then `poprisk flips run --dataset DATA` leaves them out"
     shown = {}
     for terminal in (True, False):
         console = Console(file=io.StringIO(), width=30, force_terminal=terminal, no_color=True)
-        say_next(console, advice)
+        say(console, advice)
         shown[terminal] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert shown[False] == [f"Next: {advice}."]
+    assert shown[False] == [advice]
     assert " ".join(shown[True]) == shown[False][0]
     assert "`poprisk flips run --dataset DATA`" in shown[True]
     assert len(shown[True]) == 3
