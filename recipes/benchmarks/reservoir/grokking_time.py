@@ -4,7 +4,7 @@ Addition modulo 23, 60 % of the table, one hidden layer with squares, squared er
 each step. A forecast for one setting of rate and decay is fitted on the other settings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,8 @@ import torch
 from benchmarks.harness.arms import ARMS
 from benchmarks.harness.figures import COLOURS, legend, plt, save
 from benchmarks.harness.train import Member, Params, SupervisedTask, accuracy, squared_error, train
-from benchmarks.reservoir.judged import Comparison, gain
+from benchmarks.reservoir.judged import Compared, gain
 from torch import Tensor, nn
-
-__all__ = ["compare", "draw", "rows"]
 
 PRIME, WIDTH, SHARE = 23, 128, 0.6
 LRS, DECAYS = (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
@@ -31,10 +29,14 @@ FORECASTS = {  # what a forecast of log(steps) is linear in, beside a constant
 
 
 class Squares(nn.Module):
-    """With them one hidden layer can add (Gromov, arXiv:2301.02679)."""
-
     def forward(self, x: Tensor) -> Tensor:
         return x * x
+
+
+def net(prime: int) -> nn.Module:
+    """With squares one hidden layer can add (Gromov, arXiv:2301.02679)."""
+    inner = nn.Linear(2 * prime, WIDTH, bias=False)
+    return nn.Sequential(inner, Squares(), nn.Linear(WIDTH, prime, bias=False))
 
 
 def table(prime: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,12 +66,6 @@ def right(out: Tensor, y: Tensor) -> Tensor:
     return accuracy(out, y.argmax(-1))
 
 
-def net(prime: int) -> nn.Module:
-    """Of one-hot pairs."""
-    inner, outer = (nn.Linear(*size, bias=False) for size in ((2 * prime, WIDTH), (WIDTH, prime)))
-    return nn.Sequential(inner, Squares(), outer)
-
-
 def rows(seeds: Sequence[int], *, quick: bool) -> list[dict]:
     """Of each setting and seed: when training is fitted, when it groks, and slopes between."""
     prime = 5 if quick else PRIME
@@ -78,19 +74,13 @@ def rows(seeds: Sequence[int], *, quick: bool) -> list[dict]:
         steps = 40 if quick else round(TIME / (lr * decay)) + MORE
         task = Addition(
             [Member(seed=s, lr=lr, weight_decay=decay) for s in seeds],
-            lambda _, seed: table(prime, seed),
-            lambda: net(prime),
-            squared_error,
-            {"accuracy": right},
-            batch_size=round(SHARE * prime**2),
-            steps=steps,
+            lambda _, seed: table(prime, seed), lambda: net(prime), squared_error,
+            {"accuracy": right}, batch_size=round(SHARE * prime**2), steps=steps,
             eval_steps=[round(float(s)) for s in np.geomspace(5, steps, 150)],
-        )
+        )  # fmt: skip
         trace = train(task, ARMS["AdamW"])
-        found += [
-            {"lr": lr, "decay": decay, "seed": seed, **times(trace, m)}
-            for m, seed in enumerate(seeds)
-        ]
+        for m, seed in enumerate(seeds):
+            found.append({"lr": lr, "decay": decay, "seed": seed, **times(trace, m)})
     return found
 
 
@@ -140,28 +130,21 @@ def forecasts(found: list[dict]) -> list[dict]:
     return runs
 
 
-def compare(found: list[dict]) -> list[Comparison]:
-    """Mean size of the error of each forecast, in factors of 2, and its gain over one number."""
+def compare(found: list[dict]) -> Iterator[Compared]:
+    """Mean size of the error of each forecast, in factors of 2, and its gain over another."""
     runs = forecasts(found)
-    errors = {
-        name: {
-            seed: float(np.mean([abs(r[name] - r["log_true"]) for r in runs if r["seed"] == seed]))
-            / np.log(2)
-            for seed in dict.fromkeys(r["seed"] for r in runs)
-        }
-        for name in FORECASTS
-    }
+    seeds = list(dict.fromkeys(r["seed"] for r in runs))
+    if not seeds:  # of the quick form, too short for any to grok
+        return
     where = f"{len(runs)} of {len(found)} runs"
-    made = [Comparison("d", f"error, {name}", where, e) for name, e in errors.items()]
-    for name, base in (
-        ("1/(lr x decay)", "one number"),
-        ("early windows", "one number"),
-        ("early windows", "1/(lr x decay)"),
-        ("both", "1/(lr x decay)"),
-    ):
-        values = gain(errors[base], errors[name])
-        made.append(Comparison("d", f"error, {base} - {name}", where, values, True))
-    return [comparison for comparison in made if comparison.values]
+    errors = {}
+    for name in FORECASTS:
+        sizes = {s: [abs(r[name] - r["log_true"]) for r in runs if r["seed"] == s] for s in seeds}
+        errors[name] = {s: float(np.mean(x) / np.log(2)) for s, x in sizes.items()}
+        yield f"error, {name}", where, errors[name], False
+    number, product, early, both = FORECASTS
+    for base, name in ((number, product), (number, early), (product, early), (product, both)):
+        yield f"error, {base} - {name}", where, gain(errors[base], errors[name]), True
 
 
 def draw(found: list[dict], path: Path) -> None:

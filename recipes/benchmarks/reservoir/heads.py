@@ -4,27 +4,18 @@ Digits 5 to 9, 200 of them to train on. Ridge regression on one-hot labels, its 
 of a net's last hidden layer (a head), or of all its parameters, linearised (the jump).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from benchmarks.harness.arms import ARMS
 from benchmarks.harness.figures import COLOURS, plt, save
-from benchmarks.harness.train import (
-    Member,
-    Params,
-    SupervisedTask,
-    accuracy,
-    cross_entropy,
-    train,
-)
-from benchmarks.reservoir.judged import Comparison, gain, points
+from benchmarks.harness.train import Member, Params, SupervisedTask, accuracy, cross_entropy, train
+from benchmarks.reservoir.judged import Compared, gain, points
 from benchmarks.reservoir.pruning import digits
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
-
-__all__ = ["compare", "draw", "ridge", "rows"]
 
 TRAIN, TEST, BATCH, LR = 200, 600, 20, 3e-3
 EPOCHS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100)
@@ -42,10 +33,7 @@ def ridge(kernel: Tensor, residual: Tensor) -> Tensor:
 
     Of the strengths s, times the mean of the kernel's diagonal, the one with the smallest
         GCV(s) = |(I - H) r|^2 / n / (tr(I - H) / n)^2,    I - H = s (K + s)^-1
-
-    Args:
-        kernel: K, (n, n).
-        residual: r, what is to be added, (n, outputs).
+    of the kernel K, (n, n), and what is to be added, the residual r, (n, outputs).
     """
     values, vectors = torch.linalg.eigh(kernel.double())
     turned = vectors.T @ residual.double()
@@ -57,7 +45,6 @@ def ridge(kernel: Tensor, residual: Tensor) -> Tensor:
 
 
 def net() -> nn.Module:
-    """Body and head."""
     return nn.Sequential(nn.Linear(64, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(NEW)))
 
 
@@ -100,11 +87,9 @@ def one_hot_error(out: Tensor, y: Tensor) -> Tensor:
 
 
 class Watched(SupervisedTask):
-    """Keeps the parameters of each evaluation, those before training first."""
+    """Its `kept` gets the parameters of each evaluation, those before training first."""
 
-    def __init__(self, *args, **options) -> None:
-        super().__init__(*args, **options)
-        self.kept: list[Params] = []
+    kept: list[Params]
 
     def metrics(self, params: Params) -> dict[str, Tensor]:
         self.kept.append({name: p.detach().clone() for name, p in params.items()})
@@ -118,6 +103,7 @@ def trained(members, data, module, loss, epochs: Sequence[int], count: int):
         members, data, module, loss, {"accuracy": accuracy},
         batch_size=BATCH, steps=epochs[-1] * per, eval_steps=[e * per for e in epochs],
     )  # fmt: skip
+    task.kept = []
     return task, train(task, ARMS["AdamW"])
 
 
@@ -174,36 +160,31 @@ def rows(seeds: Sequence[int], *, quick: bool) -> list[dict]:
     return found
 
 
-def compare(found: list[dict]) -> list[Comparison]:
+def compare(found: list[dict]) -> Iterator[Compared]:
     """Closed head and jump against the own head at the same epoch, at its end and at its best."""
-    made = []
-    for features in dict.fromkeys(r["features"] for r in found):
-        for condition in WRONG:
-            own = [r for r in found if (r["features"], r["condition"]) == (features, condition)]
-            where = f"{features}, labels {condition}"
-            epochs = sorted({int(r["epoch"]) for r in own})
-            rates = dict.fromkeys(r["lr"] for r in own if r["way"] == "own head")
-            curves = [
-                [points(own, way="own head", lr=lr, epoch=epoch) for epoch in epochs]
-                for lr in rates
-            ]
-            # In hindsight: one rate for the end, any rate and epoch of each seed for the best.
-            curve = max(curves, key=lambda c: sum(c[-1].values()))
-            best = {s: max(at[s] for c in curves for at in c) for s in curve[-1]}
-            rivals = {"own head at the end": curve[-1], "own head at its best": best}
+    for features, condition in dict.fromkeys((r["features"], r["condition"]) for r in found):
+        own = [r for r in found if (r["features"], r["condition"]) == (features, condition)]
+        where = f"{features}, labels {condition}"
+        epochs = sorted({int(r["epoch"]) for r in own})
+        curves = [
+            [points(own, way="own head", lr=lr, epoch=epoch) for epoch in epochs]
+            for lr in dict.fromkeys(r["lr"] for r in own if r["way"] == "own head")
+        ]
+        # In hindsight: one rate for the end, any rate and epoch of each seed for the best.
+        curve = max(curves, key=lambda c: sum(c[-1].values()))
+        best = {s: max(at[s] for c in curves for at in c) for s in curve[-1]}
+        rivals = {"own head at the end": curve[-1], "own head at its best": best}
+        for rival, values in rivals.items():
+            yield f"accuracy, {rival}", where, values, False
+        for way, epoch in dict.fromkeys((r["way"], int(r["epoch"])) for r in own):
+            if way == "own head":
+                continue
+            got = points(own, way=way, epoch=epoch)
+            yield f"accuracy, {way} at {epoch}", where, got, False
+            if features.startswith("learned"):
+                rivals["own head then"] = curve[epochs.index(epoch)]
             for rival, values in rivals.items():
-                made.append(Comparison("c", f"accuracy, {rival}", where, values))
-            for way in ("closed head", "jump"):
-                for epoch, then in zip(epochs, curve, strict=True):
-                    got = points(own, way=way, epoch=epoch)
-                    if not got:
-                        continue
-                    made.append(Comparison("c", f"accuracy, {way} at {epoch}", where, got))
-                    learned = {"own head then": then} if features.startswith("learned") else {}
-                    for rival, values in {**rivals, **learned}.items():
-                        what = f"{way} at {epoch} - {rival}"
-                        made.append(Comparison("c", what, where, gain(got, values), True))
-    return made
+                yield f"{way} at {epoch} - {rival}", where, gain(got, values), True
 
 
 def draw(found: list[dict], path: Path) -> None:

@@ -1,38 +1,25 @@
-"""A comparison by seed, and its line in the table of verdicts."""
+"""What is compared: values of a number by seed, and their line in the table of verdicts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from benchmarks.harness.tables import interval, word
 
-__all__ = ["Comparison", "gain", "points"]
+BySeed = dict[int, float]
+Compared = tuple[str, str, BySeed, bool]  # what, condition, values, whether these are differences
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Values of one number by seed; of a difference, positive where the first is better."""
-
-    question: str
-    what: str
-    condition: str
-    values: dict[int, float]
-    is_difference: bool = False
-
-    def row(self) -> dict:
-        """Mean, 95 % interval over seeds, and the word for a difference."""
-        mean, low, high = interval({("", seed): value for seed, value in self.values.items()})
-        return {
-            "question": self.question,
-            "what": self.what,
-            "condition": self.condition,
-            "seeds": len(self.values),
-            **{k: f"{v:.4g}" for k, v in (("mean", mean), ("low", low), ("high", high))},
-            "word": word(low, high) if self.is_difference else "",
-        }
+def line(question: str, what: str, condition: str, values: BySeed, is_difference: bool) -> dict:
+    """Mean, 95 % interval over seeds, and the word of a difference ("better": above 0)."""
+    found = interval({("", seed): value for seed, value in values.items()})
+    return {
+        **{"question": question, "what": what, "condition": condition, "seeds": len(values)},
+        **{k: f"{v:.4g}" for k, v in zip(("mean", "low", "high"), found, strict=True)},
+        "word": word(*found[1:]) if is_difference else "",
+    }
 
 
-def points(found: Sequence[dict], **where: object) -> dict[int, float]:
+def points(found: Sequence[dict], **where: object) -> BySeed:
     """Accuracy in % by seed, the mean over all rows that have these values."""
     by_seed: dict[int, list[float]] = {}
     for row in found:
@@ -41,6 +28,5 @@ def points(found: Sequence[dict], **where: object) -> dict[int, float]:
     return {seed: float(np.mean(values)) for seed, values in by_seed.items()}
 
 
-def gain(one: dict[int, float], other: dict[int, float]) -> dict[int, float]:
-    """Differences by seed."""
+def gain(one: BySeed, other: BySeed) -> BySeed:
     return {seed: value - other[seed] for seed, value in one.items()}

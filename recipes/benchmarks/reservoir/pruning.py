@@ -5,7 +5,8 @@ gathered along one run of AdamW. "after": weights are cut at its end. "during": 
 training they are cut, or frozen where they are, and training goes on.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,27 +16,24 @@ from benchmarks.harness.arms import ARMS, BETAS
 from benchmarks.harness.figures import COLOURS, legend, plt, save
 from benchmarks.harness.stacked_adam import StackedAdam
 from benchmarks.harness.train import Member, SupervisedTask, accuracy, cross_entropy, train
-from benchmarks.reservoir.judged import Comparison, gain, points
+from benchmarks.reservoir.judged import Compared, gain, points
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from poprisk_integrations.core import calibrated_alpha
 
-__all__ = ["compare", "digits", "draw", "rows"]
-
 TRAIN, TEST, BATCH, EPOCHS, LR = 800, 900, 32, 40, 3e-3
 PER_EPOCH = TRAIN // BATCH
 CONDITIONS = {"right": 0.0, "30 % wrong": 0.3}
 OURS = ("gate history", "signal", "dissipation")
 THEIRS = ("magnitude", "movement", "Wanda", "SNIP", "random")
+SCORES = (*OURS, *THEIRS)
 SHARES = (0.8, 0.9, 0.95)  # of the weights that are cut, or of the rows that are frozen
-RHO = 0.99
-ALPHA = calibrated_alpha(BETAS[0], 0.3173)
+RHO, ALPHA = 0.99, calibrated_alpha(BETAS[0], 0.3173)  # of the default gate
 # After which part of the training: 1/1, 1/2, 1/10.
 WAYS = {1: ("after all", "cut"), 2: ("after half", "cut"), 10: ("after a tenth", "frozen")}
 CUT = ("0.weight", "2.weight")  # the last layer stays
-WIDTHS = (64, 128, 64, 10)
 
 
 def digits(wrong: float, seed: int, train: int, test: int, classes: Sequence[int] = range(10)):
@@ -51,27 +49,19 @@ def digits(wrong: float, seed: int, train: int, test: int, classes: Sequence[int
 
 
 def mlp() -> nn.Module:
-    """Three layers."""
-    a, b, c, d = WIDTHS
-    layers = (nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c), nn.ReLU(), nn.Linear(c, d))
-    return nn.Sequential(*layers)
+    first, second = nn.Linear(64, 128), nn.Linear(128, 64)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(64, 10))
 
 
 class Digits(SupervisedTask):
     """`start`: weights to go on from, a row for each member."""
 
     def __init__(self, members: list[Member], epochs: int, start: Tensor | None = None) -> None:
+        self.start, steps = start, epochs * PER_EPOCH
         super().__init__(
-            members,
-            lambda condition, seed: digits(CONDITIONS[condition], seed, TRAIN, TEST),
-            mlp,
-            cross_entropy,
-            {"accuracy": accuracy},
-            batch_size=BATCH,
-            steps=epochs * PER_EPOCH,
-            eval_steps=(epochs * PER_EPOCH,),
-        )
-        self.start = start
+            members, lambda c, seed: digits(CONDITIONS[c], seed, TRAIN, TEST), mlp, cross_entropy,
+            {"accuracy": accuracy}, batch_size=BATCH, steps=steps, eval_steps=(steps,),
+        )  # fmt: skip
 
     def initial(self) -> dict[str, Tensor]:
         return super().initial() if self.start is None else self.named(self.start)
@@ -82,6 +72,11 @@ class Digits(SupervisedTask):
         parts = theta.split([shape.numel() for shape in shapes.values()], 1)
         pairs = zip(shapes.items(), parts, strict=True)
         return {name: part.unflatten(1, shape) for (name, shape), part in pairs}
+
+
+def decay(part: float = math.inf) -> Callable[[float], float]:
+    """A linear schedule to zero; of what is left after 1/part of the training."""
+    return lambda done: (1 - 1 / part) * (1 - done)
 
 
 class Watching(StackedAdam):
@@ -113,11 +108,8 @@ class Watching(StackedAdam):
             spread = (self.sums.pop("second") / PER_EPOCH - mean.square()) / (PER_EPOCH - 1)
             self._add(signal=mean.square() - spread, noise=spread)
         if t + 1 in self.kept:
-            self.kept[t + 1] |= {name: x.clone() for name, x in self.sums.items()}
-            self.kept[t + 1] |= {
-                "theta": theta.clone(),
-                "moments": [x.clone() for x in self.moments],
-            }
+            now = {name: x.clone() for name, x in {**self.sums, "theta": theta}.items()}
+            self.kept[t + 1] |= {**now, "moments": [x.clone() for x in self.moments]}
 
 
 class Held(StackedAdam):
@@ -144,21 +136,20 @@ def scores(task: Digits, kept: dict, seed: int) -> dict[str, dict[str, Tensor]]:
         return cross_entropy(functional_call(task.model, p, (a,)), b)
 
     slope = vmap(torch.func.grad(loss))(params, x, y)
-    hidden = torch.relu(x @ params["0.weight"].mT + params["0.bias"][:, None])
-    inputs = {"0.weight": x, "2.weight": hidden}
-    draw = torch.Generator().manual_seed(seed)
+    inputs = [x, torch.relu(x @ params["0.weight"].mT + params["0.bias"][:, None])]
+    sizes = {k: a.square().sum(1).sqrt()[:, None] for k, a in zip(CUT, inputs, strict=True)}
     flat = {
         "gate history": kept["gate"],
         "signal": kept["signal"] / kept["noise"].clamp_min(1e-30),
         "dissipation": kept["dissipation"],
         "magnitude": theta.abs(),
         "movement": kept["movement"],
-        "random": torch.rand(theta.shape, generator=draw),
+        "random": torch.rand(theta.shape, generator=torch.Generator().manual_seed(seed)),
     }
     found = {name: {k: task.named(x)[k] for k in CUT} for name, x in flat.items()}
-    found["Wanda"] = {k: params[k].abs() * inputs[k].square().sum(1).sqrt()[:, None] for k in CUT}
+    found["Wanda"] = {k: params[k].abs() * sizes[k] for k in CUT}
     found["SNIP"] = {k: (params[k] * slope[k]).abs() for k in CUT}
-    return {name: found[name] for name in (*OURS, *THEIRS)}
+    return {name: found[name] for name in SCORES}
 
 
 def chosen(task: Digits, score: dict[str, Tensor], share: float, unit: str, name: str) -> Tensor:
@@ -175,18 +166,13 @@ def chosen(task: Digits, score: dict[str, Tensor], share: float, unit: str, name
     return torch.cat([x.flatten(1) for x in left.values()], 1)
 
 
-def _decay(rest: float, done: float) -> float:
-    return rest * (1 - done)
-
-
 def rows(seeds: Sequence[int], *, quick: bool) -> list[dict]:
     """Accuracy on right labels of every way, share, score, condition and seed."""
     epochs = 10 if quick else EPOCHS
     members = [Member(seed=s, condition=c, lr=LR) for c in CONDITIONS for s in seeds]
     task, steps = Digits(members, epochs), epochs * PER_EPOCH
     kept: dict[int, dict] = {steps // part: {} for part in WAYS}
-    watching = partial(Watching, kept=kept)
-    train(task, ARMS["AdamW"], schedule=partial(_decay, 1.0), optimizer_class=watching)
+    train(task, ARMS["AdamW"], schedule=decay(), optimizer_class=partial(Watching, kept=kept))
     found = []
     for part, (when, what) in WAYS.items():
         at = steps // part
@@ -203,38 +189,34 @@ def rows(seeds: Sequence[int], *, quick: bool) -> list[dict]:
             free = torch.cat([left for *_, left in some])
             rest = Digits(members * len(some), (steps - at) // PER_EPOCH, torch.cat(start))
             if rest.steps:
-                schedule = partial(_decay, 1 - 1 / part)
                 held = partial(Held, moments=moments, at=at, free=free)
-                trace = train(rest, ARMS["AdamW"], schedule=schedule, optimizer_class=held)
+                trace = train(rest, ARMS["AdamW"], schedule=decay(part), optimizer_class=held)
                 ends = torch.tensor(trace["accuracy"][-1])
             else:
                 ends = rest.metrics(rest.initial())["accuracy"]
             ends = ends.reshape(len(some), -1).tolist()
             for (w, share, name, _), right in zip(some, ends, strict=True):
                 for member, value in zip(members, right, strict=True):
-                    row = {"when": when, "what": w, "share": share, "score": name}
-                    row |= {"condition": member.condition, "seed": member.seed}
-                    found.append({**row, "accuracy": f"{value:.4f}"})
+                    way = {"when": when, "what": w, "share": share, "score": name}
+                    run = {"condition": member.condition, "seed": member.seed}
+                    found.append({**way, **run, "accuracy": f"{value:.4f}"})
     return found
 
 
-def compare(found: list[dict]) -> list[Comparison]:
+def compare(found: list[dict]) -> Iterator[Compared]:
     """Each of our scores against each of theirs, mean over shares and conditions, in points."""
-    made = []
     for when, what in WAYS.values():
         where = f"{what} {when} of training"
-        right = {name: points(found, when=when, what=what, score=name) for name in (*OURS, *THEIRS)}
+        right = {name: points(found, when=when, what=what, score=name) for name in SCORES}
         whole = points(found, when=when, what="none")
-        made.append(Comparison("b", "accuracy, nothing", where, whole))
+        yield "accuracy, nothing", where, whole, False
         for name, own in right.items():
-            made.append(Comparison("b", f"accuracy, {name}", where, own))
+            yield f"accuracy, {name}", where, own, False
             if what == "frozen":
-                made.append(Comparison("b", f"{name} - nothing", where, gain(own, whole), True))
+                yield f"{name} - nothing", where, gain(own, whole), True
         for name in OURS:
             for rival in THEIRS:
-                values = gain(right[name], right[rival])
-                made.append(Comparison("b", f"{name} - {rival}", where, values, True))
-    return made
+                yield f"{name} - {rival}", where, gain(right[name], right[rival]), True
 
 
 def draw(found: list[dict], path: Path) -> None:
@@ -243,13 +225,11 @@ def draw(found: list[dict], path: Path) -> None:
     for line, condition in zip(axes, CONDITIONS, strict=True):
         for axis, (when, what) in zip(line, WAYS.values(), strict=True):
             own = {"when": when, "condition": condition}
-            for k, name in enumerate((*OURS, *THEIRS)):
-                means = [
-                    np.mean([*points(found, what=what, score=name, share=share, **own).values()])
-                    for share in SHARES
-                ]
-                mark = "o-" if name in OURS else "s--"
-                axis.plot(SHARES, means, mark, color=COLOURS[k], label=name, ms=4)
+            for name, colour in zip(SCORES, COLOURS, strict=True):
+                at = [points(found, what=what, score=name, share=s, **own) for s in SHARES]
+                look = {"marker": "o", "ls": "-"} if name in OURS else {"marker": "s", "ls": "--"}
+                means = [np.mean([*by_seed.values()]) for by_seed in at]
+                axis.plot(SHARES, means, color=colour, label=name, ms=4, **look)
             axis.axhline(np.mean([*points(found, what="none", **own).values()]), color="0.5", lw=1)
             axis.set(title=f"{what} {when} of training, labels {condition}")
             axis.set_xlabel(f"share of {'rows' if what == 'frozen' else 'weights'} {what}")

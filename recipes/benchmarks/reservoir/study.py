@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness.provenance import hardware, read_csv, result_name, write_csv
 from benchmarks.reservoir import grokking_time, heads, pruning, spectrum
+from benchmarks.reservoir.judged import line
 
 TAKES = ("seeds",)
 SEEDS = (0, 1, 2, 3, 4)
@@ -47,10 +48,10 @@ def main(args: argparse.Namespace) -> list[str]:
 
 def comparisons(found: dict[str, list[dict]]) -> list[dict]:
     """The committed table of verdicts, from the tables of the questions."""
-    made = [
-        *spectrum.compare(found["spectrum"], found["identity"]),
-        *pruning.compare(found["pruning"]),
-        *heads.compare(found["heads"]),
-        *grokking_time.compare(found["grokking"]),
-    ]
-    return [comparison.row() for comparison in made]
+    compared = {
+        "a": spectrum.compare(found["spectrum"], found["identity"]),
+        "b": pruning.compare(found["pruning"]),
+        "c": heads.compare(found["heads"]),
+        "d": grokking_time.compare(found["grokking"]),
+    }
+    return [line(question, *one) for question, those in compared.items() for one in those]
