@@ -63,6 +63,7 @@ def test_all_studies_were_found():
         "open_fraction",
         "optimizer_step",
         "ordinary_use",
+        "reservoir",
         "small_lm",
         "sparse_signal",
         "stop_cost",
