@@ -176,9 +176,8 @@ def compare(found: list[dict]) -> Iterator[Compared]:
         rivals = {"own head at the end": curve[-1], "own head at its best": best}
         for rival, values in rivals.items():
             yield f"accuracy, {rival}", where, values, False
-        for way, epoch in dict.fromkeys((r["way"], int(r["epoch"])) for r in own):
-            if way == "own head":
-                continue
+        closed = ((r["way"], int(r["epoch"])) for r in own if r["way"] != "own head")
+        for way, epoch in dict.fromkeys(closed):
             got = points(own, way=way, epoch=epoch)
             yield f"accuracy, {way} at {epoch}", where, got, False
             if features.startswith("learned"):

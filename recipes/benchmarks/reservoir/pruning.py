@@ -141,9 +141,8 @@ def scores(task: Digits, kept: dict, seed: int) -> dict[str, dict[str, Tensor]]:
     flat = {
         "gate history": kept["gate"],
         "signal": kept["signal"] / kept["noise"].clamp_min(1e-30),
-        "dissipation": kept["dissipation"],
         "magnitude": theta.abs(),
-        "movement": kept["movement"],
+        **{name: kept[name] for name in ("dissipation", "movement")},
         "random": torch.rand(theta.shape, generator=torch.Generator().manual_seed(seed)),
     }
     found = {name: {k: task.named(x)[k] for k in CUT} for name, x in flat.items()}
@@ -188,14 +187,13 @@ def rows(seeds: Sequence[int], *, quick: bool) -> list[dict]:
             moments = [torch.cat([x] * len(some)) for x in now["moments"]]
             free = torch.cat([left for *_, left in some])
             rest = Digits(members * len(some), (steps - at) // PER_EPOCH, torch.cat(start))
+            held = partial(Held, moments=moments, at=at, free=free)
             if rest.steps:
-                held = partial(Held, moments=moments, at=at, free=free)
                 trace = train(rest, ARMS["AdamW"], schedule=decay(part), optimizer_class=held)
-                ends = torch.tensor(trace["accuracy"][-1])
+                ends = trace["accuracy"][-1]
             else:
-                ends = rest.metrics(rest.initial())["accuracy"]
-            ends = ends.reshape(len(some), -1).tolist()
-            for (w, share, name, _), right in zip(some, ends, strict=True):
+                ends = rest.metrics(rest.initial())["accuracy"].numpy()
+            for (w, share, name, _), right in zip(some, ends.reshape(len(some), -1), strict=True):
                 for member, value in zip(members, right, strict=True):
                     way = {"when": when, "what": w, "share": share, "score": name}
                     run = {"condition": member.condition, "seed": member.seed}

@@ -5,7 +5,6 @@ See README.md for the decision rule. One file for each question; a table that ex
 
 import argparse
 import time
-from pathlib import Path
 
 from benchmarks.harness.provenance import hardware, read_csv, result_name, write_csv
 from benchmarks.reservoir import grokking_time, heads, pruning, spectrum
@@ -35,15 +34,12 @@ def main(args: argparse.Namespace) -> list[str]:
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
         found[name] = read_csv(path)
     table = comparisons(found)
-    stem: Path = args.out / result_name()
-    write_csv(stem.with_suffix(".csv"), table)
-    spectrum.draw(found["spectrum"], stem.with_suffix(".png"))
+    write_csv(args.out / f"{result_name()}.csv", table)
+    spectrum.draw(found["spectrum"], args.out / f"{result_name()}.png")
     for name, draw in PICTURES.items():
         draw(found[name], args.out / f"{name}_{hardware()}.png")
-    return [
-        "{question} {condition}: {what} {mean} [{low}, {high}] {word}".format(**row).rstrip()
-        for row in table
-    ]
+    said = "{question} {condition}: {what} {mean} [{low}, {high}] {word}"
+    return [said.format(**row).rstrip() for row in table]
 
 
 def comparisons(found: dict[str, list[dict]]) -> list[dict]:
