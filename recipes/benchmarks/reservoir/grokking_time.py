@@ -15,16 +15,16 @@ from benchmarks.harness.train import Member, Params, SupervisedTask, accuracy, s
 from benchmarks.reservoir.judged import Compared, gain
 from torch import Tensor, nn
 
-PRIME, WIDTH, SHARE = 23, 128, 0.6
+PRIME, WIDTH, SHARE, FITTED, ENOUGH = 23, 128, 0.6, 0.99, 0.95
 LRS, DECAYS = (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0)
 TIME, MORE = 2.0, 100  # budget: steps = TIME / (learning rate x decay) + MORE
-ENOUGH, FITTED = 0.95, 0.99
 EARLY = ("log_fitted", "norm_change", "log_loss_change")
 FORECASTS = {  # what a forecast of log(steps) is linear in, beside a constant
     "one number": (),
     "1/(lr x decay)": (),  # its slope is 1
     "early windows": EARLY,
     "both": ("log_product", *EARLY),
+    "a power of lr x decay": ("log_product",),  # looked at when the others were known
 }
 
 
@@ -142,8 +142,9 @@ def compare(found: list[dict]) -> Iterator[Compared]:
         sizes = {s: [abs(r[name] - r["log_true"]) for r in runs if r["seed"] == s] for s in seeds}
         errors[name] = {s: float(np.mean(x) / np.log(2)) for s, x in sizes.items()}
         yield f"error, {name}", where, errors[name], False
-    number, product, early, both = FORECASTS
-    for base, name in ((number, product), (number, early), (product, early), (product, both)):
+    one, product, early, both, power = FORECASTS
+    pairs = ((one, product), (one, early), (product, early), (product, both), (power, both))
+    for base, name in pairs:
         yield f"error, {base} - {name}", where, gain(errors[base], errors[name]), True
 
 

@@ -229,7 +229,7 @@ def draw(found: list[dict], path: Path) -> None:
                 means = [np.mean([*by_seed.values()]) for by_seed in at]
                 axis.plot(SHARES, means, color=colour, label=name, ms=4, **look)
             axis.axhline(np.mean([*points(found, what="none", **own).values()]), color="0.5", lw=1)
-            axis.set(title=f"{what} {when} of training, labels {condition}")
+            axis.set(title=f"{what} {when} of training\nlabels {condition}", xticks=SHARES)
             axis.set_xlabel(f"share of {'rows' if what == 'frozen' else 'weights'} {what}")
             axis.grid(color="0.92")
         line[0].set_ylabel("% right on clean test data")
