@@ -55,7 +55,7 @@ def _moments_tau(beta1: float, beta2: float, rate: float) -> float:
         raise ValueError(
             f"Invalid false_open_rate: {rate}. With noise_source='moments' it must be above "
             f"{lowest:.2g} at betas ({beta1:.4g}, {beta2:.4g}), the share of pure noise where "
-            "m_hat^2 exceeds v_hat. Raise it or betas[0], or use another noise_source."
+            "m_hat^2 exceeds v_hat. Raise it or betas[0], or use noise_source='temporal'."
         )
     low, high = -30.0, 0.0  # of log(tau): the rate falls with tau
     while high - low > 1e-6:

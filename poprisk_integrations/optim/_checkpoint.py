@@ -1,5 +1,6 @@
 """Optimizer checkpoints in: our own, AdamW's, and refusals for everything else."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -28,6 +29,7 @@ from poprisk_integrations.optim._states import (
 
 __all__ = ["loading"]
 
+logger = logging.getLogger("poprisk_integrations")
 _OURS = {*COUNTS, *MOMENTS, *chain.from_iterable(state_keys(key, "8bit") for key in MOMENTS)}
 # How a step is computed, and how states are stored, belongs to the process, not to the trajectory.
 IMPLEMENTATION = (
@@ -58,6 +60,7 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
         groups = zip(optimizer.param_groups, before, final["param_groups"], strict=True)
         for group, present, loaded in groups:
             group.update(_kept(present, loaded))
+        _report_sources(before, final["param_groups"])
         _restore_states(optimizer, final)
 
     handles = (
@@ -74,6 +77,23 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
 def _kept(present: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
     """Options of before that the checkpoint lacks, and those of the process."""
     return {n: v for n, v in present.items() if n in IMPLEMENTATION or n not in loaded}
+
+
+def _report_sources(before: list[dict[str, Any]], loaded: list[dict[str, Any]]) -> None:
+    """A gate that decides by another noise from here on is no error, but nobody's intention."""
+    pairs = zip(before, loaded, strict=True)
+    sources = {
+        (group["noise_source"], saved["noise_source"])
+        for group, saved in pairs
+        if "noise_source" in saved and saved.get("gate") != "none"
+    }
+    for present, saved in sorted(sources):
+        if present != saved:
+            logger.warning(
+                "The checkpoint comes from noise_source=%r, this PopRiskAdamW has %r: from here on "
+                "its gate decides by another noise. Pass noise_source=%r to go on as before.",
+                *(saved, present, saved),
+            )
 
 
 def _check_foreign_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:

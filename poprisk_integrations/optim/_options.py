@@ -23,6 +23,7 @@ __all__ = [
     "check_group",
     "check_params",
     "check_published",
+    "idle_options",
     "kept_moments",
     "needs_device_step",
     "resolve_group",
@@ -124,7 +125,7 @@ class GroupOptions:
     gate_decay: bool = field(default=False, metadata=_FLAG)
     gate_eps: float = field(default=0.0, metadata=_NUMBER)
     noise_mean: str = field(default="bias_corrected", metadata=_one_of(NOISE_MEANS))
-    noise_source: str = field(default="temporal", metadata=_one_of(NOISE_SOURCES))
+    noise_source: str = field(default=READ_OFF, metadata=_one_of(NOISE_SOURCES))
     granularity: str = field(default="coordinate", metadata=_one_of(GRAINS))
     stochastic_rounding: bool = field(default=True, metadata=_FLAG)
     rounding_seed: int = field(default=0, metadata=_SEED)
@@ -260,11 +261,6 @@ def check_group(group: dict[str, Any]) -> None:
             f"Invalid noise_source: {source!r}. Must be 'temporal' with noise_mean='raw', the "
             "published rule."
         )
-    if source == READ_OFF and isinstance(stored, dict) and "exp_dev_sq" in stored:
-        raise ValueError(
-            f"Invalid state_dtype: {stored!r}. Must be without 'exp_dev_sq' with "
-            f"noise_source={source!r}, which keeps no such state."
-        )
     stored = stored.get("exp_dev_sq") if isinstance(stored, dict) else stored
     if source in PIECES and stored not in (None, "float32"):
         raise ValueError(
@@ -272,6 +268,17 @@ def check_group(group: dict[str, Any]) -> None:
             f"noise_source={source!r}."
         )
     resolve_group(group)
+
+
+def idle_options(group: dict[str, Any]) -> list[str]:
+    """Options that were set and do nothing, because noise off the moments has no average."""
+    if not _is_read_off(group):
+        return []
+    stored = group["state_dtype"]
+    idle = [] if group["rho"] == DEFAULTS["rho"] else [f"rho={group['rho']}"]
+    if isinstance(stored, dict) and "exp_dev_sq" in stored:
+        idle.append("state_dtype of exp_dev_sq")
+    return idle
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128)

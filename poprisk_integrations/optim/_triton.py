@@ -262,7 +262,8 @@ def triton_is_usable(device: torch.device) -> bool:
 def _probe(device: torch.device) -> str | None:
     """Three steps by the kernel and by single operations; what is wrong, or None."""
     chosen = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "alpha": 0.2, "rho": 0.9}
-    options = resolve_group({**DEFAULTS, **chosen, "capturable": True})
+    chosen |= {"noise_source": "temporal", "capturable": True}  # all that the kernel can do
+    options = resolve_group({**DEFAULTS, **chosen})
     keep = torch.ones((), device=device)
     for dtype in _DTYPES:
         fused, eager = ([torch.linspace(-1, 1, 1500, device=device).to(dtype)] for _ in range(2))

@@ -22,6 +22,7 @@ from poprisk_integrations.optim._options import (
     check_group,
     check_params,
     check_published,
+    idle_options,
     needs_device_step,
     resolve_group,
 )
@@ -39,21 +40,27 @@ _IDLE = (
     "model's parameters replaced after the optimizer was made (load_state_dict(assign=True), "
     "to_empty() of a meta model, a wrapper)? Make it after them."
 )
+_IDLE_OPTION = (
+    "PopRiskAdamW(%s) does nothing with noise_source='moments', the default, which keeps no "
+    "average of the noise. noise_source='temporal' does."
+)
 
 
 class PopRiskAdamW(Optimizer):
     """AdamW with a gate on each coordinate: update it only where its signal beats its noise.
 
-    Algorithm 1 of arXiv:2605.01172 (soft gate, eq. 242), per coordinate; hats are bias-corrected:
-        s_t = rho * s_{t-1} + (1 - rho) * (g_t - m_hat_{t-1})^2
+    Soft gate of arXiv:2605.01172 (eq. 242), per coordinate; hats are bias-corrected:
         m_t = beta1 * m_{t-1} + (1 - beta1) * g_t
         v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
+        s_hat = max(v_hat - m_hat^2, 0)
         d   = max(m_hat^2 - alpha * s_hat, 0),   q = d / (d + lambda_pop * s_hat)
         p_t = p_{t-1} - lr * weight_decay * p_{t-1} - lr * q * m_hat / (sqrt(v_hat) + eps)
+    The paper keeps an average of its own for the noise, noise_source="temporal":
+        s_t = rho * s_{t-1} + (1 - rho) * (g_t - m_hat_{t-1})^2
     The published rule to the letter is `PopRiskAdamW.paper(...)`. The defaults differ from it in
-    three points: alpha is calibrated (alpha=1 is a 4.5-sigma test of an EMA), the deviation is
-    taken from the bias-corrected mean and so starts at the second step, and the gate has no
-    absolute eps, so it does not depend on the scale of the loss.
+    three points: the noise is read off AdamW's moments, so states are AdamW's; alpha is calibrated
+    (alpha=1 is a 4.5-sigma test of an EMA); and the gate has no absolute eps, so it does not depend
+    on the scale of the loss.
 
     g is the gradient of the batch MEAN as it reaches the optimizer (averaged over micro-batches
     and ranks, clipped if the trainer clips); s estimates the variance of that mean.
@@ -78,8 +85,9 @@ class PopRiskAdamW(Optimizer):
             large, and the default of `PopRiskDPOConfig`.
         lambda_pop: Shrinkage beyond the boundary; None for the gate's own (soft: alpha, which
             gives q = max(0, 1 - alpha * s_hat / m_hat^2); snr: 1).
-        rho: Decay of the noise variance, in [0, 1). 0.999 gains 6 % on sparse regression and
-            nothing on noisy labels or a small language model: 0.99, as the worst study decides.
+        rho: Decay of the noise variance, in [0, 1); of the sources that keep one. 0.999 gains 6 %
+            on sparse regression and nothing on noisy labels or a small language model: 0.99, as
+            the worst study decides.
         gate_warmup: Steps that stay ungated while the noise is measured. 0: a hundred cost the
             small language model 10 %, whose first steps the gate keeps short.
         gate_blend: w in [0, 1]; the update uses w * q + (1 - w). 0.5 gains less in each study; it
@@ -104,10 +112,11 @@ class PopRiskAdamW(Optimizer):
         gate_decay: Gate the weight decay too. Off: level or worse in each study it was chosen on,
             and slower to generalise in `recipes/benchmarks/grokking`; at large rates times decay it
             keeps a model whose coordinates are mostly closed from shrinking to nothing.
-        noise_source: What s is measured from. "temporal": deviations from the mean over steps.
-            "microbatch": the spread of the backward passes of each step (2 or more). "ranks": the
-            spread of the gradients of 2 or more DDP ranks. Same scale; see optim/README.md.
-            "moments": v_hat - m_hat^2, floored at 0: no third state, so states are AdamW's.
+        noise_source: What s is measured from. "moments": v_hat - m_hat^2, floored at 0; not worse
+            than the paper's in any study of `default_gate`, and without a third state.
+            "temporal": deviations from the mean over steps, as in the paper. "microbatch": the
+            spread of the backward passes of each step (2 or more). "ranks": the spread of the
+            gradients of 2 or more DDP ranks. Same scale; see optim/README.md.
         granularity: What one gate decides about: "coordinate", "row" (of dimension 0) or
             "tensor". Of a row or tensor m_hat^2 and s_hat are averaged before the gate.
         stochastic_rounding: Round bfloat16 parameters stochastically (unbiased, reproducible).
@@ -129,7 +138,7 @@ class PopRiskAdamW(Optimizer):
         ...     layer(torch.ones(8, 4)).square().mean().backward()
         ...     _ = optimizer.step()
         >>> sorted(optimizer.state[layer.weight])
-        ['dev_step', 'exp_avg', 'exp_avg_sq', 'exp_dev_sq', 'step']
+        ['exp_avg', 'exp_avg_sq', 'step']
     """
 
     def __init__(
@@ -167,9 +176,13 @@ class PopRiskAdamW(Optimizer):
     ) -> None:
         given = {**locals(), **published}
         defaults = {name: given.get(name, default) for name, default in DEFAULTS.items()}
+        if defaults["noise_mean"] == "raw" and noise_source == GroupOptions.noise_source:
+            defaults["noise_source"] = "temporal"  # the one that takes it; deprecated
         check_group({**defaults, "differentiable": differentiable})
         check_published(published)
         super().__init__(params, defaults)
+        for option in dict.fromkeys(o for group in self.param_groups for o in idle_options(group)):
+            logger.warning(_IDLE_OPTION, option)
 
     @classmethod
     def paper(cls, params: ParamsT, lr: float | Tensor = 1e-3, **options: Any) -> Self:
@@ -199,6 +212,7 @@ class PopRiskAdamW(Optimizer):
             "lambda_pop": 0.0,
             "gate_eps": 1e-12,
             "noise_mean": "raw",
+            "noise_source": "temporal",
         }
         return cls(params, lr, **{**published, **options})
 
@@ -366,10 +380,10 @@ class PopRiskAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load our own state or an Adam/AdamW one.
 
-        States keep float32 (torch would cast them to the parameter's dtype). An AdamW state has
-        no noise variance: it starts at the next step, with its own count. Options that the
-        checkpoint lacks, and how the step is computed (foreach, fused, capturable), stay as they
-        are now.
+        States keep float32 (torch would cast them to the parameter's dtype). A noise variance that
+        the state lacks, as AdamW's does, starts at the next step, with its own count. Options that
+        the checkpoint lacks, how the step is computed (foreach, fused, capturable) and where the
+        noise comes from stay as they are now; another noise source in the checkpoint is reported.
 
         Args:
             state_dict: As returned by `state_dict()`.

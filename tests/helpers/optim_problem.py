@@ -4,6 +4,8 @@ import copy
 
 import torch
 
+from poprisk_integrations import PopRiskAdamW
+
 # matrix, vector, 0-dim, empty, channels-last-like
 SHAPES = ((5, 7), (3,), (), (0, 4), (2, 3, 4, 5))
 
@@ -39,6 +41,11 @@ def train(make_optimizer, steps=100, dtype=torch.float32, history=None, params=N
         feed(params, row)
         optimizer.step()
     return params, optimizer
+
+
+def temporal(params, **options):
+    """With the paper's third state, whose tensors include the default's."""
+    return PopRiskAdamW(params, **{"noise_source": "temporal", **options})
 
 
 def feed(params, row):

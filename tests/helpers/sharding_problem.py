@@ -8,7 +8,7 @@ from poprisk_integrations.distributed import local_tensor
 
 STEPS, BATCH = 12, 12  # 12 rows: the same split for 1, 2, 3 and 4 ranks
 STATES = ("exp_avg", "exp_avg_sq", "exp_dev_sq")
-OPTIONS = {"lr": 1e-2}  # the default gate: soft, calibrated
+OPTIONS = {"lr": 1e-2, "noise_source": "temporal"}  # its states include the default's
 
 
 def make_model(dtype=torch.float32, hidden=7):

@@ -20,17 +20,17 @@ from poprisk_integrations.diagnostics.probe import (
     probe_gradients,
 )
 from poprisk_integrations.diagnostics.run_length import StopOutlook, stop_outlook
-from poprisk_integrations.optim._options import MOMENTS
+from poprisk_integrations.optim._options import kept_moments
 from poprisk_integrations.optim._states import moment_format
 
 __all__ = ["OptimizerReport", "ProbeReport", "build_report"]
 
-# Label -> option `state_dtype` of PopRiskAdamW; bytes per parameter as in optim/README.md.
-STATE_CHOICES: dict[str, Any] = {
-    "float32 (12 B)": None,
-    "bfloat16 noise (10 B)": {"exp_dev_sq": "bfloat16"},
-    "bfloat16 (6 B)": "bfloat16",
-    "8bit (3.2 B)": "8bit",
+# Label -> `noise_source` and `state_dtype` of PopRiskAdamW; bytes as in optim/README.md.
+STATE_CHOICES: dict[str, tuple[str, Any]] = {
+    "float32 (8 B, as AdamW)": ("moments", None),
+    "temporal noise (12 B)": ("temporal", None),
+    "bfloat16 (4 B)": ("moments", "bfloat16"),
+    "8bit (2.1 B)": ("moments", "8bit"),
 }
 _FORMAT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1 + 4 / 64}
 
@@ -44,7 +44,7 @@ class OptimizerReport:
     parameters: int
     probe: GradientProbe
     stop: StopOutlook
-    memory: dict[str, int]  # bytes of the moments by choice of `STATE_CHOICES`, and of AdamW
+    memory: dict[str, int]  # bytes of the moments by choice of `STATE_CHOICES`
     advice: tuple[str, str]
     notes: list[str]  # what to know beside the numbers
 
@@ -140,20 +140,21 @@ def _why_nothing(watch: StepWatch, histories: Sequence[GradientHistory]) -> str:
 
 
 def state_bytes(params: Sequence[Tensor]) -> dict[str, int]:
-    """Bytes of the moments, for AdamW in float32 and each of `STATE_CHOICES`.
+    """Bytes of the moments, for each of `STATE_CHOICES`.
 
     Small tensors stay float32 where 8-bit codes would not pay.
 
     Example:
         >>> from torch import zeros
-        >>> state_bytes([zeros(10)])["float32 (12 B)"]
+        >>> state_bytes([zeros(10)])["temporal noise (12 B)"]
         120
     """
-    result = {"AdamW (8 B)": sum(8 * p.numel() for p in params)}
-    for label, choice in STATE_CHOICES.items():
+    result = {}
+    for label, (source, choice) in STATE_CHOICES.items():
+        moments = kept_moments({"noise_source": source})
         size = 0.0
         for param in params:
-            for kind in (moment_format(param, moment, choice) for moment in MOMENTS):
+            for kind in (moment_format(param, moment, choice) for moment in moments):
                 each = _FORMAT_BYTES[kind] if isinstance(kind, str) else kind.itemsize
                 size += param.numel() * each
         result[label] = round(size)

@@ -14,6 +14,7 @@ __all__ = ["step_rows"]
 
 BF16 = torch.bfloat16
 STATS_EVERY = 50
+_BF16_NOISE = {"noise_source": "temporal", "state_dtype": {"exp_dev_sq": "bfloat16"}}
 Params = list[torch.nn.Parameter]
 
 
@@ -54,9 +55,9 @@ def large(params: Params) -> list[Arm]:
     return [
         _adamw(params),
         _ours("gate=none", params, 32, gate="none"),
-        _ours("temporal", params, 40, 1.35),
-        _ours("moments", params, 32, 1.20, noise_source="moments"),
-        _ours("bfloat16 noise", params, 36, 1.20, state_dtype={"exp_dev_sq": "bfloat16"}),
+        _ours("temporal", params, 40, 1.35, noise_source="temporal"),
+        _ours("moments", params, 32, 1.20),
+        _ours("bfloat16 noise", params, 36, 1.20, **_BF16_NOISE),
     ]
 
 
@@ -65,8 +66,8 @@ def small(params: Params) -> list[Arm]:
     return [
         _adamw(params),
         _ours("gate=none", params, gate="none"),
-        _ours("temporal", params, target=1.20),
-        _ours("moments", params, target=1.20, noise_source="moments"),
+        _ours("temporal", params, target=1.20, noise_source="temporal"),
+        _ours("moments", params, target=1.20),
     ]
 
 
@@ -94,7 +95,7 @@ def low_precision(params: Params) -> list[Arm]:
 
     return [
         Arm("AdamW fused, float32 copies", step_and_copy, "torch", 34),
-        _ours("bfloat16 all", low, 20, state_dtype="bfloat16"),
+        _ours("bfloat16 all", low, 16, state_dtype="bfloat16"),
     ]
 
 

@@ -251,7 +251,8 @@ def watched(toy: Toy, params: dict[str, nn.Parameter], lr: float, path: str) -> 
     """The optimizer of a path, the affected parameters in the first of two groups."""
     hit = {name: any(part in name for part in toy.affected) for name in params}
     groups = [{"params": [p for n, p in params.items() if hit[n] == is_hit]} for is_hit in (1, 0)]
-    return PopRiskAdamW(groups, lr, weight_decay=0.0, collect_stats_every=1, **PATHS[path])
+    options = {"weight_decay": 0.0, "noise_source": "temporal", **PATHS[path]}
+    return PopRiskAdamW(groups, lr, collect_stats_every=1, **options)
 
 
 def is_open(state: dict[str, Tensor], alpha: float, rho: float = 0.99) -> Tensor:

@@ -15,6 +15,7 @@ PATHS = {
     "capturable": {"capturable": True},
     "bfloat16": {"state_dtype": "bfloat16"},
 }
+TEMPORAL = {"noise_source": "temporal"}
 NAMES = ("layers.0.w", "layers.0.b", "layers.1.w", "head.w")
 SHAPES = ((6, 5), (6,), (4, 6), (3, 4))
 
@@ -100,7 +101,7 @@ def twin(steps):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_agrees_with_the_twin(path):
-    optimizer, metrics = run(12, **PATHS[path])
+    optimizer, metrics = run(12, **TEMPORAL, **PATHS[path])
     assert optimizer.path == ("single_tensor" if path == "bfloat16" else path)
     expected = twin(12)
     assert set(metrics) == set(expected)
@@ -115,14 +116,14 @@ def test_agrees_with_the_twin(path):
     [
         {},
         {"gate": "hard", "gate_blend": 0.5},
-        {"gate": "snr", "gate_eps": 1e-3, "noise_mean": "raw"},
+        {"gate": "snr", "gate_eps": 1e-3, "noise_mean": "raw", **TEMPORAL},
         {"maximize": True, "gate_warmup": 4},
         {"gate_warmup": 6},
         {"gate": "none"},
         {"noise_mean": "raw", "gate_eps": 0.0, "alpha": 1.0, "lambda_pop": 0.0},  # the paper's
-        {"noise_source": "moments"},
-        {"granularity": "row"},
-        {"granularity": "tensor", "noise_source": "moments", "gate": "snr"},
+        TEMPORAL,
+        {"granularity": "row", **TEMPORAL},
+        {"granularity": "tensor", "gate": "snr"},
     ],
     ids=str,
 )

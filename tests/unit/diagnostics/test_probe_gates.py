@@ -80,7 +80,8 @@ def test_shadow_states_are_those_of_the_optimizer(alpha):
     steps, size = 24, 500
     gradients = torch.randn(steps, size) + torch.linspace(0, 1, size)
     param = torch.nn.Parameter(torch.zeros(size))
-    optimizer = PopRiskAdamW([param], betas=(0.9, 0.99), alpha=alpha, collect_stats_every=1)
+    options = {"alpha": alpha, "noise_source": "temporal", "collect_stats_every": 1}
+    optimizer = PopRiskAdamW([param], betas=(0.9, 0.99), **options)
     rows = []
     for grad in gradients:
         param.grad = grad.clone()

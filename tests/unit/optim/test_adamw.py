@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
-from tests.helpers.optim_problem import feed, gradients, make_params, max_ulp, train
+from tests.helpers.optim_problem import feed, gradients, make_params, max_ulp, temporal, train
 from tests.unit.optim.paths import EVERY, FLAGS, HOST, TORCH, launches
 
 
@@ -24,7 +24,10 @@ def assert_adamw(actual, expected, impl, ulps=2):
         torch.testing.assert_close(a, e, rtol=eps, atol=eps * scale)
 
 
-OPTIONS = ({}, {"weight_decay": 0.0}, {"maximize": True}, {"betas": (0.5, 0.9), "eps": 1e-3})
+OPTIONS = (
+    *({}, {"weight_decay": 0.0}, {"maximize": True}, {"betas": (0.5, 0.9), "eps": 1e-3}),
+    {"noise_source": "temporal"},
+)
 CELLS = [(impl, options, torch.float32) for impl in TORCH for options in OPTIONS]
 CELLS += [(impl, {}, torch.float64) for impl in TORCH]
 CELLS += [("fused_triton", {}, torch.float32)]
@@ -35,7 +38,8 @@ def test_gate_none(impl, options, dtype):
     """Contract: bitwise on one tensor at a time, else to 2 ulp, for 100 steps, per path."""
     is_kernel = impl == "fused_triton"
     steps = 12 if is_kernel else 100  # the interpreter is slow
-    expected, reference = train(adamw(impl, lr=1e-2, **options), steps, dtype)
+    theirs = {k: v for k, v in options.items() if k != "noise_source"}
+    expected, reference = train(adamw(impl, lr=1e-2, **theirs), steps, dtype)
     actual, optimizer = train(
         lambda p: PopRiskAdamW(p, lr=1e-2, gate="none", **FLAGS[impl], **options), steps, dtype
     )
@@ -64,7 +68,7 @@ def test_a_gate_that_computes_to_one(impl, open_wide):
 def test_a_closed_gate_only_decays(impl):
     """The control in the other direction: these tests would notice a gate that is ignored."""
     params, _ = train(
-        lambda p: PopRiskAdamW(p, lr=1e-2, alpha=1e9, gate="hard", **FLAGS[impl]), steps=10
+        lambda p: temporal(p, lr=1e-2, alpha=1e9, gate="hard", **FLAGS[impl]), steps=10
     )
     first, _ = train(adamw(impl, lr=1e-2), steps=1)  # ungated by definition
     torch.testing.assert_close(params[0], first[0] * (1 - 1e-4) ** 9, rtol=1e-5, atol=1e-7)

@@ -45,7 +45,7 @@ def test_scaled_training_is_training(impl):
 @pytest.mark.parametrize("impl", TORCH)
 def test_an_overflow_is_not_stepped_on(impl):
     """The first step included, where no state exists yet: its count stays zero."""
-    scaled, optimizer = run(impl, scaled=True, overflow=(0, 3))
+    scaled, optimizer = run(impl, scaled=True, overflow=(0, 3), noise_source="temporal")
     state = optimizer.state[scaled]
     assert (state["step"].item(), state["dev_step"].item()) == (4, 3)
     assert torch.isfinite(scaled).all()

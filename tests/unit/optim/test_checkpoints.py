@@ -15,6 +15,7 @@ from tests.helpers.optim_problem import (
     make_params,
     max_ulp,
     snapshot,
+    temporal,
     train,
     unchanged,
 )
@@ -35,7 +36,7 @@ def copies(params):
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
-def resume(params, source, cls=PopRiskAdamW, **kwargs):
+def resume(params, source, cls=temporal, **kwargs):
     fresh = copies(params)
     optimizer = cls(fresh, **kwargs)
     optimizer.load_state_dict(through_disk(source.state_dict()))
@@ -55,11 +56,11 @@ def advance(params, optimizer, history):
 def test_resumed_equals_uninterrupted_bitwise(impl, kwargs, dtype):
     options = {**FLAGS[impl], **kwargs}
     history = gradients(10, dtype)
-    params, source = train(lambda p: PopRiskAdamW(p, **options), history=history[:6], dtype=dtype)
+    params, source = train(lambda p: temporal(p, **options), history=history[:6], dtype=dtype)
     before, saved = snapshot(source), through_disk(source.state_dict())
     for _ in range(2):
         fresh = copies(params)
-        optimizer = PopRiskAdamW(fresh, lr=123.0, **FLAGS[impl])
+        optimizer = temporal(fresh, lr=123.0, **FLAGS[impl])
         optimizer.load_state_dict(saved)
         assert unchanged(optimizer, before)
         advance(fresh, optimizer, history[6:])  # on copies: the dictionary serves twice
@@ -69,7 +70,7 @@ def test_resumed_equals_uninterrupted_bitwise(impl, kwargs, dtype):
 
 def test_states_of_bfloat16_parameters_stay_float32_and_counts_stay_exact():
     params = [torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]
-    optimizer = PopRiskAdamW(params, lr=1e-3)
+    optimizer = temporal(params, lr=1e-3)
     for _ in range(301):  # 301 is 300 in bfloat16
         params[0].grad = torch.randn(3).bfloat16()
         optimizer.step()
@@ -85,8 +86,8 @@ def test_states_of_bfloat16_parameters_stay_float32_and_counts_stay_exact():
 def test_state_keys_and_dtypes(kwargs, dtype):
     """The same keys for every parameter, tensors all of them, options plain values: distributed
     checkpoints drop or mangle None and text inside states."""
-    _, optimizer = train(lambda p: PopRiskAdamW(p, **kwargs), steps=2, dtype=dtype)
-    fresh = PopRiskAdamW(make_params(dtype))
+    _, optimizer = train(lambda p: temporal(p, **kwargs), steps=2, dtype=dtype)
+    fresh = temporal(make_params(dtype))
     fresh.init_state()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for param, state in (*optimizer.state.items(), *fresh.state.items()):
@@ -127,7 +128,7 @@ def test_without_a_gate_both_continue_each_other_bitwise():
     params, optimizer = train(lambda p: torch.optim.AdamW(p, lr=1e-2), history=history[:9])
     params, ours = resume(params, optimizer, gate="none")
     assert max_ulp(advance(params, ours, history[9:]), whole) == 0.0
-    params, ours = train(lambda p: PopRiskAdamW(p, lr=1e-2, gate="none"), history=history[:9])
+    params, ours = train(lambda p: temporal(p, lr=1e-2, gate="none"), history=history[:9])
     fresh, theirs = resume(params, ours, cls=torch.optim.AdamW)
     assert max_ulp(advance(fresh, theirs, history[9:]), whole) == 0.0
 
@@ -136,7 +137,7 @@ def test_per_group_options_survive_an_adamw_checkpoint():
     params, fresh = make_params(), make_params()
     optimizer = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}])
     advance(params, optimizer, gradients(2))
-    ours = PopRiskAdamW([{"params": fresh[:1], "gate": "none"}, {"params": fresh[1:]}])
+    ours = temporal([{"params": fresh[:1], "gate": "none"}, {"params": fresh[1:]}])
     before = set(ours.param_groups[0])
     ours.load_state_dict(optimizer.state_dict())
     assert [g["gate"] for g in ours.param_groups] == ["none", "soft"]
@@ -149,7 +150,7 @@ def test_names_of_parameters_need_not_be_on_both_sides(names):
     def build(named):
         params = make_params()
         given = [(f"layer.{i}", p) for i, p in enumerate(params)] if named else params
-        return params, PopRiskAdamW(given, lr=1e-2)
+        return params, temporal(given, lr=1e-2)
 
     params, source = build(names in ("saved", "both"))
     history = gradients(8)
@@ -169,12 +170,12 @@ def test_names_of_parameters_need_not_be_on_both_sides(names):
 )
 def test_counts_may_be_numbers_or_of_another_shape(impl, count):
     """What is kept is 0-dim float32, so that padding and sharding leave it alone."""
-    _, source = train(lambda p: PopRiskAdamW(p, lr=1e-2, **FLAGS[impl]), steps=3)
+    _, source = train(lambda p: temporal(p, lr=1e-2, **FLAGS[impl]), steps=3)
     saved = copy.deepcopy(source.state_dict())
     for state in saved["state"].values():
         state["step"] = count if state["step"].item() == 3 else state["step"]
     clones = make_params()
-    optimizer = PopRiskAdamW(clones, **FLAGS[impl])
+    optimizer = temporal(clones, **FLAGS[impl])
     optimizer.load_state_dict(saved)
     step = optimizer.state[clones[0]]["step"]
     assert (step.shape, step.dtype, step.item()) == ((), torch.float32, 3.0)
@@ -186,7 +187,7 @@ def test_counts_may_be_numbers_or_of_another_shape(impl, count):
 @pytest.mark.parametrize("impl", EVERY)
 def test_each_state_is_created_where_it_alone_is_missing(impl, key):
     """Tools that filter states leave some keys and drop others."""
-    params, optimizer = train(lambda p: PopRiskAdamW(p, **FLAGS[impl]), steps=3)
+    params, optimizer = train(lambda p: temporal(p, **FLAGS[impl]), steps=3)
     for param in params:
         del optimizer.state[param][key]
     advance(params, optimizer, gradients(3))
@@ -197,12 +198,12 @@ def test_each_state_is_created_where_it_alone_is_missing(impl, key):
 
 def test_init_state_makes_a_template_without_a_step():
     params = make_params()
-    optimizer = PopRiskAdamW(params)
+    optimizer = temporal(params)
     optimizer.load_state_dict(optimizer.state_dict())  # wrappers do so with a fresh optimizer
     assert not optimizer.state
     optimizer.init_state()
     assert all(optimizer.state[param]["step"].item() == 0 for param in params)
-    whole, _ = train(lambda p: PopRiskAdamW(p, lr=1e-3), steps=5)
+    whole, _ = train(lambda p: temporal(p, lr=1e-3), steps=5)
     assert max_ulp(advance(params, optimizer, gradients(5)), whole) == 0.0
 
 
@@ -214,7 +215,7 @@ def test_templates_of_distributed_checkpoints_are_inert(is_made):
 
     model = torch.nn.Linear(3, 2)
     start = copy.deepcopy(model.state_dict())
-    optimizer = PopRiskAdamW(model.parameters(), lr=0.5, weight_decay=0.5)
+    optimizer = temporal(model.parameters(), lr=0.5, weight_decay=0.5)
     if is_made:
         optimizer.init_state()
     saved = get_optimizer_state_dict(model, optimizer)
@@ -227,7 +228,7 @@ def test_templates_of_distributed_checkpoints_are_inert(is_made):
 
 
 @pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("source_cls", [PopRiskAdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("source_cls", [temporal, torch.optim.AdamW])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_through_the_distributed_checkpoint_helpers(source_cls, dtype, flat):
     """Names for indices, by keyword, flattened or not, from both optimizers."""
@@ -247,8 +248,8 @@ def test_through_the_distributed_checkpoint_helpers(source_cls, dtype, flat):
         source.step()
     saved = get_optimizer_state_dict(model, source, options=options)
     clone = copy.deepcopy(model)
-    optimizer = PopRiskAdamW(clone.parameters(), gate="hard")
-    if flat and source_cls is not PopRiskAdamW:
+    optimizer = temporal(clone.parameters(), gate="hard")
+    if flat and source_cls is not temporal:
         # A flat dictionary must name every option and state: what AdamW has not is our own.
         saved = {**get_optimizer_state_dict(clone, optimizer, options=options), **saved}
     set_optimizer_state_dict(clone, optimizer, saved, options=options)
@@ -274,9 +275,9 @@ def test_a_state_continues_elsewhere(device, impl, options):
     """With the flags of the process, not with those of the checkpoint."""
     history = gradients(10)
     flags = FLAGS["capturable" if device == "cpu" else "single_tensor"]
-    params, source = train(lambda p: PopRiskAdamW(p, lr=1e-2, **flags), history=history[:5])
+    params, source = train(lambda p: temporal(p, lr=1e-2, **flags), history=history[:5])
     clones = [torch.nn.Parameter(p.detach().to(device, copy=True)) for p in params]
-    optimizer = PopRiskAdamW(clones, **options)
+    optimizer = temporal(clones, **options)
     saved = copy.deepcopy(source.state_dict())
     optimizer.load_state_dict(saved)
     assert impl is None or optimizer.path == impl
@@ -348,9 +349,9 @@ BAD_STATES = {
 
 @pytest.mark.parametrize(("change", "message"), BAD_STATES.values(), ids=BAD_STATES)
 def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(change, message):
-    saved = copy.deepcopy(train(lambda p: PopRiskAdamW(p, lr=1e-2), steps=3)[1].state_dict())
+    saved = copy.deepcopy(train(lambda p: temporal(p, lr=1e-2), steps=3)[1].state_dict())
     change(saved)
-    _, optimizer = train(lambda p: PopRiskAdamW(p, lr=3e-3, gate="snr"), steps=5)
+    _, optimizer = train(lambda p: temporal(p, lr=3e-3, gate="snr"), steps=5)
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
@@ -364,7 +365,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(change, messag
 def test_copies_continue_bitwise(copier, impl):
     """With all public attributes; what is not in groups, state or defaults is lost by copies."""
     params, optimizer = train(
-        lambda p: PopRiskAdamW(p, lr=1e-2, gate="snr", collect_stats_every=2, **FLAGS[impl]),
+        lambda p: temporal(p, lr=1e-2, gate="snr", collect_stats_every=2, **FLAGS[impl]),
         steps=5,
     )
     if copier == "deepcopy":
@@ -385,14 +386,14 @@ def test_copies_continue_bitwise(copier, impl):
 @pytest.mark.parametrize("way", ["state", "pickle"])
 def test_one_of_an_older_version_takes_the_options_that_it_lacks(way):
     """From a release that had nothing but AdamW's arguments: those of the constructor."""
-    params, source = train(lambda p: PopRiskAdamW(p, lr=1e-2, gate="hard"), steps=3)
+    params, source = train(lambda p: temporal(p, lr=1e-2, gate="hard"), steps=3)
     known = set(inspect.signature(torch.optim.AdamW).parameters)
     saved = source.state_dict() if way == "state" else source.__getstate__()
     for group in (*saved["param_groups"], saved.get("defaults", {})):
         for name in set(group) - known:
             del group[name]
     if way == "state":
-        optimizer = PopRiskAdamW(params, gate="snr", rho=0.9)
+        optimizer = temporal(params, gate="snr", rho=0.9)
         optimizer.load_state_dict(saved)
     else:
         optimizer = PopRiskAdamW.__new__(PopRiskAdamW)
@@ -400,5 +401,5 @@ def test_one_of_an_older_version_takes_the_options_that_it_lacks(way):
     group = optimizer.param_groups[0]
     expected = ("snr", 0.9) if way == "state" else ("soft", 0.99)
     assert (group["gate"], group["rho"], group["lr"]) == (*expected, 1e-2)
-    assert set(group) == set(PopRiskAdamW(make_params()).param_groups[0])
+    assert set(group) == set(temporal(make_params()).param_groups[0])
     advance(params, optimizer, gradients(2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
-from tests.helpers.optim_problem import feed, snapshot, train, unchanged
+from tests.helpers.optim_problem import feed, snapshot, temporal, train, unchanged
 from tests.unit.optim.paths import FLAGS, needs_compiler
 
 pytestmark = needs_compiler
@@ -36,6 +36,8 @@ PLANS = [
     ({"gate_eps": 1e-12, "noise_mean": "raw", "alpha": 0.5}, F32),
     ({"granularity": "row", "gate": "hard", "gate_decay": True}, F32),
 ]
+PLANS = [({"noise_source": "temporal", **options}, dtype) for options, dtype in PLANS]
+PLANS += [(o | {"noise_source": "moments"}, d) for o, d in PLANS if o.get("noise_mean") != "raw"]
 
 
 @pytest.mark.parametrize(("options", "dtype"), PLANS, ids=str)
@@ -57,8 +59,11 @@ def test_equals_the_eager_path(options, dtype):
             torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-9, msg=key)
 
 
+LARGE = [{}, {"granularity": "row"}, {"state_dtype": "8bit"}, {"noise_source": "temporal"}]
+
+
 @pytest.mark.parametrize("shape", [(70, 1003), (3, 40_000), (100_001,), (64, 64)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"granularity": "row"}, {"state_dtype": "8bit"}], ids=str)
+@pytest.mark.parametrize("options", LARGE, ids=str)
 def test_tensors_larger_than_a_chunk(shape, options):
     """Whatever ends where a chunk, a buffer or a block of codes does not."""
 
@@ -175,7 +180,7 @@ def test_what_the_kernel_cannot_take_is_stepped_beside_it():
 
 def test_counts_of_parameters_that_miss_a_step_are_their_own():
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
-    optimizer = PopRiskAdamW(params, **FUSED)
+    optimizer = temporal(params, **FUSED)
     for step in range(4):
         for i, param in enumerate(params):
             param.grad = torch.ones(3) if step >= i else None

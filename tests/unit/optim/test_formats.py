@@ -15,6 +15,7 @@ from poprisk_integrations.optim._rounding import (
     uniform16,
 )
 from poprisk_integrations.optim._states import BLOCK, decode_blocks, encode_blocks
+from tests.helpers.optim_problem import temporal
 from tests.unit.optim.paths import FLAGS, TORCH, needs_cuda
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_dev_sq")
@@ -119,7 +120,7 @@ def test_more_than_2_to_the_31_elements(device, fused):
 def make(dtype=torch.float32, shapes=SHAPES, **options):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
-    return params, PopRiskAdamW(params, lr=1e-2, **options)
+    return params, temporal(params, lr=1e-2, **options)
 
 
 def run(params, optimizer, steps, start=0):
@@ -174,7 +175,7 @@ def test_stochastically_rounded_noise_is_unbiased(rho):
     E[s_hat] = sigma^2 (1 + c), c the variance of the bias-corrected mean before the step.
     """
     p = torch.nn.Parameter(torch.zeros(2000))
-    optimizer = PopRiskAdamW([p], lr=0.0, rho=rho, state_dtype={"exp_dev_sq": "bfloat16"})
+    optimizer = temporal([p], lr=0.0, rho=rho, state_dtype={"exp_dev_sq": "bfloat16"})
     generator = torch.Generator().manual_seed(0)
     sigma = torch.logspace(-6, -2, 2000)
     for _ in range(int(2 / (1 - rho))):
@@ -238,7 +239,7 @@ def test_a_checkpoint_of_another_format_is_converted(old, new):
     params, saver = make(state_dtype=old, fused=False)
     run(params, saver, 3)
     clones = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    loader = PopRiskAdamW(clones, lr=1e-2, state_dtype=new, fused=False)
+    loader = temporal(clones, lr=1e-2, state_dtype=new, fused=False)
     loader.load_state_dict(copied(saver.state_dict()))
     template, fresh = make(state_dtype=new)
     fresh.init_state()
@@ -256,7 +257,7 @@ def test_a_checkpoint_of_another_format_is_converted(old, new):
 @pytest.mark.parametrize("impl", TORCH)
 def test_states_follow_a_model_that_becomes_float64(impl):
     layer = torch.nn.Linear(9, 5)
-    optimizer = PopRiskAdamW(layer.parameters(), **FLAGS[impl])
+    optimizer = temporal(layer.parameters(), **FLAGS[impl])
     for dtype in (torch.float32, torch.float64):
         layer.to(dtype)
         layer(torch.ones(2, 9, dtype=dtype)).sum().backward()

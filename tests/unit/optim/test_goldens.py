@@ -1,4 +1,4 @@
-"""Twenty steps of every kind, as release 0.1 took them: numbers that no rewrite may move.
+"""Twenty steps of every kind, as earlier releases took them: numbers that no rewrite may move.
 
 `python -m tests.unit.optim.test_goldens` writes the files anew, on a release whose numbers are to
 be kept.
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from poprisk_integrations import PopRiskAdamW
+from tests.helpers.optim_problem import temporal
 from tests.unit.optim.paths import EAGER, EVERY, FLAGS, HOST, launches
 
 DIRECTORY = Path(__file__).parents[2] / "goldens" / "optim"
@@ -35,12 +35,19 @@ OPTIONS = {
     "finite": {"alpha": "finite", "batch_size": 32, "dataset_size": 160},
     "betas": {"betas": (0.5, 0.9), "eps": 1e-3, "rho": 0.9},
     "microbatch": {"noise_source": "microbatch"},
+    "moments": {"noise_source": "moments"},
+    "moments, snr": {"noise_source": "moments", "gate": "snr", "gate_blend": 0.7},
 }
 FORMATS = {
     "bfloat16": {"dtype": torch.bfloat16},
     "states bfloat16": {"state_dtype": "bfloat16"},
     "states 8bit": {"state_dtype": "8bit", "rounding_seed": 5},
     "all bfloat16": {"dtype": torch.bfloat16, "state_dtype": "bfloat16"},
+    "moments, all bfloat16": {
+        "dtype": torch.bfloat16,
+        "state_dtype": "bfloat16",
+        "noise_source": "moments",
+    },
     "bfloat16, 8bit": {"dtype": torch.bfloat16, "state_dtype": "8bit"},
 }
 KINDS = {**OPTIONS, **FORMATS}
@@ -50,7 +57,7 @@ SAVED = ("soft", "states bfloat16", "states 8bit", "all bfloat16")
 def make(dtype=torch.float32, **options):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
-    return params, PopRiskAdamW(params, **{"lr": 1e-2, "weight_decay": 0.1, **options})
+    return params, temporal(params, **{"lr": 1e-2, "weight_decay": 0.1, **options})
 
 
 def advance(params, optimizer, steps):
@@ -133,7 +140,7 @@ def test_an_old_state_continues(kind):
             state.setdefault(int(index), {})[key] = value
     groups = json.loads(GROUPS.read_text())[kind]
     clones = [p.detach().clone().requires_grad_() for p in params]
-    fresh = PopRiskAdamW(clones, lr=1.0, state_dtype=KINDS[kind].get("state_dtype"))
+    fresh = temporal(clones, lr=1.0, state_dtype=KINDS[kind].get("state_dtype"))
     fresh.load_state_dict({"state": state, "param_groups": groups})
     advance(clones, fresh, range(10, 20))
     actual, expected = sampled(clones, fresh), load_file(TRAJECTORIES)[f"single_tensor/{kind}"]

@@ -71,7 +71,7 @@ def test_load_state_dict_pre_hook_may_replace_the_state():
     fresh = optimizer.param_groups[0]["params"]
     assert optimizer.param_groups[0]["lr"] == 1e-2
     for a, b in zip(fresh, params, strict=True):
-        assert torch.equal(optimizer.state[a]["exp_dev_sq"], source.state[b]["exp_dev_sq"])
+        assert torch.equal(optimizer.state[a]["exp_avg_sq"], source.state[b]["exp_avg_sq"])
 
 
 @pytest.mark.parametrize("prepend", [True, False])

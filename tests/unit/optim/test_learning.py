@@ -56,7 +56,7 @@ CELLS.append(pytest.param(None, "cuda", marks=needs_cuda))
         {"gate": "snr", "alpha": "fresh"},
         {"gate_warmup": 3, "gate_blend": 0.5},
         {"preserve_norm": True},
-        {"betas": (0.0, 0.9), "rho": 0.5, "eps": 1e-3},
+        {"betas": (0.0, 0.9), "rho": 0.5, "eps": 1e-3, "noise_source": "temporal"},
     ],
     ids=str,
 )

@@ -35,14 +35,16 @@ def draw(shape, dtype, generator):
     return values.to(dtype)
 
 
-# Noise without a state and gates of rows and tensors, where the paths differ in how they get there.
+TEMPORAL = {"noise_source": "temporal"}
+# Noise with a state and gates of rows and tensors, where the paths differ in how they get there.
 SOURCES = {
-    "moments": {"noise_source": "moments"},
-    "rows": {"granularity": "row"},
-    "tensors": {"granularity": "tensor", "gate": "snr", "gate_decay": True},
-    "rows of moments": {"granularity": "row", "noise_source": "moments", "gate_blend": 0.5},
+    "temporal": TEMPORAL,
+    "rows": {"granularity": "row", **TEMPORAL},
+    "tensors": {"granularity": "tensor", "gate": "snr", "gate_decay": True, **TEMPORAL},
+    "rows of moments": {"granularity": "row", "gate_blend": 0.5},
     "tensors, norm": {"granularity": "tensor", "preserve_norm": True, "state_dtype": "bfloat16"},
-    "moments, bfloat16": {"noise_source": "moments", "state_dtype": "bfloat16"},
+    "bfloat16": {"state_dtype": "bfloat16"},
+    "temporal, bfloat16": {"state_dtype": "bfloat16", **TEMPORAL},
 }
 
 
@@ -89,7 +91,7 @@ def test_matches_the_single_tensor_path(impl, dtype, device):
 @pytest.mark.parametrize("dtype", [F32, BF16, C64], ids=str)
 @pytest.mark.parametrize("impl", EVERY[1:])
 def test_every_source_and_grain_matches_too(impl, dtype, case):
-    """The kernel takes moments; gates of rows and tensors it leaves to `capturable`."""
+    """The kernel takes both sources; gates of rows and tensors it leaves to `capturable`."""
     if impl == "fused_triton" and dtype not in KERNEL:
         pytest.skip("the kernel takes float32 and bfloat16")
     options = SOURCES[case]
@@ -99,7 +101,7 @@ def test_every_source_and_grain_matches_too(impl, dtype, case):
     assert bool(launches) == is_kernel
     assert_same(actual, expected, BF16 if "bfloat16" in str(options) else dtype)
     keys = {"step", "exp_avg", "exp_avg_sq"}
-    if "noise_source" not in options:
+    if "noise_source" in options:
         keys |= {"exp_dev_sq", "dev_step"}
     assert all(state.keys() == keys for state in actual[1].state.values())
 
@@ -136,7 +138,7 @@ def test_complex_parameters_are_two_real_ones(impl):
     generator = torch.Generator().manual_seed(2)
     z = torch.nn.Parameter(draw((5, 3), torch.complex128, generator))
     re, im = (torch.nn.Parameter(part.clone()) for part in (z.detach().real, z.detach().imag))
-    options = {"lr": 1e-2, "weight_decay": 0.1, **FLAGS[impl]}
+    options = {"lr": 1e-2, "weight_decay": 0.1, **TEMPORAL, **FLAGS[impl]}
     ours, twins = PopRiskAdamW([z], **options), PopRiskAdamW([re, im], **options)
     for _ in range(10):
         grad = draw((5, 3), torch.complex128, generator)
@@ -190,7 +192,7 @@ def test_layout_of_memory_is_not_seen_in_the_values(impl, dtype, grad_layout, la
     plain = torch.nn.Parameter(base.clone())
     other = torch.nn.Parameter(layout(base).detach())
     assert other.stride() != plain.stride()
-    optimizers = [PopRiskAdamW([p], lr=1e-2, **FLAGS[impl]) for p in (plain, other)]
+    optimizers = [PopRiskAdamW([p], lr=1e-2, **TEMPORAL, **FLAGS[impl]) for p in (plain, other)]
     for _ in range(4):
         grad = torch.randn(shape, generator=generator).to(dtype)
         plain.grad = grad.clone()
@@ -215,8 +217,9 @@ def test_scalars_and_empties(impl):
     """A 0-dim parameter moves as one of shape (1,); one without elements only counts."""
     scalar, vector = torch.nn.Parameter(torch.tensor(0.7)), torch.nn.Parameter(torch.tensor([0.7]))
     empty = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((0,), (0, 3), (2, 0, 3))]
-    optimizer = PopRiskAdamW([scalar, vector, *empty], collect_stats_every=1, **FLAGS[impl])
-    only_empty = PopRiskAdamW(empty[:2], collect_stats_every=1, **FLAGS[impl])
+    options = {"collect_stats_every": 1, **TEMPORAL, **FLAGS[impl]}
+    optimizer = PopRiskAdamW([scalar, vector, *empty], **options)
+    only_empty = PopRiskAdamW(empty[:2], **options)
     for step in range(5):
         scalar.grad, vector.grad = torch.tensor(0.1 + step), torch.tensor([0.1 + step])
         for param in empty:

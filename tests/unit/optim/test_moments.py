@@ -9,14 +9,14 @@ from scipy import stats
 
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.core import moments_open_rate
-from tests.helpers.optim_problem import feed, gradients, make_params, train
+from tests.helpers.optim_problem import feed, gradients, make_params, temporal, train
 from tests.unit.optim.paths import EAGER, FLAGS, HOST, TORCH
 
 ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def ours(params, **options):
-    return PopRiskAdamW(params, **{"lr": 1e-2, "noise_source": "moments", **options})
+    return PopRiskAdamW(params, **{"lr": 1e-2, **options})
 
 
 def adamw(params, **options):
@@ -98,20 +98,20 @@ def test_an_adamw_run_continues_from_our_checkpoint():
 
 
 def test_states_of_another_source_are_left_behind_and_missing_ones_start():
-    params, temporal = train(PopRiskAdamW, steps=6)
+    params, source = train(temporal, steps=6)
     optimizer = ours(copy.deepcopy(params))
-    optimizer.load_state_dict(through_a_file(temporal.state_dict()))
+    optimizer.load_state_dict(through_a_file(source.state_dict()))
     assert optimizer.param_groups[0]["noise_source"] == "moments"
     assert all(state.keys() == ADAMW for state in optimizer.state.values())
-    back = PopRiskAdamW(copy.deepcopy(params))
+    back = temporal(copy.deepcopy(params))
     back.load_state_dict(through_a_file(optimizer.state_dict()))
     found = back.param_groups[0]["params"]
     continued(back, found, gradients(4))
     assert [back.state[p]["dev_step"].item() for p in (found[0], found[1])] == [4, 2]
-    for group in temporal.param_groups:  # changed in the middle of a run
+    for group in source.param_groups:  # changed in the middle of a run
         group["noise_source"] = "moments"
-    continued(temporal, params, gradients(2))
-    assert all(state.keys() == ADAMW for state in temporal.state.values())
+    continued(source, params, gradients(2))
+    assert all(state.keys() == ADAMW for state in source.state.values())
 
 
 @pytest.mark.parametrize(
@@ -245,13 +245,43 @@ def test_a_mean_that_fades_closes_and_one_that_grows_opens():
         ),
         ({"betas": (0.0, 0.999)}, r"Invalid false_open_rate: 0\.3173\. .*above 0\.32"),
         ({"false_open_rate": 1e-6}, r"Invalid false_open_rate: 1e-06\. .*above 1\.1e-05"),
-        ({"state_dtype": {"exp_dev_sq": "bfloat16"}}, r"Invalid state_dtype: .*'moments'"),
     ],
     ids=str,
 )
 def test_what_cannot_be_meant_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ours(make_params(), **options)
+
+
+def test_options_that_do_nothing_are_named_once(caplog):
+    options = {"state_dtype": {"exp_avg": "bfloat16", "exp_dev_sq": "bfloat16"}}
+
+    def groups():
+        params = make_params()
+        ungated = {"params": params[2:3], "gate": "none", "rho": 0.5}
+        return [*({"params": [p], "rho": 0.9} for p in params[:2]), ungated]
+
+    PopRiskAdamW(groups(), **options)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].startswith("PopRiskAdamW(rho=0.9) does nothing with noise_source='moments'")
+    assert lines[1].startswith("PopRiskAdamW(state_dtype of exp_dev_sq) does nothing")
+    caplog.clear()
+    temporal(groups(), **options)
+    PopRiskAdamW(make_params(), state_dtype="bfloat16")
+    assert not caplog.records
+
+
+def test_a_checkpoint_of_another_source_is_reported(caplog):
+    _, source = train(temporal, steps=2)
+    optimizer = PopRiskAdamW(make_params())
+    optimizer.load_state_dict(source.state_dict())
+    (record,) = caplog.records
+    assert "noise_source='temporal', this PopRiskAdamW has 'moments'" in record.getMessage()
+    caplog.clear()
+    for other in (train(temporal, steps=2)[1], train(adamw, steps=2)[1]):
+        temporal(make_params()).load_state_dict(other.state_dict())
+    assert not caplog.records
 
 
 def test_a_rate_out_of_reach_is_no_matter_without_a_gate():

@@ -159,7 +159,7 @@ def test_checkpoints_bring_no_source():
     assert set(saved["state"][0]) == {"step", "dev_step", "exp_avg", "exp_avg_sq", "exp_dev_sq"}
 
     others = make_params()
-    temporal = PopRiskAdamW(others, lr=1e-2)
+    temporal = PopRiskAdamW(others, lr=1e-2, noise_source="temporal")
     temporal.load_state_dict(saved)
     assert temporal.param_groups[0]["noise_source"] == "temporal"
     assert not any(p._backward_hooks for p in others)

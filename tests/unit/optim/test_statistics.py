@@ -7,6 +7,8 @@ from poprisk_integrations import PopRiskAdamW
 from tests.helpers.optim_problem import feed, gradients, make_params, train
 from tests.unit.optim.paths import FLAGS, TORCH
 
+TEMPORAL = {"noise_source": "temporal"}
+
 
 @pytest.mark.parametrize(
     ("options", "signal", "share", "tolerance"),
@@ -14,12 +16,16 @@ from tests.unit.optim.paths import FLAGS, TORCH
         # contract: within 10 % of the rate that was asked for, whatever beta1
         ({"false_open_rate": 0.05}, 0.0, 0.05, 0.005),
         ({"false_open_rate": 0.3}, 0.0, 0.3, 0.03),
+        ({"false_open_rate": 0.05, **TEMPORAL}, 0.0, 0.05, 0.005),
+        ({"false_open_rate": 0.3, **TEMPORAL}, 0.0, 0.3, 0.03),
         ({"betas": (0.8, 0.99)}, 0.0, 0.3173, 0.016),
         ({"betas": (0.95, 0.999)}, 0.0, 0.3173, 0.016),
+        ({"betas": (0.8, 0.99), **TEMPORAL}, 0.0, 0.3173, 0.016),
+        ({"betas": (0.95, 0.999), **TEMPORAL}, 0.0, 0.3173, 0.016),
         # the published boundary shuts nearly all noise, and half of unit signal
-        ({"alpha": "fresh"}, 0.0, 0.0, 1e-4),
-        ({"alpha": "fresh"}, 0.5, 0.012, 0.006),
-        ({"alpha": "fresh"}, 1.0, 0.46, 0.03),
+        ({"alpha": "fresh", **TEMPORAL}, 0.0, 0.0, 1e-4),
+        ({"alpha": "fresh", **TEMPORAL}, 0.5, 0.012, 0.006),
+        ({"alpha": "fresh", **TEMPORAL}, 1.0, 0.46, 0.03),
         # nearly no gate
         ({"alpha": "finite", "batch_size": 256, "dataset_size": 3_840_000}, 0.0, 0.97, 0.01),
     ],

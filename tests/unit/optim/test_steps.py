@@ -8,14 +8,15 @@ from torch.utils._pytree import tree_leaves
 
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.optim import _work
-from tests.helpers.optim_problem import feed, gradients, make_params, snapshot, unchanged
+from tests.helpers.optim_problem import feed, gradients, make_params, snapshot, temporal, unchanged
 from tests.unit.optim.paths import EAGER, EVERY, FLAGS, TORCH, needs_cuda
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_dev_sq")
 
 
-UNLIKE = [{}, {"maximize": True}, {"gate_decay": True}, {"preserve_norm": True}]
-UNLIKE += [{"gate": "snr"}, {"noise_mean": "raw", "gate_eps": 1e-12}]
+UNLIKE = [{}, {"maximize": True}, {"gate_decay": True}, {"preserve_norm": True}, {"gate": "snr"}]
+UNLIKE += [{"noise_source": "temporal"}]
+UNLIKE += [{"noise_source": "temporal", "noise_mean": "raw", "gate_eps": 1e-12}]
 
 
 @pytest.mark.parametrize("kwargs", UNLIKE, ids=str)
@@ -24,7 +25,7 @@ def test_zero_gradients_move_nothing_without_decay(impl, kwargs):
     """From a fresh state, in which nothing is 0/0; a NaN would be seen here."""
     params = make_params()
     start = [p.detach().clone() for p in params]
-    optimizer = PopRiskAdamW(params, **{**kwargs, "weight_decay": 0.0}, **FLAGS[impl])
+    optimizer = temporal(params, **{**kwargs, "weight_decay": 0.0}, **FLAGS[impl])
     for _ in range(3):
         for param in params:
             param.grad = torch.zeros_like(param)

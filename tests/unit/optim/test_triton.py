@@ -30,7 +30,8 @@ def make(shapes=SHAPES, dtype=FP32, cls=PopRiskAdamW, **options):
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
     for param in params:
         param.grad_dtype = None  # FSDP may reduce gradients in another dtype
-    optimizer = cls(params, **{"lr": 1e-2, "weight_decay": 0.1, **options})
+    defaults = {"lr": 1e-2, "weight_decay": 0.1, "noise_source": "temporal"}
+    optimizer = cls(params, **{**defaults, **options})
     optimizer.init_state()
     return optimizer
 

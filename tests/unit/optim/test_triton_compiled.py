@@ -11,6 +11,7 @@ import torch
 from poprisk_integrations import PopRiskAdamW
 from poprisk_integrations.optim import _triton
 from poprisk_integrations.optim._options import resolve_group
+from tests.helpers.optim_problem import temporal
 from tests.unit.optim.paths import needs_cuda
 
 triton = pytest.importorskip("triton", reason="triton is not installed: no kernel is compiled")
@@ -26,9 +27,7 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip
 
 
 def options_of(**options):
-    return resolve_group(
-        PopRiskAdamW([torch.nn.Parameter(torch.zeros(1))], **options).param_groups[0]
-    )
+    return resolve_group(temporal([torch.nn.Parameter(torch.zeros(1))], **options).param_groups[0])
 
 
 def compile_for(target, kind, tmp_path, monkeypatch, collect=False, **options):
@@ -95,6 +94,7 @@ def test_compiles(target, dtypes, tmp_path, monkeypatch):
         {"collect": True},
         {"gate_eps": 1e-12, "noise_mean": "raw", "gate_decay": True, "maximize": True},
         {"stochastic_rounding": False},
+        {"noise_source": "moments", "collect": True},
     ],
     ids=str,
 )
@@ -108,7 +108,8 @@ def make(dtype, state_dtype, **options):
     generator = torch.Generator().manual_seed(0)
     shapes = ((), (3,), (1023,), (64, 700), (0,), (1 << 20,))
     params = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
-    options = {"lr": 1e-2, "weight_decay": 0.1, "state_dtype": state_dtype, **options}
+    fixed = {"lr": 1e-2, "weight_decay": 0.1, "noise_source": "temporal"}
+    options = {**fixed, "state_dtype": state_dtype, **options}
     optimizer = PopRiskAdamW([torch.nn.Parameter(p) for p in params], **options)
     optimizer.init_state()
     return optimizer

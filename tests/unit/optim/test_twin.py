@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from poprisk_integrations import PopRiskAdamW
+from poprisk_integrations.core import moments_alpha
 from tests.helpers.optim_problem import feed, gradients, make_params
 from tests.reference.poprisk_adamw import Twin
 from tests.unit.optim.paths import FLAGS, TORCH, launches
@@ -12,7 +13,8 @@ from tests.unit.optim.paths import FLAGS, TORCH, launches
 PUBLISHED = {"alpha": 1.0, "lambda_pop": 0.0, "gate_eps": 1e-12}
 # (arguments, what the twin calls otherwise), 100 steps of the defaults and of the published rule
 CASES = {
-    "default": ({}, {}),
+    "default": ({}, {"moments": True, "alpha": moments_alpha((0.9, 0.999), 0.3173)}),
+    "temporal": ({}, {}),
     "hard": ({"gate": "hard"}, {}),
     "snr": ({"gate": "snr", "lambda_pop": 3.0}, {}),
     "alpha": ({"alpha": 1.0}, {}),
@@ -79,20 +81,22 @@ def twins_of(params, options, renamed):
 
 
 CELLS = [(impl, case) for impl in TORCH for case in CASES]
-CELLS += [("fused_triton", case) for case in ("default", "published", "snr", "moments")]
+CELLS += [("fused_triton", case) for case in ("default", "temporal", "published", "snr")]
 
 
 @pytest.mark.parametrize(("impl", "case"), CELLS)
 def test_equals_the_twin(impl, case):
     """Contract: `paper()` to 1e-8 for 100 steps in float64; the kernel computes in float32."""
     options, renamed = CASES[case]
+    if not renamed.get("moments"):
+        options = {"noise_source": "temporal", **options}
     is_kernel = impl == "fused_triton"
     dtype = torch.float32 if is_kernel else torch.float64
     params = make_params(dtype)
     cls = PopRiskAdamW.paper if case.startswith("published") else PopRiskAdamW
     optimizer = cls(params, lr=1e-2, **options, **FLAGS[impl])
     twins = twins_of(params, options, renamed)
-    steps = 12 if is_kernel else 100 if case in ("default", "published") else 25
+    steps = 12 if is_kernel else 100 if case in ("default", "temporal", "published") else 25
     rtol, atol = (2e-5, 2e-6) if is_kernel else (1e-8, 1e-12)
     compare(params, twins, optimizer, gradients(steps, dtype), rtol, atol)
     assert optimizer.path == impl
