@@ -118,7 +118,7 @@ def _layer_table(probe: GradientProbe) -> Table:
 
 def _preset_table(probe: GradientProbe) -> Table:
     table = _table(
-        "Coordinates that each alpha lets pass, %",
+        "Coordinates that each alpha lets pass, % (temporal noise)",
         "alpha",
         ["value", "pure\nnoise", "expected\nhere", "measured\nhere", "signal\nkept",
          "step\nlength"],

@@ -1,4 +1,8 @@
-"""What each choice of the option `alpha` would let pass at probed gradients."""
+"""What each choice of the option `alpha` would let pass at probed gradients.
+
+With noise_source="temporal", whose boundary is in units of the batch's noise, so that alphas can be
+compared. At the same `false_open_rate` the default source lets pass as much pure noise; its numbers
+for alpha are some 10 % larger at betas (0.9, 0.999), 30 % at a rate of 5 %.
 
 import math
 from collections.abc import Sequence
