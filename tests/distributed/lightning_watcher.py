@@ -22,13 +22,13 @@ class Watcher(Callback):
         self.at_end = self.weights(trainer, pl_module)
         self.local_sizes = [p.numel() for p in pl_module.parameters()]
         named = {n: (p, optimizer.state.get(p, {})) for n, p in pl_module.named_parameters()}
-        gated = {n: (p, state) for n, (p, state) in named.items() if "exp_dev_sq" in state}
+        gated = {n: (p, state) for n, (p, state) in named.items() if "exp_avg_sq" in state}
         self.optimizer = {
             "type": type(optimizer).__name__,
             "dtypes": {(p.dtype, s["exp_avg"].dtype) for p, s in gated.values()},
-            "counts": {(float(s["step"]), float(s["dev_step"])) for _, s in gated.values()},
-            "is_sharded": {is_dtensor(s["exp_dev_sq"]) for _, s in gated.values()},
-            "noise": {n: whole(s["exp_dev_sq"]) for n, (_, s) in gated.items()},
+            "counts": {float(s["step"]) for _, s in gated.values()},
+            "is_sharded": {is_dtensor(s["exp_avg_sq"]) for _, s in gated.values()},
+            "squares": {n: whole(s["exp_avg_sq"]) for n, (_, s) in gated.items()},
             "sizes": {(g.get("batch_size"), g.get("dataset_size")) for g in optimizer.param_groups},
         }
 

@@ -17,7 +17,7 @@ from tests.helpers.sharding_problem import (
     OPTIONS,
     STEPS,
     assert_same,
-    default_optimizer,
+    gated_optimizer,
     make_model,
     shard_with_fsdp2,
     share,
@@ -89,7 +89,7 @@ def restarted(path, mesh, group, rows, state_dtype, template):
     where = {"no_dist": True} if mesh is None else {"process_group": group}
     if mesh is not None:
         shard_with_fsdp2(model, mesh)
-    optimizer = default_optimizer(model, state_dtype=state_dtype)
+    optimizer = gated_optimizer(model, state_dtype=state_dtype)
     if template == "init_state":
         optimizer.init_state()
         get_optimizer_state_dict(model, optimizer)
@@ -124,7 +124,7 @@ def reshard(rank, world_size, folder):
             continue
         path = f"{folder}/reshard_{state_dtype}"
         model = shard_with_fsdp2(make_model(hidden=HIDDEN), mesh)
-        optimizer = default_optimizer(model, state_dtype=state_dtype)
+        optimizer = gated_optimizer(model, state_dtype=state_dtype)
         train(model, optimizer, share(rank, world_size), stop=MIDDLE)
         dcp.save(content_of(model, optimizer), checkpoint_id=path, process_group=group)
         saved = state_tensors(model, optimizer)
@@ -152,7 +152,7 @@ def from_adamw(rank, world_size, folder):
     dcp.save(content, checkpoint_id=path)
     for way in WAYS:
         model = shard_with_fsdp2(make_model(), mesh)
-        second = default_optimizer(model)
+        second = gated_optimizer(model)
         if way == "partial init_state":
             second.init_state()
         if way == "memory":
@@ -173,7 +173,7 @@ def to_adamw(rank, world_size, folder):
     mesh, _ = mesh_of_first(world_size)
     rows = share(rank, world_size)
     first, model = (shard_with_fsdp2(make_model(), mesh) for _ in range(2))
-    optimizer, second = default_optimizer(first), adamw(model)
+    optimizer, second = gated_optimizer(first), adamw(model)
     train(first, optimizer, rows, stop=MIDDLE)
     set_content(model, second, content_of(first, optimizer))
     train(model, second, rows, start=MIDDLE)
@@ -185,8 +185,8 @@ def dummy_step_only(rank, world_size, folder):
     mesh, _ = mesh_of_first(world_size)
     runs = {}
     for name, make, options in (
-        ("ours", default_optimizer, {}),
-        ("gate none", default_optimizer, {"gate": "none"}),
+        ("ours", gated_optimizer, {}),
+        ("gate none", gated_optimizer, {"gate": "none"}),
         ("adamw", adamw, {}),
     ):
         model = shard_with_fsdp2(make_model(), mesh)
@@ -243,7 +243,7 @@ def continued_alone(first, second):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_adamw_checkpoint_starts_the_noise_with_its_own_count(results, way):
-    expected = snapshot(*continued_alone(adamw, default_optimizer))
+    expected = snapshot(*continued_alone(adamw, gated_optimizer))
     assert expected["dev_step"] == [STEPS - MIDDLE] * 6
     for rank in results(2, from_adamw):
         assert_same(rank[way], expected, 1e-6)
@@ -253,7 +253,7 @@ def test_adamw_checkpoint_starts_the_noise_with_its_own_count(results, way):
 
 
 def test_adamw_continues_from_our_checkpoint(results):
-    model, _ = continued_alone(default_optimizer, adamw)
+    model, _ = continued_alone(gated_optimizer, adamw)
     for rank in results(2, to_adamw):
         for name, param in model.named_parameters():
             torch.testing.assert_close(rank[name], param.detach(), rtol=1e-6, atol=1e-7)

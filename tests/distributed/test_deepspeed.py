@@ -14,7 +14,7 @@ from tests.helpers.sharding_problem import (
     BATCH,
     STEPS,
     batches,
-    default_optimizer,
+    gated_optimizer,
     make_model,
     share,
     train,
@@ -40,7 +40,7 @@ def make_engine(stage, load_universal=False):
     # No compiler is asked for shared-memory collectives.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     model = make_model()
-    optimizer = default_optimizer(model)
+    optimizer = gated_optimizer(model)
     config = {
         "train_batch_size": BATCH,
         "gradient_clipping": 0.0,  # not DeepSpeed's default of 1
@@ -200,13 +200,13 @@ def assert_weights(actual, expected):
 def without_noise_alone(bias_decay):
     """One process whose noise is forgotten in the middle, as a universal checkpoint does."""
     model = make_model()
-    optimizer = default_optimizer(model)
+    optimizer = gated_optimizer(model)
     train(model, optimizer, stop=MIDDLE)
     saved = optimizer.state_dict()
     for state in saved["state"].values():
         for key in NOISE:
             del state[key]
-    second = default_optimizer(model)
+    second = gated_optimizer(model)
     second.load_state_dict(saved)
     second.param_groups[1]["weight_decay"] = bias_decay
     train(model, second, start=MIDDLE)
@@ -219,7 +219,7 @@ STAGE = pytest.mark.parametrize("stage", STAGES)
 @STAGE
 def test_equals_one_process_and_resumes_bitwise(results, stage):
     model = make_model()
-    train(model, default_optimizer(model))
+    train(model, gated_optimizer(model))
     for rank in results(2, save_and_resume):
         run = rank[stage]
         assert run["loaded"]["steps"] == [MIDDLE] * 2

@@ -7,7 +7,7 @@ from torch import nn
 from poprisk_integrations import PopRiskAdamW
 from tests.helpers.sharding_problem import (
     assert_same,
-    default_optimizer,
+    gated_optimizer,
     make_model,
     shard_with_fsdp2,
     share,
@@ -46,7 +46,7 @@ def fsdp2_by_grains(rank, world_size, folder):
     runs, mesh = {}, mesh_of(world_size)
     for path, options in GRAINS.items():
         model = shard_with_fsdp2(make_model(), mesh)
-        optimizer = default_optimizer(model, **options)
+        optimizer = gated_optimizer(model, **options)
         train(model, optimizer, share(rank, world_size))
         runs[path] = snapshot(model, optimizer)
         (model(torch.ones(3, 5)) ** 2).mean().backward()
@@ -97,7 +97,7 @@ def test_gates_of_rows_and_tensors_equal_those_of_one_process(results):
     for rank in results(2, fsdp2_by_grains):
         for path, options in GRAINS.items():
             model = make_model()
-            optimizer = default_optimizer(model, **options)
+            optimizer = gated_optimizer(model, **options)
             train(model, optimizer)
             assert_same(rank[path], snapshot(model, optimizer), 2e-6)
             per_tensor = options.get("granularity") == "tensor"

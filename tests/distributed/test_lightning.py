@@ -436,7 +436,7 @@ def test_sharded_states_are_those_of_one_process(two, tmp_path, scenario):
     for rank in two(scenario):
         found, expected = rank["optimizer"], one["optimizer"]
         assert found["type"] == expected["type"] == "PopRiskAdamW"
-        assert found["counts"] == expected["counts"] == {(16.0, 15.0)}
+        assert found["counts"] == expected["counts"] == {16.0}
         assert found["sizes"] == expected["sizes"]
         assert found["is_sharded"] == {True}
         parameters = torch.bfloat16 if is_bf16 else torch.float32
@@ -444,7 +444,7 @@ def test_sharded_states_are_those_of_one_process(two, tmp_path, scenario):
         # In bfloat16, the mean of two gradients is not the gradient of the mean.
         bounds = (4 * BF16_EPS, 8 * BF16_EPS) if is_bf16 else (1e-5, 1e-5)
         assert largest_difference(rank["weights"], one["weights"]) < bounds[0]
-        assert largest_difference(found["noise"], expected["noise"]) < bounds[1]
+        assert largest_difference(found["squares"], expected["squares"]) < bounds[1]
     if scenario is states_with_sizes:
         assert found["sizes"] == {(BATCH, SHARDED["examples"])}
         assert largest_difference(rank["weights"], two(states_of_module)[0]["weights"]) > 1e-3

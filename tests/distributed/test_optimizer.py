@@ -17,8 +17,8 @@ from tests.helpers.sharding_problem import (
     STATES,
     STEPS,
     assert_same,
-    default_optimizer,
     fsdp1_weights,
+    gated_optimizer,
     local_sizes,
     make_model,
     run_alone,
@@ -65,7 +65,7 @@ def ddp(rank, world_size, folder):
     runs = {}
     for path, options in PATHS.items():
         model = make_model(dtype_of(path))
-        optimizer = default_optimizer(model, **options)
+        optimizer = gated_optimizer(model, **options)
         train(DistributedDataParallel(model), optimizer, share(rank, world_size))
         runs[path] = snapshot(model, optimizer)
     return runs
@@ -75,7 +75,7 @@ def fsdp2(rank, world_size, folder):
     runs, mesh = {}, mesh_of(world_size)
     for path, options in of_world(PATHS, world_size).items():
         model = shard_with_fsdp2(make_model(dtype_of(path)), mesh)
-        optimizer = default_optimizer(model, **options)
+        optimizer = gated_optimizer(model, **options)
         train(model, optimizer, share(rank, world_size))
         runs[path] = snapshot(model, optimizer)
         state, param = optimizer.state[model[0].weight], model[0].weight
@@ -86,7 +86,7 @@ def fsdp2(rank, world_size, folder):
 def ddp_with_a_bad_rank(rank, world_size, folder):
     """One element of one rank's own gradient is NaN before DDP averages it."""
     model, step = make_model(), 0
-    optimizer = default_optimizer(model)
+    optimizer = gated_optimizer(model)
 
     def spoil(grad):
         nonlocal step
@@ -103,7 +103,7 @@ def fsdp2_with_a_bad_shard(rank, world_size, folder):
     runs, mesh = {}, mesh_of(world_size)
     for path, options in of_world(FLOAT32, world_size).items():
         model = shard_with_fsdp2(make_model(), mesh)
-        optimizer = default_optimizer(model, **options)
+        optimizer = gated_optimizer(model, **options)
 
         def spoil(step, model=model):
             if step == 5 and mesh.get_local_rank(mesh.ndim - 1) == 0:
@@ -131,7 +131,7 @@ def rounded(rank, world_size, folder):
     runs, mesh = {}, mesh_of(world_size)
     for path, options in of_world(ROUNDED, world_size).items():
         model = shard_with_fsdp2(make_model(torch.bfloat16), mesh)
-        optimizer = default_optimizer(model, **options)
+        optimizer = gated_optimizer(model, **options)
         train_on_given_gradients(
             model,
             optimizer,
@@ -161,7 +161,7 @@ def statistics(rank, world_size, folder):
     from torch.distributed.tensor.debug import CommDebugMode
 
     model = shard_with_fsdp2(make_model(), mesh_of(world_size))
-    optimizer = default_optimizer(model, collect_stats_every=1)
+    optimizer = gated_optimizer(model, collect_stats_every=1)
     train(model, optimizer, share(rank, world_size))
     (model(torch.ones(3, 5)) ** 2).mean().backward()
     with CommDebugMode() as in_step:
@@ -180,7 +180,7 @@ def swapped(rank, world_size, folder):
     """What accelerate does: the optimizer is built first, and gets the sharded parameters later."""
     accelerate = pytest.importorskip("accelerate.utils.fsdp_utils")
     model = make_model()
-    optimizer = default_optimizer(model)
+    optimizer = gated_optimizer(model)
     names = {p.data_ptr(): n for n, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for i, param in enumerate(group["params"]):
@@ -208,7 +208,7 @@ def refusal_of(optimizer, state):
 def plain_states_refused(rank, world_size, folder):
     """Rank-local plain states under sharded parameters: refused before anything changes."""
     model = shard_with_fsdp2(make_model(), mesh_of(world_size))
-    optimizer = default_optimizer(model)
+    optimizer = gated_optimizer(model)
     train(model, optimizer, share(rank, world_size), stop=3)
     before, saved, said = snapshot(model, optimizer), optimizer.state_dict(), {}
     for name, of in (("shard", local_tensor), ("whole", whole)):
@@ -223,7 +223,7 @@ def plain_states_refused(rank, world_size, folder):
 def make_zero(model):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return ZeroRedundancyOptimizer(two_groups(model), optimizer_class=PopRiskAdamW, **OPTIONS)
+    return ZeroRedundancyOptimizer(two_groups(model), optimizer_class=PopRiskAdamW, **THIRD)
 
 
 def zero(rank, world_size, folder):
@@ -253,7 +253,7 @@ def zero(rank, world_size, folder):
 
 
 def one_group(model):
-    return PopRiskAdamW(model.parameters(), weight_decay=0.1, **OPTIONS)
+    return PopRiskAdamW(model.parameters(), weight_decay=0.1, **THIRD)
 
 
 def fsdp1(rank, world_size, folder):
@@ -340,6 +340,7 @@ JOBS = {
     ],
     4: [fsdp2, fsdp2_with_a_bad_shard, rounded, statistics],
 }
+THIRD = {**OPTIONS, "noise_source": "temporal"}
 WORLDS = pytest.mark.parametrize("world_size", [2, 4], ids=["fsdp2", "hsdp"])
 USE_ORIG_PARAMS = pytest.mark.parametrize("use_orig_params", [True, False], ids=["orig", "flat"])
 KEYS = ["dev_step", "exp_avg", "exp_avg_sq", "exp_dev_sq", "step"]
@@ -381,7 +382,7 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(results, world_size, j
 def test_bfloat16_rounds_to_the_same_bits_as_one_process(results, world_size):
     for path, options in of_world(ROUNDED, world_size).items():
         model = make_model(torch.bfloat16)
-        optimizer = default_optimizer(model, **options)
+        optimizer = gated_optimizer(model, **options)
         train_on_given_gradients(model, optimizer)
         for rank in results(world_size, rounded):
             assert_same(rank[path], snapshot(model, optimizer), 0.0)
@@ -405,7 +406,7 @@ def test_replicas_hold_the_same_bits(results):
 @WORLDS
 def test_gate_sums_add_up_and_cost_one_collective(results, world_size):
     model = make_model()
-    optimizer = default_optimizer(model, collect_stats_every=1)
+    optimizer = gated_optimizer(model, collect_stats_every=1)
     train(model, optimizer)
     (model(torch.ones(3, 5)) ** 2).mean().backward()
     optimizer.step()

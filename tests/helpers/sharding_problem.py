@@ -8,7 +8,7 @@ from poprisk_integrations.distributed import local_tensor
 
 STEPS, BATCH = 12, 12  # 12 rows: the same split for 1, 2, 3 and 4 ranks
 STATES = ("exp_avg", "exp_avg_sq", "exp_dev_sq")
-OPTIONS = {"lr": 1e-2, "noise_source": "temporal"}  # its states include the default's
+OPTIONS = {"lr": 1e-2}
 
 
 def make_model(dtype=torch.float32, hidden=7):
@@ -58,13 +58,14 @@ def train(forward, optimizer, rows=slice(None), start=0, stop=STEPS, before_step
 def run_alone(dtype=torch.float32, make=None, **options):
     """The same training in one process on whole batches."""
     model = make_model(dtype)
-    optimizer = (make or default_optimizer)(model, **options)
+    optimizer = (make or gated_optimizer)(model, **options)
     train(model, optimizer)
     return snapshot(model, optimizer)
 
 
-def default_optimizer(model, **options):
-    return PopRiskAdamW(two_groups(model), **{**OPTIONS, **options})
+def gated_optimizer(model, **options):
+    """With a third state, beside which stand those of the default."""
+    return PopRiskAdamW(two_groups(model), **{**OPTIONS, "noise_source": "temporal", **options})
 
 
 def whole(tensor):

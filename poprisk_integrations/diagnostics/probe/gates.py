@@ -3,6 +3,7 @@
 With noise_source="temporal", whose boundary is in units of the batch's noise, so that alphas can be
 compared. At the same `false_open_rate` the default source lets pass as much pure noise; its numbers
 for alpha are some 10 % larger at betas (0.9, 0.999), 30 % at a rate of 5 %.
+"""
 
 import math
 from collections.abc import Sequence

@@ -17,6 +17,7 @@ RULES = {
     "finite, n=60k, b=128": {"alpha": "finite", "batch_size": 128, "dataset_size": 60_000},
     "finite, n=3.84M, b=256": {"alpha": "finite", "batch_size": 256, "dataset_size": 3_840_000},
 }
+SOURCES = {"moments": "-", "temporal": "--"}  # and their line styles
 SNRS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)
 
 
@@ -38,22 +39,25 @@ def main(args: argparse.Namespace) -> list[str]:
     """Measure, write the CSV, draw."""
     coordinates, burn_in, snrs = (500, 20, SNRS[::4]) if args.quick else (20_000, 300, SNRS)
     rows = []
-    for name, options in RULES.items():
-        for snr in snrs:
-            mean = measure(options, snr, coordinates, burn_in)
-            rows.append(
-                {
-                    "rule": name,
-                    "snr": snr,
-                    "open_fraction": round(mean["open_fraction"], 6),
-                    "mean_gate_soft": round(mean["mean_gate"], 6),
-                    "update_norm_ratio": round(mean["update_norm_ratio"], 6),
-                }
-            )
+    cells = [(name, source, snr) for name in RULES for source in SOURCES for snr in snrs]
+    for name, source, snr in cells:
+        mean = measure({**RULES[name], "noise_source": source}, snr, coordinates, burn_in)
+        rows.append(
+            {
+                "rule": name,
+                "noise_source": source,
+                "snr": snr,
+                "open_fraction": round(mean["open_fraction"], 6),
+                "mean_gate_soft": round(mean["mean_gate"], 6),
+                "update_norm_ratio": round(mean["update_norm_ratio"], 6),
+            }
+        )
     path = args.out / f"{result_name()}.csv"
     write_csv(path, rows)
     draw(rows, path.with_suffix(".png"))
-    return [f"{n}: {[r['open_fraction'] for r in rows if r['rule'] == n]}" for n in RULES]
+    keys = dict.fromkeys((r["rule"], r["noise_source"]) for r in rows)
+    at = {k: [r for r in rows if (r["rule"], r["noise_source"]) == k] for k in keys}
+    return [f"{', '.join(k)}: {[r['open_fraction'] for r in own]}" for k, own in at.items()]
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -63,12 +67,15 @@ def draw(rows: list[dict], path: Path) -> None:
         (axes[0], "open_fraction", "share of coordinates that are open"),
         (axes[1], "mean_gate_soft", "mean soft gate q (share of Adam's step)"),
     ):
-        for name in RULES:
-            line = [r for r in rows if r["rule"] == name]
-            x, y = ([r[k] for r in line] for k in ("snr", key))
-            axis.plot(x, y, marker="o", ms=3, label=name)
+        for place, name in enumerate(RULES):
+            for source, style in SOURCES.items():
+                line = [r for r in rows if (r["rule"], r["noise_source"]) == (name, source)]
+                x, y = ([r[k] for r in line] for k in ("snr", key))
+                label = name if source == "moments" else None
+                axis.plot(x, y, style, color=f"C{place}", marker="o", ms=3, label=label)
         axis.set(xlabel="true per-batch SNR  |mean| / std of the batch gradient", title=title)
+        axis.plot([], [], "k--", label="temporal" if axis is axes[1] else None)
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
-    legend(figure, axes[1], "lower center", ncols=len(RULES))
+    legend(figure, axes[1], "lower center", ncols=len(RULES) + 1)
     save(figure, path, dpi=130)

@@ -89,7 +89,7 @@ def test_gate_none_equals_the_modules_adamw_bitwise(tmp_path):
 def test_bfloat16_keeps_float32_states(tmp_path, precision):
     _, trainer = fit(tmp_path, toy.Classifier(), PopRiskOptimizer(), precision=precision)
     states = trainer.optimizers[0].state.values()
-    assert {s["exp_dev_sq"].dtype for s in states} == {torch.float32}
+    assert {s["exp_avg_sq"].dtype for s in states} == {torch.float32}
 
 
 def test_says_what_it_did(tmp_path, caplog):

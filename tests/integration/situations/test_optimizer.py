@@ -23,7 +23,8 @@ def adamw(params, **options):
 
 
 def ours(params, **options):
-    return PopRiskAdamW(params, lr=1e-2, **options)
+    """With the paper's third state."""
+    return PopRiskAdamW(params, lr=1e-2, noise_source="temporal", **options)
 
 
 def ungated(params, **options):
