@@ -72,7 +72,8 @@ def gates(draws: int = 10_000) -> list[str]:
         "Relative to AdamW with the same seeds, in %, positive where the arm is better, with a 95 %"
         " interval over seeds. *Tuned*: each with the learning rate best on the other seeds, "
         "at the end of training. *Range*: mean over the learning rates 3e-4, 1e-3, 3e-3, 1e-2. "
-        "`soft-32` is the default gate, `norm(soft-32)` AdamW with steps of its length, "
+        "`soft-32` is the default gate with the paper's third tensor (the default reads its noise "
+        "off the moments), `norm(soft-32)` AdamW with steps of its length, "
         "`ratio(soft-32)` a threshold on m^2/v, which needs no third state, `soft-5` the stricter "
         "gate of DPO ([what the arms and scores are](harness)). How the default was chosen: "
         "[default_gate](default_gate).",

@@ -12,10 +12,10 @@ from benchmarks.harness.figures import plt, save
 from torch import Tensor
 
 from poprisk_integrations import PopRiskAdamW
-from poprisk_integrations.core import calibrated_alpha, ema_mean_variance, gate_factor
+from poprisk_integrations.core import ema_mean_variance, gate_factor, moments_alpha
 
-BETA1, PUBLISHED, STEPS = 0.9, 1.0, 300
-DEFAULT = calibrated_alpha(BETA1, false_open_rate=0.3173)
+BETA1, BETA2, PUBLISHED, STEPS = 0.9, 0.999, 1.0, 300
+DEFAULT = moments_alpha((BETA1, BETA2), false_open_rate=0.3173)
 GATED, PLAIN, NOISE = "#0072b2", "#d55e00", "#999999"
 
 
@@ -49,12 +49,12 @@ def draw_gate(path: Path) -> None:
 
 
 def share_above(ratio: float, signal: float) -> float:
-    """How often m^2 > ratio * s for Gaussian gradients of variance 1 and this mean.
+    """How often m^2 > ratio * (v - m^2) for Gaussian gradients of variance 1 and this mean.
 
-    m has the variance c of an average of some 19 batches; s, of many more, is close to 1 + c.
+    m has the variance c of an average of some 19 batches; v, of many more, is close to 1 + mean^2.
     """
     spread = ema_mean_variance(BETA1, 10_000)
-    bound = (ratio * (1 + spread)) ** 0.5
+    bound = (ratio / (1 + ratio) * (1 + signal**2)) ** 0.5
     law = NormalDist(signal, spread**0.5)
     return 1 - law.cdf(bound) + law.cdf(-bound)
 
@@ -73,8 +73,7 @@ def draw_two_coordinates(path: Path) -> None:
         adamw.step()
         state = adamw.state[plain]
         mean = state["exp_avg"] / (1 - BETA1**step)
-        square = state["exp_avg_sq"] / (1 - 0.999**step)
-        # s as v_hat - m_hat^2: the boundary alpha s bounds m^2 / v then
+        square = state["exp_avg_sq"] / (1 - BETA2**step)
         noise = (square - mean**2).clamp(min=0)
         seen.append(torch.stack([mean, (DEFAULT * noise).sqrt(), plain, gated]))
     fig, axes = plt.subplots(2, 2, figsize=(10.5, 5.0), sharex=True, dpi=130)
