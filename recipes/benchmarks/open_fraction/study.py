@@ -77,5 +77,5 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.plot([], [], "k--", label="temporal" if axis is axes[1] else None)
         axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
-    legend(figure, axes[1], "lower center", ncols=len(RULES) + 1)
+    legend(figure, axes[1], "lower center", ncols=3)
     save(figure, path, dpi=130)
