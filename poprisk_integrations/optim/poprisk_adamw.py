@@ -112,8 +112,9 @@ class PopRiskAdamW(Optimizer):
         gate_decay: Gate the weight decay too. Off: level or worse in each study it was chosen on,
             and slower to generalise in `recipes/benchmarks/grokking`; at large rates times decay it
             keeps a model whose coordinates are mostly closed from shrinking to nothing.
-        noise_source: What s is measured from. "moments": v_hat - m_hat^2, floored at 0; not worse
-            than the paper's in any study of `default_gate`, and without a third state.
+        noise_source: What s is measured from. "moments": v_hat - m_hat^2, floored at 0; better
+            than the paper's on sparse signals, within 1 % elsewhere (`default_gate`), and without
+            a third state.
             "temporal": deviations from the mean over steps, as in the paper. "microbatch": the
             spread of the backward passes of each step (2 or more). "ranks": the spread of the
             gradients of 2 or more DDP ranks. Same scale; see optim/README.md.

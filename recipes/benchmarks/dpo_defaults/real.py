@@ -34,7 +34,6 @@ ARMS: dict[str, dict[str, Any]] = {  # what differs from the defaults of the arm
     "half gate": {"optim_args": "gate_blend=0.5"},
     "late gate": {"optim_args": "gate_warmup=100"},
     "temporal": {"optim_args": "noise_source=temporal"},
-    "moments": {"optim_args": "noise_source=moments"},
     "few sit": {"stop_sit_out": 0.05},
     "few sit, late gate": {"stop_sit_out": 0.05, "optim_args": "gate_warmup=100"},
     "few sit, half gate": {"stop_sit_out": 0.05, "optim_args": "gate_blend=0.5"},
