@@ -27,7 +27,7 @@ __all__ = ["OptimizerReport", "ProbeReport", "build_report"]
 
 # Label -> `noise_source` and `state_dtype` of PopRiskAdamW; bytes as in optim/README.md.
 STATE_CHOICES: dict[str, tuple[str, Any]] = {
-    "float32 (8 B, as AdamW)": ("moments", None),
+    "float32 (8 B)": ("moments", None),
     "temporal noise (12 B)": ("temporal", None),
     "bfloat16 (4 B)": ("moments", "bfloat16"),
     "8bit (2.1 B)": ("moments", "8bit"),

@@ -64,6 +64,7 @@ def trained(folder: Path, *, resume: str | None = None, **options: Any) -> dict[
     settings = {
         "stop": False, "max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 5,
         "beta": 0.5, "pair_id_column": "id", "save_strategy": "steps", "save_steps": 100,
+        "optim_args": "noise_source=temporal",  # the default of then
     }  # fmt: skip
     trainer = PopRiskDPOTrainer(
         model(0),
