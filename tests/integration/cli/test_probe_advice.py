@@ -175,11 +175,10 @@ def test_state_bytes_follow_the_optimizer() -> None:
     matrix, bias = torch.zeros(128, 128), torch.zeros(128)
     found = state_bytes([matrix, bias])
     count = matrix.numel() + bias.numel()
-    assert found["AdamW (8 B)"] == 8 * count
-    assert found["float32 (12 B)"] == 12 * count
-    assert found["bfloat16 noise (10 B)"] == 10 * count
-    assert found["bfloat16 (6 B)"] == 6 * count
-    assert found["8bit (3.2 B)"] == round(3.1875 * matrix.numel()) + 12 * bias.numel()
+    assert found["float32 (8 B)"] == 8 * count
+    assert found["temporal noise (12 B)"] == 12 * count
+    assert found["bfloat16 (4 B)"] == 4 * count
+    assert found["8bit (2.1 B)"] == round(2.125 * matrix.numel()) + 8 * bias.numel()
 
 
 def test_another_optimizer_stays_what_it_is() -> None:
