@@ -205,7 +205,7 @@ def main(args: argparse.Namespace) -> list[str]:
         task = build(list(setting.conditions), list(seeds), models, sizes)
         key = f"{setting.key}_{seeds[0]}-{seeds[-1]}"
         rows += _rows(setting, Judges(task, setting.run, folder / "judges" / key), names)
-    stem = args.out / f"ranking_{'selection_' if args.selection else ''}{hardware()}"
+    stem = args.out / f"{'selection_' if args.selection else ''}ranking_{hardware()}"
     write_csv(stem.with_suffix(".csv"), rows)
     summary = summary_rows(rows)
     write_csv(stem.with_name(f"summary_{stem.name}.csv"), summary)

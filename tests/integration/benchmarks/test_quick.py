@@ -17,9 +17,10 @@ from benchmarks.sparse_signal import study as sparse
 
 LONG = ("dpo_step_cost", "fsdp2_step", "learning_rate", "monitor_cost", "noisy_dpo_demo",
         "open_fraction", "optimizer_step", "small_lm")  # fmt: skip
-PARTS = (("cleaned_pairs", "structured"), ("optimizer_step", "sources"),
-         ("optimizer_step", "llama"), ("optimizer_step", "compile_time"),
-         ("stop_cost", "sit_out"), ("stop_digits", "window_length"))  # fmt: skip
+PARTS = (("cleaned_pairs", "ranking"), ("cleaned_pairs", "structured"),
+         ("optimizer_step", "sources"), ("optimizer_step", "llama"),
+         ("optimizer_step", "compile_time"), ("stop_cost", "sit_out"),
+         ("stop_digits", "window_length"))  # fmt: skip
 BY_THEMSELVES = (*LONG, "noise_rate_coverage")  # a process, or several, each
 FROZEN = ("early_stopping", "grokking", "inr", "noisy_dpo", "pinn", "risk_estimate")
 STUDIES = command.studies()
