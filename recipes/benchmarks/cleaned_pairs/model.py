@@ -16,6 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 WIDTH, HEADS, LAYERS, HIDDEN = 48, 2, 2, 192
+WORDS = 4  # that make a score of the size of one state's
 LENGTH = PROMPT + LONGEST - 1  # the last token is never an input
 
 Params = dict[str, Tensor]
@@ -66,12 +67,16 @@ def completion_logits(params: Params, prompts: Tensor, completions: Tensor) -> T
 
 
 def scores(params: Params, prompts: Tensor, completions: Tensor) -> Tensor:
-    """Of a reward model, shape (M, B): its vector `score` on the state of the last word."""
+    """Of a reward model, shape (M, B): its vector `score` on the states after all words, summed.
+
+    Of the last word alone it learns next to nothing here.
+    """
     members, rows, _ = completions.shape
     states = _completion_states(params, prompts, completions).view(members, rows, LONGEST, WIDTH)
-    last = lengths(completions).clamp(max=LONGEST - 1)[..., None, None]
-    last = states.gather(2, last.expand(-1, -1, 1, WIDTH)).squeeze(2)
-    return torch.bmm(last, params["score"][..., None]).squeeze(2)
+    place = torch.arange(LONGEST, device=completions.device)
+    is_after_word = (place >= 1) & (place <= lengths(completions)[..., None])
+    summed = (states * is_after_word[..., None]).sum(2) / WORDS
+    return torch.bmm(summed, params["score"][..., None]).squeeze(2)
 
 
 def _completion_states(params: Params, prompts: Tensor, completions: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from torch import Tensor
 
 __all__ = ["main"]
 
+REWARD_LR = 3e-3  # better on the selection seeds than 1e-3
 BASE, BOUND, FOLDS = "4 folds", "trained on right labels", 4
 ONE_CONDITION = [
     replace(one, conditions=("flips 30",)) for one in SETTINGS if one.run.schedule == "linear"
@@ -81,7 +82,7 @@ class Judges:
         if name == "reward model":
             start = {k: p for k, p in task.reference.items() if k != "head"}
             start["score"] = torch.zeros(len(task.seeds), WIDTH)
-            own = replace(task, reference=start)
+            own, run = replace(task, reference=start), replace(run, lr=REWARD_LR)
             return judged(own, run, FOLDS, margin=reward_margin)[0], {}
         if name == BOUND:
             return judged(task, run, FOLDS, kept=~task.flipped)[:2]

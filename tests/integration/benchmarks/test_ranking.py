@@ -2,7 +2,7 @@
 
 import torch
 from benchmarks.cleaned_pairs.language import EOS, LONGEST, PAD, PROMPT, VOCABULARY
-from benchmarks.cleaned_pairs.model import completion_logits, initial, scores
+from benchmarks.cleaned_pairs.model import WORDS, completion_logits, initial, scores
 from benchmarks.cleaned_pairs.posterior import doubt_by_reasons, weighed
 from sklearn.metrics import roc_auc_score
 
@@ -42,7 +42,7 @@ def test_features_are_used_where_they_tell() -> None:
     assert auc(found, d["wrong"]) > alone + 0.05
 
 
-def test_a_score_is_taken_from_the_state_after_the_last_word() -> None:
+def test_a_score_is_the_sum_over_the_states_after_each_word() -> None:
     params = initial([0, 1])
     token = 7
     params["score"] = params["head"][:, :, token]
@@ -55,5 +55,6 @@ def test_a_score_is_taken_from_the_state_after_the_last_word() -> None:
         completions[:, row, words : words + 1] = EOS
     logits = completion_logits(params, prompts, completions)[..., token]
     found = scores(params, prompts, completions)
-    for row, place in enumerate((1, 4, LONGEST - 1)):
-        torch.testing.assert_close(found[:, row], logits[:, row, place])
+    for row, last in enumerate((1, 4, LONGEST - 1)):
+        expected = logits[:, row, 1 : last + 1].sum(-1) / WORDS
+        torch.testing.assert_close(found[:, row], expected)
