@@ -185,7 +185,7 @@ RANKINGS = {
     "features in the rate": Ranking(trainings=3, judges=(BASE,), score=_by_reasons),
     BOUND: Ranking(trainings=3, judges=(BOUND,)),
 }
-CONFIRMED: tuple[str, ...] = ()
+CONFIRMED = ("2 folds, 3 partitions", "2 folds, 6 partitions")  # the second was chosen
 
 
 def main(args: argparse.Namespace) -> list[str]:
@@ -235,12 +235,20 @@ def _rows(setting: Setting, judges: Judges, names: list[str]) -> list[dict]:
                 "ranking": name,
                 "trainings": one.trainings,
                 "auc": f"{roc_auc_score(task.flipped[m], -score[m]):.4f}",
+                "wrong": f"{task.noise_rate[m]:.4f}",
+                **_interval(score[m]),
                 "accuracy_of_mean": clean[m],
             }
             for m in range(len(task.seeds))
         ]
         print(f"{setting.key} {name}", flush=True)
     return rows
+
+
+def _interval(score: Tensor) -> dict[str, str]:
+    found = estimate(score)
+    rate = "" if found.rate is None else f"{found.rate:.4f}"
+    return {"rate": rate, "low": f"{found.low:.4f}", "high": f"{found.high:.4f}"}
 
 
 def summary_rows(rows: list[dict]) -> list[dict]:
