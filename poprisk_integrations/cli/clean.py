@@ -46,8 +46,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "clean",
         help="find wrong labels with models that never saw them, and make a better model",
-        usage="poprisk clean --config CONFIG.yaml [--folds N] [--final WHAT] [--mode MODE] "
-        "[--KEY VALUE ...]",
+        usage="poprisk clean --config CONFIG.yaml [--folds N] [--partitions N] [--final WHAT] "
+        "[--mode MODE] [--KEY VALUE ...]",
         description="Trains the config's model once per fold on the other folds, and judges the "
         "pairs of the fold with it. The mean of these models, each of which has fitted other wrong "
         "labels, becomes the model; or, with --final retrain, one that is trained anew without the "
@@ -64,6 +64,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=4,
         metavar="N",
         help="parts of the data; up to N - 1 trainings are the price (default: %(default)s)",
+    )
+    add(
+        "--partitions",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="how often the data are divided anew, at the price of as many times the trainings; "
+        "--folds 2 --partitions 6 finds more wrong labels for six trainings (default: %(default)s)",
     )
     add(
         "--mode",
@@ -127,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
     found = {
         "settings": settings,
         "folds": args.folds,
+        "partitions": args.partitions,
         "epochs": fitted.epochs,
         "final": args.final,
         "mode": args.mode,
@@ -158,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     trainer.save_model(training.output_dir)
     if is_first:
         epochs = ", ".join(map(str, fitted.epochs))
-        print(f"mean of {args.folds} models after {epochs} epochs; model in {output_dir}")
+        print(f"mean of {len(fitted.epochs)} models after {epochs} epochs; model in {output_dir}")
     return 0
 
 
@@ -182,6 +191,7 @@ def _judge(
         pairs.train,
         pair_id_column=training.pair_id_column,
         folds=args.folds,
+        partitions=args.partitions,
         seed=training.seed,
         directory=folder,
         key=settings,
@@ -209,10 +219,11 @@ def _price(config: "DPOArguments", args: argparse.Namespace, pairs: int) -> str:
     length = f"{training.num_train_epochs:g} epochs"
     if training.max_steps > 0:
         length = f"{training.max_steps} steps"
-    judged = folds - 1 if training.max_steps <= 0 else folds
+    judged = args.partitions * (folds - 1 if training.max_steps <= 0 else folds)
+    times = f", {args.partitions} times" if args.partitions > 1 else ""
     rest = ", then the run itself" if args.final == "retrain" else ""
     return (
-        f"{pairs} pairs in {folds} folds: up to {judged} times the training of the config "
+        f"{pairs} pairs in {folds} folds{times}: up to {judged} times the training of the config "
         f"({length}) to judge them{rest}"
     )
 

@@ -1,11 +1,13 @@
 """Margins of pairs that a model never saw, averaged along its training, up to their best epoch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from poprisk_integrations.core.noise_rate import LARGEST_RATE, label_log_likelihood
 
-__all__ = ["MarginAverage"]
+__all__ = ["MarginAverage", "mean_of_judges"]
 
 _PATIENCE = 2  # epochs without a better fit after which a training has told what it can
 
@@ -74,6 +76,39 @@ class MarginAverage:
         if self._kept is None:
             raise ValueError("No margins yet: add those of an epoch first.")
         return self._kept
+
+
+def mean_of_judges(margins: Sequence[Tensor]) -> Tensor:
+    """The margins of several judges of the same pairs, each in units of its size, averaged.
+
+        sum over j of h_j / rms(h_j), / J, times the mean of the rms(h_j)
+
+    Judges that were trained on different pairs make different mistakes: their mean ranks wrong
+    labels better than any of them (`recipes/benchmarks/cleaned_pairs`).
+
+    Args:
+        margins: Each of shape (pairs,), reward units; NaN where a judge has none, or one that is
+            not finite.
+
+    Returns:
+        fp64; NaN where no judge has a margin.
+
+    Raises:
+        ValueError: If there is no judge.
+
+    Example:
+        >>> one, two = torch.tensor([1.0, -1.0]), torch.tensor([4.0, float("nan")])
+        >>> mean_of_judges([one, two]).tolist()
+        [2.5, -2.5]
+    """
+    if not margins:
+        raise ValueError("No margins: there must be a judge.")
+    stacked = torch.stack([h.detach().cpu().double() for h in margins])
+    if len(stacked) == 1:
+        return stacked[0]
+    stacked = stacked.masked_fill(~stacked.isfinite(), torch.nan)
+    sizes = stacked.square().nanmean(1, keepdim=True).sqrt()
+    return (stacked / sizes.where(sizes > 0, 1.0)).nanmean(0) * sizes.nanmean()
 
 
 def _fit(margins: Tensor) -> float:

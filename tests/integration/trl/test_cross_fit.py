@@ -92,6 +92,24 @@ def test_weights_and_margins_are_averaged_up_to_the_epoch_that_explains_labels_b
         assert not torch.equal(p, before[name])
 
 
+def test_partitions_are_judges_of_their_own(tmp_path: Path) -> None:
+    """Other divisions into folds: their margins and their weights are averaged."""
+    data = easy_pairs(56)
+    alone = [fit(tmp_path / f"{seed}", data, Folds(tmp_path), seed=seed) for seed in (0, 1)]
+    make = Folds(tmp_path)
+    both = fit(tmp_path / "both", data, make, partitions=2)
+    assert len(make.watched) == 2 * FOLDS
+    assert both.epochs == alone[0].epochs + alone[1].epochs
+    tables = [found.report.to_pandas().set_index("row").sort_index() for found in (*alone, both)]
+    margins = [torch.tensor(table["margin"].to_numpy()) for table in tables]
+    sizes = [h.square().mean().sqrt() for h in margins[:2]]
+    expected = sum(h / size for h, size in zip(margins, sizes, strict=False)) / 2 * sum(sizes) / 2
+    torch.testing.assert_close(margins[2], expected, rtol=1e-5, atol=1e-6)
+    for name, value in load_file(both.weights).items():
+        own = torch.stack([load_file(found.weights)[name] for found in alone]).mean(0)
+        torch.testing.assert_close(value, own, rtol=1e-5, atol=1e-5)
+
+
 def test_a_fold_that_is_kept_is_not_trained_again(tmp_path: Path) -> None:
     data = easy_pairs(56)
     whole = fit(tmp_path / "whole", data, Folds(tmp_path))
@@ -135,6 +153,11 @@ def test_of_adapters_the_factors_are_averaged_one_by_one(tmp_path: Path) -> None
     torch.testing.assert_close(change.detach(), scale * (b @ a), rtol=1e-4, atol=1e-6)
     mean = scale * torch.stack(products).sum(0)  # another change, of more than two directions
     assert float((mean - change.detach()).norm() / mean.norm()) > 0.01
+
+
+def test_there_is_a_partition(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Invalid partitions: 0. Must be >= 1."):
+        cross_fit(Folds(tmp_path), easy_pairs(56), folds=FOLDS, partitions=0)
 
 
 def test_weights_need_a_place(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from poprisk_integrations.core.out_of_fold import MarginAverage
+from poprisk_integrations.core.out_of_fold import MarginAverage, mean_of_judges
 
 
 def epochs_of(count, wrong=0.3, pairs=400, seed=0):
@@ -63,3 +63,22 @@ def test_margins_that_tell_nothing():
     assert average.fits == pytest.approx([-math.log(2)])
     assert average.margins().tolist() == [0.0] * 8
     assert not average.has_told
+
+
+def test_the_mean_of_judges_is_that_of_numpy():
+    rng = np.random.default_rng(1)
+    judges = rng.standard_normal((3, 50)) * np.array([[0.1], [1.0], [30.0]])
+    judges[0, 4] = judges[:, 7] = judges[2, 9] = math.nan
+    sizes = np.sqrt(np.nanmean(judges**2, 1))
+    known = ~np.isnan(judges)
+    count = known.sum(0)
+    total = np.where(known, judges / sizes[:, None], 0.0).sum(0)
+    expected = np.where(count, total / np.maximum(count, 1), math.nan) * sizes.mean()
+    found = mean_of_judges([torch.from_numpy(h) for h in judges])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    one = torch.from_numpy(judges[0]).float()
+    assert torch.equal(mean_of_judges([one])[:4], one[:4].double())  # bit for bit
+    silent = mean_of_judges([torch.zeros(2), torch.tensor([1.0, -1.0])])
+    assert silent.tolist() == [0.25, -0.25]
+    with pytest.raises(ValueError, match="there must be a judge"):
+        mean_of_judges([])
