@@ -301,11 +301,11 @@ def verdict(summary: list[dict]) -> list[str]:
 
 
 def draw(summary: list[dict], path: Path) -> None:
-    """Difference of AUC to the four folds in each group, with its interval."""
+    """Difference of AUC to the four folds with its interval; coloured by price."""
     groups = list(dict.fromkeys(row["group"] for row in summary))
     names = [n for n in dict.fromkeys(row["ranking"] for row in summary) if n != BASE]
     figure, axes = plt.subplots(
-        1, len(groups), figsize=(2.9 * len(groups) + 2.4, 0.26 * len(names) + 1.3), sharey=True,
+        1, len(groups), figsize=(2.9 * len(groups) + 2.4, 0.26 * len(names) + 1.5), sharey=True,
         layout="constrained", squeeze=False,
     )  # fmt: skip
     for axis, group in zip(axes.flat, groups, strict=True):
@@ -320,5 +320,5 @@ def draw(summary: list[dict], path: Path) -> None:
         axis.set(title=group, xlabel=f"AUC minus that of four folds ({base:.3f})")
         axis.set_yticks(range(len(names)), names)
         axis.grid(axis="x", alpha=0.3)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     save(figure, path)
