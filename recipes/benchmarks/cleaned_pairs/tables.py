@@ -71,21 +71,26 @@ def verdict(summary: list[dict]) -> list[str]:
 
 
 def ranking_against_flips(rows: list[dict]) -> list[str]:
-    """AUC of structured noise minus that of random flips at the same rates, by seed."""
-    (table,) = (Path(__file__).parent / "results").glob("2*.csv")
+    """AUC of structured noise minus that of random flips at the same rates, by seed.
 
-    def by_seed(some: list[dict], group: str) -> dict[str, list[float]]:
+    That of random flips is of the part on rankings: the same references, prompts and samples.
+    """
+    (table,) = (Path(__file__).parent / "results").glob("ranking_*.csv")
+    lrs = {row["lr"] for row in rows}
+
+    def by_seed(some: list[dict]) -> dict[str, float]:
         found: dict[str, list[float]] = {}
         for r in some:
-            is_wanted = r["arm"] == "mean of folds" and _where(r) == GROUPS[group]
-            if is_wanted and r["lr"] in {row["lr"] for row in rows}:
+            if r["lr"] in lrs:
                 found.setdefault(str(r["seed"]), []).append(float(r["auc"]))
-        return found
+        return {seed: float(np.mean(values)) for seed, values in found.items()}
 
-    flips, lines = by_seed(read_csv(table), "30 % wrong"), []
+    same = {"ranking": "4 folds", "condition": "flips 30", "setting": "flips"}
+    flips, lines = by_seed([r for r in read_csv(table) if same.items() <= r.items()]), []
     for group in ("longer wins", "a bad annotator"):
-        own = by_seed(rows, group)
-        paired = {("", s): np.mean(v) - np.mean(flips[s]) for s, v in own.items() if s in flips}
+        where = GROUPS[group]
+        own = by_seed([r for r in rows if r["arm"] == "mean of folds" and _where(r) == where])
+        paired = {("", s): value - flips[s] for s, value in own.items() if s in flips}
         if paired:
             mean, low, high = interval(paired)
             lines.append(
