@@ -149,6 +149,12 @@ def _megabytes(folder: Path) -> float:
     return sum(stat.st_blocks * 512 for stat in found) / 1e6
 
 
+def _shown(number: float | None) -> str:
+    if number is None:
+        return ""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
+
+
 def _write(rows: list[Row], versions: dict[str, str], busy: float) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     where = f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GB, {platform.system()}"
@@ -161,7 +167,7 @@ def _write(rows: list[Row], versions: dict[str, str], busy: float) -> None:
     ]
     for said, step, size in rows:
         taken = (None, None, None) if step is None else (step.seconds, step.cpu, step.first)
-        cells = ["" if number is None else f"{number:,.0f}" for number in (*taken, size)]
+        cells = [*map(_shown, (*taken, size))]
         table.append(f"| {' | '.join([said, *cells])} |")
     text, count = BLOCK.subn(
         lambda match: "\n".join([match[1].strip(), *table, match[2]]), README.read_text()
