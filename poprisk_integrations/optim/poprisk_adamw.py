@@ -215,7 +215,10 @@ class PopRiskAdamW(Optimizer):
             "noise_mean": "raw",
             "noise_source": "temporal",
         }
-        return cls(params, lr, **{**published, **options})
+        chosen = {**published, **options}
+        # as asked for: the constructor changes the source where it finds raw means
+        check_group({**DEFAULTS, **chosen})
+        return cls(params, lr, **chosen)
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -52,6 +52,8 @@ def test_options_of_the_published_rule_are_still_taken(name):
     assert optimizer.param_groups[0][name] == DEPRECATED[name]
     paper = PopRiskAdamW.paper(params, **{name: DEPRECATED[name]})  # no warning, which is an error
     assert paper.param_groups[0][name] == DEPRECATED[name]
+    with pytest.raises(ValueError, match=r"Invalid noise_source: 'moments'. Must be 'temporal'"):
+        PopRiskAdamW.paper(params, noise_source="moments")
     with pytest.raises(TypeError, match="unexpected keyword argument 'gate_epsilon'"):
         PopRiskAdamW(params, gate_epsilon=1.0)
 

@@ -281,6 +281,8 @@ def test_a_checkpoint_of_another_source_is_reported(caplog):
     caplog.clear()
     for other in (train(temporal, steps=2)[1], train(adamw, steps=2)[1]):
         temporal(make_params()).load_state_dict(other.state_dict())
+    ungated = train(lambda p: temporal(p, gate="none"), steps=2)[1]
+    PopRiskAdamW(make_params(), gate="none").load_state_dict(ungated.state_dict())
     assert not caplog.records
 
 
