@@ -130,11 +130,12 @@ def grains(selection: Scores, chosen: str, draws: int = 10_000) -> list[str]:
 
 
 def grains_on_fresh_seeds(report: Scores, draws: int = 10_000) -> list[str]:
-    """Rule 7 on the seeds that were not chosen on: moments minus the default, study by study."""
+    """Rule 7 on the seeds that were not chosen on, study by study; and what is left of AdamW."""
     parts = {**{study: {study: scores} for study, scores in report.items()}, "all": report}
     return [
-        f"fresh seeds, moments-32 minus soft-32, {score}, {study}: "
-        f"{_said(_apart(scores, 'moments-32', 'soft-32', score, draws))}"
+        f"fresh seeds, {arm} minus {base}, {score}, {study}: "
+        f"{_said(_apart(scores, arm, base, score, draws))}"
+        for arm, base in (("moments-32", "AdamW"), ("soft-32", "AdamW"), ("moments-32", "soft-32"))
         for study, scores in parts.items()
         for score in ("tuned", "range")
         if scores

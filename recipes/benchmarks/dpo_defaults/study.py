@@ -239,16 +239,25 @@ def verdict(rows: Sequence[dict], summary: Sequence[dict]) -> list[str]:
                 f"  where plain training overfits: {_mean(rows, over, arm)}, ahead in {ahead} of "
                 f"{len(over)} cells"
             )
+        for kind in KINDS.values():
+            decaying = [r for r in own if (r["kind"], r["schedule"]) == (kind, "linear")]
+            if decaying:
+                lines.append(f"  {kind}, linear decay: {_mean(rows, decaying, arm)}")
+        if arm != "defaults" and "defaults" in {r["arm"] for r in rows}:
+            lines.append(f"  defaults minus {arm}: {_mean(rows, own, 'defaults', arm)}")
+            if over:
+                apart = _mean(rows, over, "defaults", arm)
+                lines.append(f"  the same where plain training overfits: {apart}")
     return lines
 
 
-def _mean(rows: Sequence[dict], cells: Sequence[dict], arm: str) -> str:
+def _mean(rows: Sequence[dict], cells: Sequence[dict], arm: str, base: str = "plain") -> str:
     wanted = {tuple(str(c[k]) for k in CELL) for c in cells}
     at = {(tuple(str(r[k]) for k in CELL), r["arm"], r["seed"]): float(r["accuracy"]) for r in rows}
     seeds = {seed for cell, name, seed in at if name == arm and cell in wanted}
     by_seed = {}  # a seed has the same prompts in all cells, so these are one observation
     for s in seeds:
-        own = [at[(c, arm, s)] - at[(c, "plain", s)] for c in wanted if (c, arm, s) in at]
+        own = [at[(c, arm, s)] - at[(c, base, s)] for c in wanted if (c, arm, s) in at]
         by_seed[("", s)] = float(np.mean(own))
     mean, low, high = (100 * x for x in interval(by_seed))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
